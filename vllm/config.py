@@ -1,0 +1,149 @@
+"""What the engine runs, resolved once at start-up and never changed afterwards.
+
+`EngineArgs.create_engine_config()` turns command-line values into these; no module below the entry points reads flags.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SystemPromptMode = Literal["auto", "declared", "off"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The checkpoint and how it is read.
+
+    Attributes:
+        model: What the user named (path or hub id); shown in logs.
+        model_path: Local directory, or a `.gguf` file.
+        tokenizer_path: Local directory or `.gguf` file that the tokenizer is read from.
+        served_model_names: Names under which the HTTP API knows the model; the first one is reported back.
+        hf_config: Shape of the network.
+        dtype: Name of the torch dtype of weights and activations.
+        max_model_len: Longest prompt plus output of a request, in tokens.
+        load_format: Where weights come from.
+        seed: Seed of the engine's own draws, or None for fresh entropy.
+        chat_template: Template text that replaces the tokenizer's own, or None.
+        weights_digest: SHA-256 over what identifies the weights; seeds the keys of cached blocks.
+        eos_token_ids: Tokens that end an answer unless the request says `ignore_eos`.
+        generation_defaults: Sampling values that the checkpoint's generation_config.json recommends; the HTTP API
+            uses them where a request is silent.
+    """
+
+    model: str
+    model_path: str
+    tokenizer_path: str
+    served_model_names: tuple[str, ...]
+    hf_config: PretrainedConfig
+    dtype: str
+    max_model_len: int
+    load_format: Literal["gguf", "safetensors", "dummy"]
+    seed: int | None = None
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
+    max_logprobs: int = 20
+    weights_digest: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    generation_defaults: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.hf_config.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.hf_config.num_hidden_layers)
+
+    @property
+    def num_attention_heads(self) -> int:
+        return int(self.hf_config.num_attention_heads)
+
+    @property
+    def num_kv_heads(self) -> int:
+        return int(getattr(self.hf_config, "num_key_value_heads", None) or self.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(
+            getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // self.num_attention_heads
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """KV memory.
+
+    Attributes:
+        block_size: Slots in a block.
+        num_blocks: Blocks in the cache; None until the worker has measured what fits.
+        kv_cache_memory_bytes: Bytes for K and V together; None lets the worker choose.
+        gpu_memory_utilization: Share of the device's memory that the engine may use.
+        enable_prefix_caching: Keep and reuse full blocks of suffixes.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+
+
+@dataclass(frozen=True)
+class SystemPromptConfig:
+    """The pinned pool.
+
+    Attributes:
+        mode: `auto` pins every chat request's system part, `declared` only what an operator added, `off` nothing.
+        budget_tokens: Most tokens that pinned extents may take; None means `budget_fraction` of the KV cache.
+        budget_fraction: Share of the KV cache that pinned extents may take.
+        min_tokens: Shorter system prompts run unpinned.
+        ttl: Seconds after its last use when an automatic pin ends; None keeps it.
+        chunk_tokens: Tokens of a system prompt computed per step; fixed, so that its KV never depends on the load.
+    """
+
+    mode: SystemPromptMode = "auto"
+    budget_tokens: int | None = None
+    budget_fraction: float = 0.5
+    min_tokens: int = 1
+    ttl: float | None = None
+    chunk_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of one step.
+
+    Attributes:
+        max_num_seqs: Most sequences that run together.
+        max_num_batched_tokens: Most tokens computed in one step.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Ranks that share one model."""
+
+    tensor_parallel_size: int = 1
+    executor_backend: Literal["uniproc"] = "uniproc"
+
+
+@dataclass(frozen=True)
+class VllmConfig:
+    """All of the above; what every part of the engine is built from."""
+
+    model: ModelConfig
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    system_prompt: SystemPromptConfig = field(default_factory=SystemPromptConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    device: str = "cpu"
+    attention_backend: str = "TORCH"
+    enforce_eager: bool = False

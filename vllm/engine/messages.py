@@ -1,0 +1,127 @@
+"""What passes between the API process and the engine process: msgspec structs, encoded as MessagePack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from vllm.sampling_params import SamplingParams
+
+
+class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
+    """A request, tokenised.
+
+    Attributes:
+        num_system_tokens: Length of the system prompt at the head of `prompt_token_ids`; None if there is none to pin.
+        cache_salt: Namespace of its suffix blocks.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling_params: SamplingParams
+    arrival_time: float
+    num_system_tokens: int | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+
+
+class AbortRequests(msgspec.Struct, tag="abort"):
+    request_ids: list[str]
+
+
+class UtilityCall(msgspec.Struct, tag="call"):
+    """Calls a method of the engine core; answered by a `UtilityResult` with the same id."""
+
+    call_id: int
+    method: str
+    args: list[Any] = []
+
+
+class UtilityResult(msgspec.Struct, omit_defaults=True):
+    call_id: int
+    result: Any = None
+    error: str | None = None
+    param: str | None = None
+
+
+class TokenLogprobLists(msgspec.Struct):
+    """Log-probabilities of some token positions; row i holds the chosen token first, then the most likely ones.
+
+    Attributes:
+        token_ids: [positions][1 + k].
+        logprobs: Same shape, natural log.
+        ranks: Rank of the chosen token, 1-based; [positions].
+    """
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+class EngineOutput(msgspec.Struct, omit_defaults=True):
+    """News of one output of one request from one step.
+
+    Attributes:
+        index: Which of the request's `n` outputs.
+        num_cached_tokens: Set with the first token.
+        first_scheduled_time: Set with the first token.
+        error: The request failed in the engine; nothing more comes.
+    """
+
+    request_id: str
+    index: int
+    new_token_ids: list[int]
+    logprobs: TokenLogprobLists | None = None
+    prompt_logprobs: TokenLogprobLists | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int | None = None
+    first_scheduled_time: float | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, omit_defaults=True):
+    """State and totals after a step; totals only grow.
+
+    Attributes:
+        iteration_tokens: Tokens computed in the step.
+        pool_outcomes: Requests by what the pool did for them, e.g. `hit`, `created`, `over_budget`.
+        pool_prefill_seconds: Durations of system-prompt prefills that ended in this step.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    iteration_tokens: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_cached_blocks: int = 0
+    num_used_blocks: int = 0
+    pinned_tokens: int = 0
+    pinned_prompts: int = 0
+    pool_budget_tokens: int = 0
+    pool_readers: int = 0
+    pool_prefills: int = 0
+    pool_tokens_reused: int = 0
+    pool_outcomes: dict[str, int] = {}
+    pool_prefill_seconds: list[float] = []
+
+
+class StepOutputs(msgspec.Struct, omit_defaults=True):
+    """All that the engine process tells the API process after a step or a call."""
+
+    outputs: list[EngineOutput] = []
+    stats: EngineStats | None = None
+    results: list[UtilityResult] = []
+
+
+class EngineReady(msgspec.Struct, omit_defaults=True):
+    """First message of the engine process: it can serve, or why it cannot."""
+
+    num_blocks: int = 0
+    pool_budget_tokens: int = 0
+    error: str | None = None

@@ -1,0 +1,44 @@
+"""Environment variables, read when they are asked for so that tests and launchers may set them late."""
+
+import os
+from pathlib import Path
+
+
+def cache_root() -> Path:
+    """Folder for downloaded models and compiled artefacts (`VLLM_CACHE_ROOT`, default `~/.cache/vllm`)."""
+    root = os.environ.get("VLLM_CACHE_ROOT")
+    if root:
+        return Path(root).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "vllm"
+
+
+def api_key() -> str | None:
+    """Key that guards the HTTP API (`VLLM_API_KEY`), or None."""
+    return os.environ.get("VLLM_API_KEY") or None
+
+
+def logging_level() -> str:
+    """`VLLM_LOGGING_LEVEL`: DEBUG, INFO, WARNING or ERROR."""
+    return os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()
+
+
+def engine_ready_timeout_s() -> int:
+    """Seconds the API process waits for the engine process to load (`VLLM_ENGINE_READY_TIMEOUT_S`)."""
+    return int(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
+
+
+def cpu_kvcache_space_gib() -> float | None:
+    """`VLLM_CPU_KVCACHE_SPACE` in GiB; None or 0 lets the engine choose."""
+    value = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0") or 0)
+    return value if value > 0 else None
+
+
+def allow_long_max_model_len() -> bool:
+    """`VLLM_ALLOW_LONG_MAX_MODEL_LEN=1`: let --max-model-len exceed what the model declares."""
+    return os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") == "1"
+
+
+def server_dev_mode() -> bool:
+    """`VLLM_SERVER_DEV_MODE=1`: expose the development endpoints."""
+    return os.environ.get("VLLM_SERVER_DEV_MODE", "0") == "1"

@@ -1,0 +1,107 @@
+"""What a caller of the engine gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Logprob:
+    """Log-probability of one token (natural log), its 1-based rank in the vocabulary, and its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""Token id → log-probability; holds the chosen token and the most likely ones."""
+
+
+@dataclass
+class RequestMetrics:
+    """When things happened to a request, in seconds of `time.time()`."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One of the `n` outputs of a request.
+
+    Attributes:
+        index: 0 … n-1.
+        text: Generated text (the news only, if the request asked for deltas).
+        token_ids: Generated token ids, likewise.
+        cumulative_logprob: Sum of the chosen tokens' log-probabilities, when logprobs were asked for.
+        logprobs: One entry a token, when asked for.
+        finish_reason: `stop`, `length` or `abort`; None while it runs.
+        stop_reason: The stop string or stop token id that ended it; None for the end-of-sequence token.
+    """
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """State of a request.
+
+    Attributes:
+        num_cached_tokens: Prompt tokens whose KV this request did not have to compute.
+        prompt_logprobs: One entry a prompt token (None for the first), when asked for.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    lora_request: None = None
+    encoder_prompt: None = None
+    kv_transfer_params: None = field(default=None, repr=False)
+
+
+@dataclass
+class SystemPromptInfo:
+    """A system prompt of the pool.
+
+    Attributes:
+        id: Same tokens, same id.
+        state: `pending` (waits for room), `computing`, `pinned`, `removing` (readers still run) or `removed`.
+        num_tokens: S.
+        num_blocks: KV blocks of its extent.
+        source: `auto` (a chat request) or `declared` (an operator).
+        created / last_used / expires: seconds of `time.time()`; `expires` is None without a ttl.
+        hits: Requests that reused it.
+        readers: Requests that hold it now.
+    """
+
+    id: str
+    name: str | None
+    state: str
+    num_tokens: int
+    num_blocks: int
+    source: str
+    created: float
+    last_used: float
+    ttl: float | None
+    expires: float | None
+    hits: int
+    readers: int

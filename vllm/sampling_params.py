@@ -1,0 +1,193 @@
+"""What a request asks of the sampler, and the limits it must keep."""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+from typing import Any
+
+import msgspec
+
+from vllm.exceptions import VLLMValidationError
+
+MAX_N = 128
+MAX_STOP_STRINGS = 256
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED_TOKEN_IDS = 200_000
+MAX_BAD_WORDS = 256
+_SAMPLING_EPS = 1e-5
+_MAX_INT = 2**31 - 1
+
+
+class RequestOutputKind(IntEnum):
+    """What each `RequestOutput` of a request holds: all so far, the news only, or one final answer."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """Sampling parameters of a request, named as vLLM and the OpenAI API name them.
+
+    Raises:
+        VLLMValidationError: on construction, when a value is out of range; `param` names it.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    extra_args: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.stop is None:
+            self.stop = []
+        elif isinstance(self.stop, str):
+            self.stop = [self.stop]
+        if self.stop_token_ids is None:
+            self.stop_token_ids = []
+        if self.top_k == -1:
+            self.top_k = 0
+        if self.seed == -1:
+            self.seed = None
+        self._verify()
+        if self.is_greedy:
+            self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < _SAMPLING_EPS
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def clone(self) -> SamplingParams:
+        """A copy whose lists may be changed."""
+        return msgspec.convert(msgspec.to_builtins(self), SamplingParams)
+
+    def _verify(self) -> None:
+        check_int("n", self.n, 1, MAX_N)
+        check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        check_float("temperature", self.temperature, 0.0, 100.0)
+        check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        check_int("top_k", self.top_k, 0, _MAX_INT, note="; 0 or -1 turns it off")
+        check_float("min_p", self.min_p, 0.0, 1.0)
+        if self.seed is not None:
+            check_int("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.max_tokens is not None:
+            check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
+        check_int("min_tokens", self.min_tokens, 0, _MAX_INT)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise VLLMValidationError(
+                f"min_tokens must not exceed max_tokens ({self.max_tokens}), got {self.min_tokens}.", "min_tokens"
+            )
+        if self.logprobs is not None:
+            check_int("logprobs", self.logprobs, 0, _MAX_INT)
+        if self.prompt_logprobs is not None:
+            check_int("prompt_logprobs", self.prompt_logprobs, 0, _MAX_INT)
+        if self.truncate_prompt_tokens is not None:
+            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, _MAX_INT)
+        self._verify_stops()
+        if self.logit_bias:
+            check_count("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
+            for token_id, bias in self.logit_bias.items():
+                check_float(f"logit_bias[{token_id}]", bias, -math.inf, math.inf, param="logit_bias")
+            self.logit_bias = {t: min(100.0, max(-100.0, b)) for t, b in self.logit_bias.items()}
+        if self.allowed_token_ids is not None:
+            if not self.allowed_token_ids:
+                raise VLLMValidationError("allowed_token_ids must name at least one token id.", "allowed_token_ids")
+            check_count("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+        if self.bad_words:
+            check_count("bad_words", self.bad_words, MAX_BAD_WORDS)
+            if not all(self.bad_words):
+                raise VLLMValidationError("bad_words must not hold an empty string.", "bad_words")
+
+    def _verify_stops(self) -> None:
+        check_count("stop", self.stop_strings, MAX_STOP_STRINGS)
+        for text in self.stop_strings:
+            if not text:
+                raise VLLMValidationError("stop must not hold an empty string.", "stop")
+            if len(text) > MAX_STOP_STRING_CHARS:
+                raise VLLMValidationError(
+                    f"A stop string may have at most {MAX_STOP_STRING_CHARS} characters, got {len(text)}.", "stop"
+                )
+        if self.stop_strings and not self.detokenize:
+            raise VLLMValidationError("stop strings need detokenize=True.", "stop")
+        check_count("stop_token_ids", self.stop_token_ids or [], MAX_STOP_TOKEN_IDS)
+
+    def verify_for_model(self, vocab_size: int, max_logprobs: int) -> None:
+        """Checks what depends on the model.
+
+        Raises:
+            VLLMValidationError: a token id outside the vocabulary, or more log-probabilities than the server allows.
+        """
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(self, name) or ():
+                if not 0 <= token_id < vocab_size:
+                    raise VLLMValidationError(
+                        f"{name} holds token id {token_id}; ids of this model are 0 to {vocab_size - 1}.", name
+                    )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value > max_logprobs:
+                raise VLLMValidationError(
+                    f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name
+                )
+
+
+def check_int(name: str, value: Any, low: int, high: int, note: str = "") -> None:
+    """Raises `VLLMValidationError` unless `value` is an integer in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise VLLMValidationError(f"{name} must be an integer, got {value!r}.", name)
+    if not low <= value <= high:
+        bound = f"at least {low}" if high >= _MAX_INT and value < low else f"from {low} to {high}"
+        raise VLLMValidationError(f"{name} must be {bound}{note}, got {value}.", name)
+
+
+def check_float(
+    name: str, value: Any, low: float, high: float, low_open: bool = False, param: str | None = None
+) -> None:
+    """Raises `VLLMValidationError` unless `value` is a finite number in [low, high], or (low, high] if `low_open`."""
+    param = param or name
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise VLLMValidationError(f"{name} must be a number, got {value!r}.", param)
+    if not math.isfinite(value):
+        raise VLLMValidationError(f"{name} must be a finite number, got {value}.", param)
+    if value > high or value < low or (low_open and value <= low):
+        raise VLLMValidationError(
+            f"{name} must be {'above' if low_open else 'at least'} {low:g} and at most {high:g}, got {value}.", param
+        )
+
+
+def check_count(name: str, values: Any, most: int) -> None:
+    """Raises `VLLMValidationError` when a list or mapping has more than `most` entries."""
+    if len(values) > most:
+        raise VLLMValidationError(f"{name} may have at most {most} entries, got {len(values)}.", name)
