@@ -1,0 +1,400 @@
+"""Decides what each step computes: decode and prefill in one batch, within a token budget, first come first served."""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+import time
+from collections.abc import Callable, Iterable
+
+from vllm.config import SchedulerConfig
+from vllm.core.block_manager import BlockManager
+from vllm.core.system_prompt_pool import PinnedPrompt, SystemPromptPool
+from vllm.sequence import Sequence, SequenceStatus
+from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan, SystemPromptChunk
+
+
+class Scheduler:
+    """Runs sequences and system-prompt prefills over one KV cache.
+
+    A sequence waits, runs (it has a row in the ranks' buffers and blocks), may be preempted (its blocks are freed, its
+    suffix is computed again later; its system prompt stays pinned and is not), and finishes.
+
+    Args:
+        config: Limits of a step.
+        blocks: Schedulable KV memory.
+        pool: System prompts.
+        max_model_len: Longest sequence; `blocks` always has room for one.
+        eos_token_ids: Tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        blocks: BlockManager,
+        pool: SystemPromptPool,
+        max_model_len: int,
+        eos_token_ids: Iterable[int] = (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.pool = pool
+        self.max_model_len = max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._clock = clock
+        self.running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+        self._num_waiting = 0
+        self._requests: dict[str, list[Sequence]] = {}
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._freed: list[FreedSequence] = []
+        self._scheduled: list[Sequence] = []
+        self._scheduled_counts: list[int] = []
+        self._chunk: tuple[PinnedPrompt, int] | None = None
+        self._next_order = 1
+        self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+
+    # Requests --------------------------------------------------------------------------------------------------
+
+    def add(self, sequences: list[Sequence], num_system_tokens: int | None = None) -> None:
+        """Takes in a request: one sequence an output; the first one computes the prompt, the others fork from it.
+
+        Raises:
+            ValueError: a request with this id is running.
+        """
+        first, *others = sequences
+        if first.request_id in self._requests:
+            raise ValueError(f"request id {first.request_id!r} is in use")
+        for seq in sequences:
+            seq.order = self._next_order
+            self._next_order += 1
+        first.fork_children = others
+        self._requests[first.request_id] = list(sequences)
+        self._num_waiting += len(sequences)
+        self.pool.route(first, num_system_tokens)
+        if not self.pool.is_waiting(first):
+            heapq.heappush(self._waiting, first)
+
+    def add_system_prompt(self, token_ids: list[int], name: str | None, ttl: float | None) -> PinnedPrompt:
+        """Declares a system prompt; its prefill takes its turn among the requests.
+
+        Raises:
+            SystemPromptRefusedError: it cannot be pinned.
+        """
+        prompt = self.pool.add(token_ids, name, ttl)
+        if prompt.order == 0:
+            prompt.order = self._next_order
+            self._next_order += 1
+        return prompt
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one output of it; unknown ids are ignored (it may have finished just now)."""
+        for seq in list(self._requests.get(request_id, ())):
+            if index is None or seq.index == index:
+                self._finish(seq, SequenceStatus.FINISHED_ABORTED)
+
+    def has_work(self) -> bool:
+        return bool(self._requests) or self.pool.has_prefill or bool(self._freed)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    def unfinished(self) -> Iterable[Sequence]:
+        """Every sequence that has not finished."""
+        for sequences in self._requests.values():
+            yield from sequences
+
+    # A step ----------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan:
+        """Plans the next step. Its results must be handed to `postprocess` before the next call."""
+        plan = StepPlan()
+        self._scheduled, self._scheduled_counts = [], []
+        self.pool.expire()
+        budget = self.config.max_num_batched_tokens
+        held_up_from = self._plan_system_prompt(plan)
+        if plan.chunk is not None:
+            budget -= len(plan.chunk.token_ids)
+        budget, preempted = self._plan_running(plan, budget)
+        if not preempted:
+            self._plan_waiting(plan, budget, held_up_from)
+        plan.freed = self._freed
+        self._freed = []
+        self._fill_batch(plan)
+        return plan
+
+    def _plan_system_prompt(self, plan: StepPlan) -> int | None:
+        """Plans the next chunk of a system prompt. Returns the order of a request that no later one may overtake,
+        because its system prompt waits for room."""
+        prompt = self.pool.computing
+        while prompt is None and (pending := self.pool.next_pending) is not None:
+            start = self.pool.blocks.find_window(pending.num_blocks)
+            if start is None:
+                for seq in self.pool.refuse_pending():
+                    heapq.heappush(self._waiting, seq)
+                continue
+            moves = self.blocks.vacate(start, pending.num_blocks, self.running)
+            if moves is None:
+                return pending.order
+            plan.moves.extend(moves)
+            if moves:
+                plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
+            prompt = self.pool.begin_prefill(start)
+        if prompt is None:
+            return None
+        done = prompt.sequence.num_computed_tokens
+        token_ids = prompt.token_ids[done : done + self.pool.config.chunk_tokens]
+        if prompt.extent is None:
+            raise RuntimeError(f"system prompt {prompt.id} is being computed without an extent")
+        plan.chunk = SystemPromptChunk(prompt.id, prompt.extent.start, done, token_ids)
+        self._chunk = (prompt, len(token_ids))
+        return None
+
+    def _plan_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
+        """Plans what already runs, in order. A decode token is never held back by the budget, only prefill is.
+
+        Returns the budget that is left and whether a sequence had to be preempted.
+        """
+        preempted = False
+        i = 0
+        while i < len(self.running):
+            seq = self.running[i]
+            missing = seq.num_tokens - seq.num_computed_tokens
+            if missing > 1 and budget <= 0:
+                i += 1
+                continue
+            count = min(missing, max(budget, 1))
+            new = self.blocks.grow(seq, seq.num_computed_tokens + count)
+            while new is None and self.running[-1] is not seq:
+                self._preempt(self.running[-1])
+                preempted = True
+                new = self.blocks.grow(seq, seq.num_computed_tokens + count)
+            if new is None:
+                self._preempt(seq)
+                return budget, True
+            if new:
+                plan.new_blocks.append((seq.row, len(seq.block_table) - len(new), new))
+            self._take(seq, count)
+            budget -= count
+            i += 1
+        return budget, preempted
+
+    def _plan_waiting(self, plan: StepPlan, budget: int, held_up_from: int | None) -> None:
+        while self._waiting and budget > 0 and self._free_rows:
+            seq = self._waiting[0]
+            if seq.is_finished:
+                heapq.heappop(self._waiting)
+                continue
+            if held_up_from is not None and seq.order > held_up_from:
+                return
+            copies = self._start(seq, budget)
+            if copies is None:
+                return
+            heapq.heappop(self._waiting)
+            plan.copies.extend(copies)
+            self._num_waiting -= 1
+            seq.row = self._free_rows.pop()
+            seq.status = SequenceStatus.RUNNING
+            bisect.insort(self.running, seq)
+            count = min(seq.num_tokens - seq.num_computed_tokens, budget)
+            self._take(seq, count)
+            budget -= count
+            plan.started.append(
+                SequenceStart(
+                    row=seq.row,
+                    token_ids=list(seq.token_ids),
+                    num_prompt_tokens=seq.num_prompt_tokens,
+                    block_table=list(seq.block_table),
+                    prefix=self._prefix(seq),
+                    sampling_params=seq.sampling_params,
+                    seed=seq.seed,
+                    stop_token_ids=self._stop_token_ids(seq),
+                )
+            )
+
+    def _start(self, seq: Sequence, budget: int) -> list[tuple[int, int]] | None:
+        """Gives a waiting sequence what it can reuse and the blocks for its first step.
+
+        Returns the block copies to make, or None (and changes nothing) when memory is short.
+        """
+        copies: list[tuple[int, int]] = []
+        seq.num_computed_tokens = seq.prefix_len
+        parent, seq.fork_parent = seq.fork_parent, None
+        forked = self.blocks.fork(parent, seq) if parent is not None and not parent.is_finished else None
+        if forked is not None:
+            copies = forked
+        elif seq.sampling_params.prompt_logprobs is None:
+            found = self.blocks.find_cached(seq)
+            reused = seq.prefix_len + len(found) * self.blocks.block_size
+            first_step = reused + min(seq.num_tokens - reused, budget)
+            if self.blocks.blocks_for(seq, first_step) - len(found) > self.blocks.num_free_after(found):
+                return None
+            self.blocks.adopt(seq, found)
+        count = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        if self.blocks.grow(seq, seq.num_computed_tokens + count) is None:
+            self.blocks.free(seq)
+            return None
+        if seq.num_cached_tokens is None:
+            paid = seq.prefix_len if seq.paid_system_prompt else 0
+            seq.num_cached_tokens = seq.num_computed_tokens - paid
+            seq.first_scheduled_time = self._clock()
+            if seq.index == 0:
+                self.prefix_cache_queries += seq.num_prompt_tokens
+                self.prefix_cache_hits += seq.num_cached_tokens
+        return copies
+
+    def _take(self, seq: Sequence, count: int) -> None:
+        self._scheduled.append(seq)
+        self._scheduled_counts.append(count)
+
+    def _fill_batch(self, plan: StepPlan) -> None:
+        """Writes the batch, sequences of one group side by side so that its extent is read once."""
+        batch = sorted(
+            zip(self._scheduled, self._scheduled_counts, strict=True),
+            key=lambda entry: (entry[0].system_prompt.extent if entry[0].system_prompt else (-1, 0)) or (-1, 0),
+        )
+        self._scheduled = [seq for seq, _ in batch]
+        self._scheduled_counts = [count for _, count in batch]
+        for seq, count in batch:
+            plan.rows.append(seq.row)
+            plan.starts.append(seq.num_computed_tokens)
+            plan.counts.append(count)
+            plan.samples.append(seq.num_computed_tokens + count == seq.num_tokens)
+            plan.wants_prompt_logprobs.append(
+                seq.sampling_params.prompt_logprobs is not None
+                and seq.index == 0
+                and seq.num_computed_tokens < seq.num_prompt_tokens
+                and seq.num_output_tokens == 0
+            )
+
+    @property
+    def scheduled(self) -> list[Sequence]:
+        """Sequences of the last plan, in the order of its batch."""
+        return self._scheduled
+
+    def postprocess(self, drawn: list[int]) -> list[tuple[Sequence, int, int | None]]:
+        """Takes in the step's tokens.
+
+        Args:
+            drawn: A token for each entry of the plan's batch, -1 where none was drawn.
+
+        Returns (sequence, new token, stop token id or None) for each sequence that got a token; a sequence whose
+        answer ended has its status set and is gone from the scheduler.
+        """
+        self._advance_system_prompt()
+        news = []
+        for seq, count, token in zip(self._scheduled, self._scheduled_counts, drawn, strict=True):
+            if seq.status != SequenceStatus.RUNNING:
+                continue
+            seq.num_computed_tokens += count
+            self.blocks.commit(seq)
+            if token < 0:
+                continue
+            seq.token_ids.append(token)
+            self._release_forks(seq)
+            status, stop_token = self._stop(seq, token)
+            news.append((seq, token, stop_token))
+            if status is not None:
+                self._finish(seq, status)
+        return news
+
+    def _advance_system_prompt(self) -> None:
+        if self._chunk is None:
+            return
+        prompt, count = self._chunk
+        self._chunk = None
+        prompt.sequence.num_computed_tokens += count
+        if prompt.sequence.num_computed_tokens == prompt.num_tokens:
+            self._freed.append(FreedSequence(row=-1, is_system_prompt=True))
+            for seq in self.pool.end_prefill():
+                heapq.heappush(self._waiting, seq)
+
+    def _release_forks(self, seq: Sequence) -> None:
+        for child in seq.fork_children:
+            if child.is_finished:
+                continue
+            self.pool.attach_sibling(child, seq)
+            child.fork_parent = seq
+            heapq.heappush(self._waiting, child)
+        seq.fork_children = []
+
+    def _stop(self, seq: Sequence, token: int) -> tuple[SequenceStatus | None, int | None]:
+        params = seq.sampling_params
+        if seq.num_output_tokens >= params.min_tokens:
+            if token in self.eos_token_ids and not params.ignore_eos:
+                return SequenceStatus.FINISHED_STOPPED, None
+            if token in (params.stop_token_ids or ()):
+                return SequenceStatus.FINISHED_STOPPED, token
+        if seq.num_output_tokens >= (params.max_tokens or self.max_model_len) or seq.num_tokens >= self.max_model_len:
+            return SequenceStatus.FINISHED_LENGTH, None
+        return None, None
+
+    def _stop_token_ids(self, seq: Sequence) -> tuple[int, ...]:
+        params = seq.sampling_params
+        eos = () if params.ignore_eos else self.eos_token_ids
+        return tuple({*eos, *(params.stop_token_ids or ())})
+
+    def _prefix(self, seq: Sequence) -> tuple[PrefixExtent, ...]:
+        prompt = seq.system_prompt
+        if prompt is None:
+            return ()
+        if prompt.extent is None:
+            raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
+        return (PrefixExtent(prompt.extent.start, prompt.num_tokens),)
+
+    # Leaving ---------------------------------------------------------------------------------------------------
+
+    def _leave_row(self, seq: Sequence) -> None:
+        self._freed.append(FreedSequence(seq.row, seq.is_system_prompt))
+        self._free_rows.append(seq.row)
+        seq.row = -1
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Frees the blocks of a running sequence that has nothing planned in this step; it waits to run again."""
+        self.running.remove(seq)
+        self._leave_row(seq)
+        self.blocks.free(seq)
+        seq.status = SequenceStatus.PREEMPTED
+        heapq.heappush(self._waiting, seq)
+        self._num_waiting += 1
+        self.num_preemptions += 1
+
+    def _finish(self, seq: Sequence, status: SequenceStatus) -> None:
+        if seq.is_finished:
+            return
+        self._release_forks(seq)
+        if seq.status == SequenceStatus.RUNNING:
+            self.running.remove(seq)
+            self._leave_row(seq)
+        else:
+            self._num_waiting -= 1
+        seq.status = status
+        self.blocks.free(seq)
+        self.pool.detach(seq)
+        siblings = self._requests[seq.request_id]
+        siblings.remove(seq)
+        if not siblings:
+            del self._requests[seq.request_id]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError with numbers when blocks, readers or rows do not add up."""
+        pinned = {b for e in self.pool.blocks.extents.values() for b in range(e.start, e.end)}
+        self.blocks.check_integrity(self.running, pinned)
+        free, cached = self.blocks.num_free_blocks - self.blocks.num_cached_blocks, self.blocks.num_cached_blocks
+        total = free + cached + self.blocks.num_used_blocks + self.pool.blocks.pinned_blocks
+        assert total == self.blocks.num_blocks, (free, cached, self.blocks.num_used_blocks, len(pinned))
+        readers: dict[str, int] = {}
+        for seq in self.unfinished():
+            if seq.system_prompt is not None:
+                readers[seq.system_prompt.id] = readers.get(seq.system_prompt.id, 0) + 1
+            if seq.status != SequenceStatus.RUNNING:
+                assert not seq.block_table and seq.row == -1, seq
+        self.pool.check_integrity(readers)
+        rows = [s.row for s in self.running] + self._free_rows
+        assert sorted(rows) == list(range(self.config.max_num_seqs)), rows
+        assert self.running == sorted(self.running)
+        assert self._num_waiting == sum(s.status != SequenceStatus.RUNNING for s in self.unfinished())

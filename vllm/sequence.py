@@ -1,0 +1,160 @@
+"""One token sequence on its way through the engine: state of a request's output, or of a system prompt's own prefill."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from vllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from vllm.core.system_prompt_pool import PinnedPrompt
+
+
+class SequenceStatus(IntEnum):
+    """States; everything from `FINISHED_STOPPED` on is final."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED_STOPPED = 3
+    FINISHED_LENGTH = 4
+    FINISHED_ABORTED = 5
+
+
+FINISH_REASONS = {
+    SequenceStatus.FINISHED_STOPPED: "stop",
+    SequenceStatus.FINISHED_LENGTH: "length",
+    SequenceStatus.FINISHED_ABORTED: "abort",
+}
+
+
+class Sequence:
+    """Tokens, KV blocks and progress of one sequence.
+
+    Positions are absolute: with a system prompt of S tokens attached, tokens 0 … S-1 live in its pinned extent and
+    the sequence's own blocks start at token S, at offset 0 of `block_table[0]`.
+
+    Attributes:
+        order: Admission order; smaller runs first. Kept over preemptions.
+        is_system_prompt: The sequence is the prefill of a system prompt itself. Its blocks are a pinned extent, which
+            `free()` never releases.
+        system_prompt: The pinned prompt this sequence reads, or None.
+        num_computed_tokens: Tokens from 0 whose KV exists, the system prompt's included.
+        row: Slot of the running sequence in the ranks' buffers, or -1.
+        num_cached_tokens: Prompt tokens this sequence did not have to compute; None until it is first scheduled.
+        paid_system_prompt: This sequence's request is the one whose arrival caused the system prompt's prefill.
+        block_keys: Prefix-cache keys of its full blocks, extended as they are needed.
+        fork_parent: Sibling whose prompt blocks this one may share.
+    """
+
+    __slots__ = (
+        "arrival_time",
+        "block_keys",
+        "block_table",
+        "cache_seed",
+        "first_scheduled_time",
+        "fork_children",
+        "fork_parent",
+        "index",
+        "is_system_prompt",
+        "num_cached_tokens",
+        "num_committed_blocks",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "order",
+        "paid_system_prompt",
+        "priority",
+        "request_id",
+        "row",
+        "sampling_params",
+        "seed",
+        "status",
+        "system_prompt",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        token_ids: list[int],
+        sampling_params: SamplingParams | None = None,
+        *,
+        index: int = 0,
+        order: int = 0,
+        priority: int = 0,
+        seed: int = 0,
+        arrival_time: float = 0.0,
+        cache_seed: bytes = b"",
+        is_system_prompt: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.token_ids = token_ids
+        self.num_prompt_tokens = len(token_ids)
+        self.sampling_params = sampling_params or SamplingParams()
+        self.order = order
+        self.priority = priority
+        self.seed = seed
+        self.arrival_time = arrival_time
+        self.cache_seed = cache_seed
+        self.is_system_prompt = is_system_prompt
+        self.status = SequenceStatus.WAITING
+        self.system_prompt: PinnedPrompt | None = None
+        self.paid_system_prompt = False
+        self.block_table: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.num_committed_blocks = 0
+        self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        self.first_scheduled_time: float | None = None
+        self.row = -1
+        self.fork_parent: Sequence | None = None
+        self.fork_children: list[Sequence] = []
+
+    def __lt__(self, other: Sequence) -> bool:
+        return (self.priority, self.order) < (other.priority, other.order)
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.request_id}[{self.index}], {self.status.name}, {self.num_tokens} tokens)"
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prefix_len(self) -> int:
+        """S, the tokens read from the pinned extent."""
+        return self.system_prompt.num_tokens if self.system_prompt is not None else 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status >= SequenceStatus.FINISHED_STOPPED
+
+    @property
+    def finish_reason(self) -> str | None:
+        return FINISH_REASONS.get(self.status)
+
+    def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
+        """Prefix-cache keys of the first `count` own blocks.
+
+        A key is SHA-256 over (previous key, the block's token ids as int64), the chain starting at the digest of
+        (`cache_seed`, id of the system prompt), so that equal keys mean equal context, namespace and model.
+        """
+        keys = self.block_keys
+        while len(keys) < count:
+            if keys:
+                previous = keys[-1]
+            else:
+                prompt_id = self.system_prompt.id if self.system_prompt is not None else ""
+                previous = hashlib.sha256(self.cache_seed + prompt_id.encode()).digest()
+            start = self.prefix_len + len(keys) * block_size
+            tokens = array("q", self.token_ids[start : start + block_size])
+            keys.append(hashlib.sha256(previous + tokens.tobytes()).digest())
+        return keys[:count]

@@ -1,0 +1,118 @@
+"""One step of the engine as data: the plan that the scheduler makes, and what the ranks send back.
+
+Plain values, so that a plan can be printed, recorded and broadcast to every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class PrefixExtent:
+    """Pinned KV that a sequence reads: the first `num_tokens` slots from block `start_block` on."""
+
+    start_block: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class SequenceStart:
+    """A sequence that begins (or begins again) to run, in a row of the ranks' buffers.
+
+    Attributes:
+        token_ids: All tokens known so far.
+        prefix: The pinned extents it reads, in order of position; together they hold its first tokens.
+        seed: 64-bit seed of its draws.
+        stop_token_ids: Tokens that may not come before `min_tokens`.
+    """
+
+    row: int
+    token_ids: list[int]
+    num_prompt_tokens: int
+    block_table: list[int]
+    prefix: tuple[PrefixExtent, ...]
+    sampling_params: SamplingParams
+    seed: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FreedSequence:
+    """A sequence that no longer runs."""
+
+    row: int
+    is_system_prompt: bool
+
+
+@dataclass(frozen=True)
+class SystemPromptChunk:
+    """The next tokens of a system prompt's own prefill: positions `start …`, into its extent at `start_block`."""
+
+    prompt_id: str
+    start_block: int
+    start: int
+    token_ids: list[int]
+
+
+@dataclass
+class StepPlan:
+    """What the ranks do in one step, in this order: moves, copies, freed, new_blocks, started, chunk, then the batch.
+
+    The batch is one entry a sequence, sequences that read the same extents side by side:
+        rows, starts (first position to compute), counts (tokens to compute), samples (whether a token is drawn),
+        wants_prompt_logprobs.
+
+    Attributes:
+        moves: Blocks that make room for an extent, (source, destination).
+        copies: Blocks that a forked sequence needs a copy of, (source, destination); a source may be a destination
+            of `moves`.
+        new_blocks: (row, first column, block ids) to write into the block tables.
+    """
+
+    moves: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    freed: list[FreedSequence] = field(default_factory=list)
+    started: list[SequenceStart] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    chunk: SystemPromptChunk | None = None
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    wants_prompt_logprobs: list[bool] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.rows or self.chunk or self.moves or self.copies or self.freed)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in the step."""
+        return sum(self.counts) + (len(self.chunk.token_ids) if self.chunk else 0)
+
+
+@dataclass
+class PositionLogprobs:
+    """Log-probabilities at some positions: the chosen token first, then the most likely ones; `ranks` are 1-based."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    ranks: list[int]
+
+
+@dataclass
+class StepResult:
+    """What a step drew: entry i belongs to entry i of the plan's batch.
+
+    Attributes:
+        token_ids: The drawn token, or -1 where none was asked for.
+        logprobs: At the drawn token, where asked for.
+        prompt_logprobs: At the prompt positions that the step computed, where asked for.
+    """
+
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs | None]
+    prompt_logprobs: list[PositionLogprobs | None]

@@ -1,0 +1,197 @@
+"""KV memory of one rank, and the bookkeeping of the part of it that is pinned.
+
+    [0 ....... schedulable blocks ....... | wall | ... pinned extents ... num_blocks)
+
+`PinnedBlockPool` says which blocks are pinned; it is plain integers, so that the scheduler uses the very same class
+without a device. `CacheEngine` holds the tensors. All ranks hold the same block numbering.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Extent(NamedTuple):
+    """A contiguous run of blocks."""
+
+    start: int
+    num_blocks: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_blocks
+
+
+class PinnedBlockPool:
+    """Which blocks are pinned, and where the next extent goes.
+
+    Nothing is pinned at start and nothing is held back. The wall is the lowest pinned block: it falls when an extent is
+    placed under it and rises when its lowest extent is released. Holes between extents are schedulable like the
+    blocks under the wall, so no memory is ever lost to them; a new extent first looks for a hole that fits.
+
+    Args:
+        num_blocks: Blocks in the KV cache.
+        budget_blocks: Most blocks that may be pinned together.
+        floor_blocks: Blocks that must stay schedulable, whatever is pinned (one sequence of the longest length).
+    """
+
+    def __init__(self, num_blocks: int, budget_blocks: int, floor_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.budget_blocks = max(0, min(budget_blocks, num_blocks - floor_blocks))
+        self.pinned_blocks = 0
+        self._extents: dict[str, Extent] = {}
+
+    @property
+    def wall(self) -> int:
+        return min((e.start for e in self._extents.values()), default=self.num_blocks)
+
+    @property
+    def extents(self) -> dict[str, Extent]:
+        """Pinned extents by owner."""
+        return dict(self._extents)
+
+    def fits(self, num_blocks: int) -> bool:
+        """Whether the budget still has room for `num_blocks` more."""
+        return self.pinned_blocks + num_blocks <= self.budget_blocks
+
+    def find_window(self, num_blocks: int) -> int | None:
+        """First block of the place for an extent of `num_blocks`: the tightest hole that fits, else under the wall.
+
+        Returns None when the budget has no room, or no contiguous room is left.
+        """
+        if not self.fits(num_blocks):
+            return None
+        ordered = sorted(self._extents.values())
+        best: Extent | None = None
+        for below, above in zip(ordered, [*ordered[1:], Extent(self.num_blocks, 0)], strict=True):
+            hole = Extent(below.end, above.start - below.end)
+            if num_blocks <= hole.num_blocks and (best is None or hole.num_blocks < best.num_blocks):
+                best = hole
+        if best is not None:
+            return best.end - num_blocks
+        start = self.wall - num_blocks
+        return start if start >= 0 else None
+
+    def pin(self, owner: str, start: int, num_blocks: int) -> Extent:
+        """Marks blocks as the extent of `owner`; the caller has emptied them.
+
+        Raises:
+            ValueError: over budget, out of range, overlapping another extent, or the owner has one already.
+        """
+        extent = Extent(start, num_blocks)
+        if owner in self._extents:
+            raise ValueError(f"{owner} is pinned already")
+        if num_blocks < 1 or start < 0 or extent.end > self.num_blocks or not self.fits(num_blocks):
+            raise ValueError(f"blocks {start}..{extent.end} cannot be pinned")
+        if any(e.start < extent.end and start < e.end for e in self._extents.values()):
+            raise ValueError(f"blocks {start}..{extent.end} overlap a pinned extent")
+        self._extents[owner] = extent
+        self.pinned_blocks += num_blocks
+        return extent
+
+    def unpin(self, owner: str) -> Extent:
+        """Ends the pin of `owner` and returns its blocks, which are schedulable again.
+
+        Raises:
+            KeyError: the owner has no extent.
+        """
+        extent = self._extents.pop(owner)
+        self.pinned_blocks -= extent.num_blocks
+        return extent
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError with numbers when the books do not add up."""
+        ordered = sorted(self._extents.values())
+        assert sum(e.num_blocks for e in ordered) == self.pinned_blocks, (ordered, self.pinned_blocks)
+        assert self.pinned_blocks <= self.budget_blocks, (self.pinned_blocks, self.budget_blocks)
+        for a, b in zip(ordered, ordered[1:], strict=False):
+            assert a.end <= b.start, (a, b)
+        assert all(e.start >= 0 and e.end <= self.num_blocks for e in ordered), ordered
+
+
+class HasRow(Protocol):
+    """What `CacheEngine.free` needs to know of a sequence."""
+
+    row: int
+    is_system_prompt: bool
+
+
+class CacheEngine:
+    """K and V tensors of a rank, and the block tables of the sequences that run on it.
+
+    Per layer one K and one V tensor `[num_blocks * block_size, num_kv_heads, head_dim]`: a slot is a row, and an extent
+    is a plain slice that any dense attention can read without a block table.
+
+    Args:
+        num_layers, num_blocks, block_size, num_kv_heads, head_dim: Shape.
+        max_num_seqs: Rows of `block_tables`.
+        max_blocks_per_seq: Columns of `block_tables`.
+        dtype, device: Of the K/V tensors.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_num_seqs: int,
+        max_blocks_per_seq: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        import torch
+
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        shape = (num_blocks * block_size, num_kv_heads, head_dim)
+        self.k_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.v_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
+        self._device = device
+
+    @staticmethod
+    def bytes_per_block(block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """Bytes of K and V of one block over all layers."""
+        return 2 * block_size * num_layers * num_kv_heads * head_dim * itemsize
+
+    def extent_slots(self, start_block: int, num_tokens: int) -> slice:
+        """Rows of a K/V tensor that hold the first `num_tokens` tokens of an extent."""
+        first = start_block * self.block_size
+        return slice(first, first + num_tokens)
+
+    def set_blocks(self, row: int, first: int, blocks: list[int]) -> None:
+        """Writes block ids into `block_tables[row, first:]`."""
+        import torch
+
+        self.block_tables[row, first : first + len(blocks)] = torch.tensor(blocks, device=self._device)
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """Copies whole blocks, all layers: `pairs` of (source, destination).
+
+        All sources are read before any destination is written, so that a block may be both.
+        """
+        if not pairs:
+            return
+        import torch
+
+        moves = torch.tensor(pairs, dtype=torch.int64, device=self._device)
+        offsets = torch.arange(self.block_size, device=self._device)
+        source = (moves[:, :1] * self.block_size + offsets).flatten()
+        destination = (moves[:, 1:] * self.block_size + offsets).flatten()
+        for cache in (*self.k_caches, *self.v_caches):
+            cache[destination] = cache[source]
+
+    def free(self, seq: HasRow) -> None:
+        """Forgets the block table of a sequence that no longer runs.
+
+        Does nothing for a system prompt: its KV is an extent, read by others, and ends only when it is unpinned.
+        """
+        if seq.is_system_prompt:
+            return
+        self.block_tables[seq.row].zero_()
