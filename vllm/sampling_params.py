@@ -32,6 +32,8 @@ class RequestOutputKind(IntEnum):
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Sampling parameters of a request, named as vLLM and the OpenAI API name them.
 
+    `bad_words_token_ids` is filled by the engine, which knows the tokenizer.
+
     Raises:
         VLLMValidationError: on construction, when a value is out of range; `param` names it.
     """
@@ -48,6 +50,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     stop: list[str] | str | None = None
     stop_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    bad_words_token_ids: list[list[int]] | None = None
     ignore_eos: bool = False
     max_tokens: int | None = 16
     min_tokens: int = 0

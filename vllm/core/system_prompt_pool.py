@@ -307,7 +307,7 @@ class SystemPromptPool:
     def get(self, key: str) -> PinnedPrompt | None:
         return self._prompts.get(key)
 
-    def list(self) -> list[PinnedPrompt]:
+    def prompts(self) -> list[PinnedPrompt]:
         return list(self._prompts.values())
 
     @property

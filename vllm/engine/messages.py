@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from vllm.sampling_params import SamplingParams
+from vllm.step import PositionLogprobs
 
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
@@ -27,7 +28,9 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
-    request_ids: list[str]
+    """Ends requests, or single outputs of them: (request id, output index or None for all)."""
+
+    targets: list[tuple[str, int | None]]
 
 
 class UtilityCall(msgspec.Struct, tag="call"):
@@ -38,25 +41,15 @@ class UtilityCall(msgspec.Struct, tag="call"):
     args: list[Any] = []
 
 
+EngineInput = EngineRequest | AbortRequests | UtilityCall
+"""All that the API process sends."""
+
+
 class UtilityResult(msgspec.Struct, omit_defaults=True):
     call_id: int
     result: Any = None
     error: str | None = None
     param: str | None = None
-
-
-class TokenLogprobLists(msgspec.Struct):
-    """Log-probabilities of some token positions; row i holds the chosen token first, then the most likely ones.
-
-    Attributes:
-        token_ids: [positions][1 + k].
-        logprobs: Same shape, natural log.
-        ranks: Rank of the chosen token, 1-based; [positions].
-    """
-
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    ranks: list[int]
 
 
 class EngineOutput(msgspec.Struct, omit_defaults=True):
@@ -72,8 +65,8 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     request_id: str
     index: int
     new_token_ids: list[int]
-    logprobs: TokenLogprobLists | None = None
-    prompt_logprobs: TokenLogprobLists | None = None
+    logprobs: PositionLogprobs | None = None
+    prompt_logprobs: PositionLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | None = None
     num_cached_tokens: int | None = None

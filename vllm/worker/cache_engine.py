@@ -8,6 +8,7 @@ without a device. `CacheEngine` holds the tensors. All ranks hold the same block
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class PinnedBlockPool:
             return None
         ordered = sorted(self._extents.values())
         best: Extent | None = None
-        for below, above in zip(ordered, [*ordered[1:], Extent(self.num_blocks, 0)], strict=True):
+        for below, above in pairwise([*ordered, Extent(self.num_blocks, 0)]):
             hole = Extent(below.end, above.start - below.end)
             if num_blocks <= hole.num_blocks and (best is None or hole.num_blocks < best.num_blocks):
                 best = hole
@@ -107,7 +108,7 @@ class PinnedBlockPool:
         ordered = sorted(self._extents.values())
         assert sum(e.num_blocks for e in ordered) == self.pinned_blocks, (ordered, self.pinned_blocks)
         assert self.pinned_blocks <= self.budget_blocks, (self.pinned_blocks, self.budget_blocks)
-        for a, b in zip(ordered, ordered[1:], strict=False):
+        for a, b in pairwise(ordered):
             assert a.end <= b.start, (a, b)
         assert all(e.start >= 0 and e.end <= self.num_blocks for e in ordered), ordered
 

@@ -1,0 +1,49 @@
+# make serve   set up .venv, then serve the default model on port 8000
+#              make serve PORT=8123 ARGS="--max-model-len 4096"
+# make test    set up .venv, then run the tests        make test ARGS="-m nightly"
+# make lint    format check, lint, types
+# make clean   remove .venv and caches
+#
+# Variables: PYTHON (3.11-3.13), PORT, ARGS, TORCH_INDEX (URL of an extra package index that torch may come from)
+
+PYTHON ?= python3
+PORT ?= 8000
+ARGS ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := requirements-$(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu).txt
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: serve test lint clean
+.DELETE_ON_ERROR:
+
+serve: $(INSTALLED)
+	exec $(BIN)/python -m vllm.entrypoints.openai.api_server --port $(PORT) $(ARGS)
+
+test: $(INSTALLED_DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED_DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Torch goes first, by itself: the build that is then present satisfies every later `torch>=...`.
+$(INSTALLED): pyproject.toml setup.py vllm/version.py $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
+	  "Python 3.11, 3.12 or 3.13 is needed, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(REQUIREMENTS)
+	$(PIP) install -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
+	$(PIP) install -e '.[test,dev]'
+	@touch $@

@@ -1,0 +1,130 @@
+"""What tests share: models on disk, servers as child processes, and the rules for the markers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from server_process import ServerProcess
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tests use local files alone; a look-up on a model hub should fail at once instead of waiting for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+ServerFactory = Callable[..., ServerProcess]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "nightly" not in (config.option.markexpr or ""):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        from vllm.platforms import CudaPlatform
+
+        if not CudaPlatform.is_available():
+            for item in on_gpu:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def default_model_path() -> str:
+    """The default model's GGUF file, fetched into the cache if it is not there."""
+    from vllm.transformers_utils.default_model import ensure_default_model
+
+    return str(ensure_default_model())
+
+
+@pytest.fixture(scope="session")
+def server_factory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
+    """`server_factory(*args, env=None, api_key=None, timeout=300)` returns a healthy server started with these flags.
+
+    It is a `ServerProcess`: `.url`, `.port`, `.model`, `.log_path`, `.process`, `.stop()`. Raises
+    RuntimeError with the end of the server's log if it does not start. Servers still running at the end are stopped.
+    """
+    servers: list[ServerProcess] = []
+    folder = tmp_path_factory.mktemp("servers")
+
+    def start(
+        *args: str, env: dict[str, str] | None = None, api_key: str | None = None, timeout: float = 300
+    ) -> ServerProcess:
+        server = ServerProcess(args, folder / f"server{len(servers)}.log", env, api_key)
+        servers.append(server)
+        server.wait_until_healthy(timeout)
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(server_factory: ServerFactory, default_model_path: str) -> ServerProcess:
+    """A server of the default model in float32 with 16,384 tokens of KV cache, shared by all tests."""
+    return server_factory("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024")
+
+
+@pytest.fixture(scope="session")
+def hf_model_dir(default_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model as a Hugging Face directory: weights dequantised to float32, tokenizer, chat template."""
+    import torch
+    from safetensors.torch import save_file
+
+    from vllm.model_executor.model_loader import iterate_weights
+    from vllm.transformers_utils.config import load_hf_config
+    from vllm.transformers_utils.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("hf_model")
+    config = load_hf_config(default_model_path)
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    weights = iterate_weights(default_model_path, "gguf", config)
+    tensors = {name: tensor.to(torch.float32).contiguous() for name, tensor in weights}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _save_tokenizer(load_tokenizer(default_model_path).hf, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(default_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights (always the same) and the default model's tokenizer, in float32."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from vllm.transformers_utils.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tokenizer = load_tokenizer(default_model_path)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        # The usual 0.02 makes all tokens almost equally likely, so that rounding decides which one comes first.
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+        dtype=torch.float32,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    _save_tokenizer(tokenizer.hf, folder)
+    return folder
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    # The chat template goes into tokenizer_config.json, where older checkpoints have it.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)

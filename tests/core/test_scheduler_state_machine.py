@@ -1,0 +1,203 @@
+"""Random histories of the scheduler and the pool, without a model: blocks, readers and budgets always add up.
+
+Invariants 1 (free + cached + used + pinned == num_blocks), 2 (a block belongs to one writer), 3 (budget and floor),
+4 (a full pool never wedges a request), 5 (one prefill a prompt) and 7 (nothing leaks on abort) of the design.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from vllm.config import SchedulerConfig, SystemPromptConfig
+from vllm.core.block_manager import BlockManager
+from vllm.core.scheduler import Scheduler
+from vllm.core.system_prompt_pool import SystemPromptPool, SystemPromptRefusedError
+from vllm.sampling_params import SamplingParams
+from vllm.sequence import Sequence
+from vllm.worker.cache_engine import PinnedBlockPool
+
+BLOCK = 4
+MAX_LEN = 64
+PROMPTS = [[p] * n for p, n in ((1, 3), (2, 8), (3, 17), (4, 31), (5, 44), (6, 12), (7, 4))]
+
+
+class Memory:
+    """What a device would hold: slot (block, offset) → (token, position); follows plans as a rank would."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def copy(self, pairs):
+        old = dict(self.slots)
+        for source, destination in pairs:
+            for offset in range(BLOCK):
+                self.slots.pop((destination, offset), None)
+                if (source, offset) in old:
+                    self.slots[destination, offset] = old[source, offset]
+
+    def run(self, plan, scheduled):
+        self.copy(plan.moves)
+        self.copy(plan.copies)
+        if plan.chunk is not None:
+            for i, token in enumerate(plan.chunk.token_ids, start=plan.chunk.start):
+                self.slots[plan.chunk.start_block + i // BLOCK, i % BLOCK] = (token, i)
+        for seq, start, count in zip(scheduled, plan.starts, plan.counts, strict=True):
+            for i in range(start, start + count):
+                own = i - seq.prefix_len
+                self.slots[seq.block_table[own // BLOCK], own % BLOCK] = (seq.token_ids[i], i)
+        for seq in scheduled:
+            self.check(seq, seq.num_computed_tokens)
+
+    def check(self, seq, count):
+        """Every token before the step's last reads the KV of exactly its own context."""
+        for i in range(count):
+            own = i - seq.prefix_len
+            if own < 0:
+                slot = (seq.system_prompt.extent.start + i // BLOCK, i % BLOCK)
+            else:
+                slot = (seq.block_table[own // BLOCK], own % BLOCK)
+            assert self.slots.get(slot) == (seq.token_ids[i], i), (seq, i, slot)
+
+
+class Machine(RuleBasedStateMachine):
+    @initialize(
+        extra=st.integers(0, 40),
+        budget=st.integers(0, 40),
+        caching=st.booleans(),
+        seqs=st.integers(1, 5),
+        batched=st.integers(5, 40),
+        mode=st.sampled_from(["auto", "auto", "auto", "declared", "off"]),
+        chunk=st.sampled_from([4, 8, 16]),
+    )
+    def start(self, extra, budget, caching, seqs, batched, mode, chunk):
+        self.now = 1000.0
+        self.num_blocks = MAX_LEN // BLOCK + extra
+        self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
+        self.pinned = PinnedBlockPool(self.num_blocks, budget, MAX_LEN // BLOCK)
+        self.pool = SystemPromptPool(
+            SystemPromptConfig(mode=mode, chunk_tokens=chunk, min_tokens=4),
+            self.pinned,
+            BLOCK,
+            on_release=lambda e: self.blocks.give_back(e.start, e.num_blocks),
+            clock=lambda: self.now,
+        )
+        config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=max(batched, seqs))
+        self.scheduler = Scheduler(config, self.blocks, self.pool, MAX_LEN, eos_token_ids=(99,))
+        self.memory = Memory()
+        self.next_id = 0
+        self.requests: dict[str, int] = {}
+        self.computed: dict[str, int] = {}
+
+    @rule(
+        prompt=st.sampled_from([*PROMPTS, None]),
+        suffix=st.lists(st.integers(10, 12), min_size=1, max_size=14),
+        max_tokens=st.integers(1, 12),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        namespace=st.sampled_from([b"", b"a"]),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def add(self, prompt, suffix, max_tokens, n, namespace, priority):
+        ids = ((prompt or []) + suffix)[: MAX_LEN - 1]
+        params = SamplingParams(max_tokens=max_tokens, n=n)
+        request_id = f"r{self.next_id}"
+        self.next_id += 1
+        sequences = [
+            Sequence(request_id, list(ids), params, index=i, cache_seed=namespace, priority=priority) for i in range(n)
+        ]
+        self.requests[request_id] = n
+        self.scheduler.add(sequences, len(prompt) if prompt and len(prompt) < len(ids) else None)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests)
+    def abort(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        index = data.draw(st.sampled_from([None, None, 0, self.requests[request_id] - 1]))
+        self.scheduler.abort(request_id, index)
+        if index is None:
+            del self.requests[request_id]
+
+    @rule(prompt=st.sampled_from(PROMPTS), ttl=st.sampled_from([None, 5.0, 50.0]))
+    def declare(self, prompt, ttl):
+        try:
+            self.scheduler.add_system_prompt(list(prompt), None, ttl)
+        except SystemPromptRefusedError as error:
+            assert str(error)
+
+    @rule(data=st.data())
+    def remove(self, data):
+        known = [p.id for p in self.pool.prompts()]
+        if known:
+            self.pool.remove(data.draw(st.sampled_from(sorted(known))))
+
+    @rule(seconds=st.sampled_from([1.0, 10.0, 100.0]))
+    def wait(self, seconds):
+        self.now += seconds
+
+    @rule()
+    def forget_cache(self):
+        self.blocks.reset_prefix_cache()
+
+    @rule(data=st.data(), steps=st.integers(1, 4))
+    def step(self, data, steps):
+        for _ in range(steps):
+            self.one_step(data.draw(st.sampled_from([10, 11, 12, 99])))
+
+    def one_step(self, token):
+        before = {p.id: p.extent for p in self.pool.prompts() if p.state == "pinned"}
+        plan = self.scheduler.schedule()
+        scheduled = self.scheduler.scheduled
+        assert sum(plan.counts) <= self.scheduler.config.max_num_batched_tokens + len(plan.counts)
+        assert len(plan.rows) == len(set(plan.rows)) <= self.scheduler.config.max_num_seqs
+        for prompt in self.pool.prompts():
+            if prompt.id in before:
+                assert prompt.extent == before[prompt.id], "a pinned extent never moves"
+        self.memory.run(plan, scheduled)
+        if plan.chunk is not None:
+            key = plan.chunk.prompt_id
+            done = self.computed.get(key, 0)
+            assert plan.chunk.start in (done, 0), "no system-prompt token is computed twice while it is known"
+            self.computed[key] = plan.chunk.start + len(plan.chunk.token_ids)
+        self.scheduler.postprocess([token if s else -1 for s in plan.samples])
+        alive = {p.id for p in self.pool.prompts()}
+        self.computed = {k: v for k, v in self.computed.items() if k in alive}
+        running = {s.request_id for s in self.scheduler.unfinished()}
+        self.requests = {k: v for k, v in self.requests.items() if k in running}
+        return plan
+
+    @invariant()
+    def books_balance(self):
+        self.scheduler.check_integrity()
+        assert self.pinned.pinned_blocks <= self.pinned.budget_blocks
+        assert self.blocks.num_schedulable_blocks >= MAX_LEN // BLOCK
+
+    def teardown(self):
+        """Every admitted request finishes, whatever is pinned, and then nothing is held."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(5000):
+            if not self.scheduler.has_work():
+                break
+            self.one_step(10)
+        assert not self.scheduler.has_work(), list(self.scheduler.unfinished())
+        self.scheduler.check_integrity()
+        assert self.blocks.num_used_blocks == 0 and self.pool.num_readers == 0
+        for prompt in self.pool.prompts():
+            self.pool.remove(prompt.id)
+        assert self.pinned.pinned_blocks == 0
+        assert self.blocks.num_free_blocks == self.num_blocks
+
+
+_EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
+_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+class TestScheduler(Machine.TestCase):
+    settings = settings(max_examples=_EXAMPLES or 200, stateful_step_count=40, **_settings)
+
+
+@pytest.mark.nightly
+class TestSchedulerLong(Machine.TestCase):
+    settings = settings(max_examples=_EXAMPLES or 3000, stateful_step_count=80, **_settings)

@@ -1,0 +1,121 @@
+"""`POST /v1/completions`: prompts in all their forms, echo, log-probabilities, streams."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from .test_chat import stream
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+def complete(client: httpx.Client, **fields: Any) -> dict[str, Any]:
+    body = {"prompt": "The sky is", "max_tokens": 4, "temperature": 0, "ignore_eos": True, **fields}
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_answer_has_the_shape_of_the_openai_api(client, server):
+    answer = complete(client, model=server.model)
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == server.model
+    (choice,) = answer["choices"]
+    assert choice["index"] == 0
+    assert choice["logprobs"] is None
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_sixteen_tokens_where_the_request_is_silent(client):
+    assert complete(client, max_tokens=None)["usage"]["completion_tokens"] == 16
+
+
+def test_text_and_its_token_ids_give_the_same_answer(client):
+    ids = client.post("/tokenize", json={"prompt": "The sky is"}).json()["tokens"]
+    texts = [complete(client, prompt=prompt)["choices"][0]["text"] for prompt in ("The sky is", ids, [ids])]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_choices_of_many_prompts_are_numbered_prompt_by_prompt(client):
+    answer = complete(client, prompt=["One", "Two two", "Three"], n=2, echo=True)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    starts = ("One", "One", "Two two", "Two two", "Three", "Three")
+    for choice, start in zip(answer["choices"], starts, strict=True):
+        assert choice["text"].startswith(start)
+    assert answer["usage"]["completion_tokens"] == 6 * 4
+
+
+def test_streams_of_many_prompts_equal_their_answers_at_once(client):
+    prompts = ["The sky is", "Once upon a time"]
+    chunks = stream(client, "/v1/completions", prompt=prompts, max_tokens=4, ignore_eos=True)
+    for choice in complete(client, prompt=prompts)["choices"]:
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert own[-1]["finish_reason"] == choice["finish_reason"]
+
+
+def test_stream_tells_usage_when_asked(client):
+    chunks = stream(client, "/v1/completions", prompt=["a", "b"], stream_options={"include_usage": True})
+    usage = chunks[-1]["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert chunks[-1]["choices"] == []
+
+
+def test_logprobs_are_parallel_lists(client):
+    logprobs = complete(client, logprobs=2)["choices"][0]["logprobs"]
+    lengths = {len(logprobs[key]) for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
+    assert lengths == {4}
+    for token, value, top in zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+        assert top[token] == value
+        assert len(top) in (2, 3)
+
+
+def test_echo_with_logprobs_covers_the_prompt(client):
+    answer = complete(client, echo=True, logprobs=1)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == answer["usage"]["total_tokens"]
+    assert logprobs["token_logprobs"][0] is None
+    assert all(value is not None for value in logprobs["token_logprobs"][1:])
+
+
+def test_echo_without_output_gives_the_prompt_alone(client):
+    answer = complete(client, echo=True, max_tokens=0, logprobs=1)
+    assert answer["choices"][0]["text"] == "The sky is"
+    assert answer["usage"]["completion_tokens"] == 0
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == answer["usage"]["prompt_tokens"]
+
+
+def test_streamed_echo_starts_with_the_prompt(client):
+    chunks = stream(client, "/v1/completions", prompt="The sky is", echo=True)
+    assert chunks[0]["choices"][0]["text"] == "The sky is"
+
+
+def test_token_ids_come_back_when_asked_for(client):
+    choice = complete(client, return_token_ids=True)["choices"][0]
+    assert len(choice["token_ids"]) == 4
+    assert choice["prompt_token_ids"]
+
+
+def test_a_stop_string_ends_the_answer_and_is_named(client):
+    text = complete(client, max_tokens=12)["choices"][0]["text"]
+    stop = text[len(text) // 2 :][:3]
+    choice = complete(client, max_tokens=12, stop=[stop])["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["stop_reason"] == stop
+    assert choice["text"] == text[: text.index(stop)]
+    kept = complete(client, max_tokens=12, stop=[stop], include_stop_str_in_output=True)["choices"][0]
+    assert kept["text"] == text[: text.index(stop)] + stop
+
+
+def test_the_prompt_can_be_truncated_from_its_start(client):
+    answer = complete(client, prompt="word " * 5000, truncate_prompt_tokens=7, return_token_ids=True)
+    assert answer["usage"]["prompt_tokens"] == 7

@@ -1,0 +1,139 @@
+"""The other routes of the server, and what happens when a client leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+
+import httpx
+import pytest
+
+USER = {"role": "user", "content": "Write a very long story about a lighthouse."}
+
+
+@pytest.fixture
+def client(server):
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+def gauge(client: httpx.Client, name: str) -> float:
+    found = re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", client.get("/metrics").text, re.M)
+    assert found, f"there is no metric {name}"
+    return sum(map(float, found))
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def test_models(client, server):
+    (card,) = client.get("/v1/models").json()["data"]
+    assert card["id"] == server.model
+    assert card["object"] == "model"
+    assert card["owned_by"] == "vllm"
+    assert card["max_model_len"] == 2048
+    assert client.get(f"/v1/models/{server.model}").json()["id"] == server.model
+
+
+def test_health_ping_version_load(client):
+    assert client.get("/health").status_code == 200
+    assert client.get("/ping").status_code == client.post("/ping").status_code == 200
+    assert re.match(r"\d+\.\d+", client.get("/version").json()["version"])
+    assert client.get("/load").json()["server_load"] >= 0
+
+
+def test_development_routes_are_closed(client):
+    assert client.get("/server_info").status_code == 404
+    assert client.post("/reset_prefix_cache").status_code == 404
+
+
+def test_tokenize_and_back(client):
+    text = "Hello, wörld 123 😀"
+    answer = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
+    assert answer["max_model_len"] == 2048
+    assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
+
+
+def test_tokenize_messages_as_chat_does(client):
+    answer = client.post("/tokenize", json={"messages": [USER]}).json()
+    chat = client.post("/v1/chat/completions", json={"messages": [USER], "max_tokens": 1}).json()
+    assert answer["count"] == chat["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [USER]}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/v1/system_prompts", {}, None),
+        ("/v1/system_prompts", {"prompt": ""}, "prompt"),
+        ("/v1/system_prompts", {"prompt": "x", "ttl": 0}, "ttl"),
+        ("/v1/system_prompts", {"prompt": "x", "name": ""}, "name"),
+        ("/v1/system_prompts", {"messages": [USER]}, "messages"),
+        ("/v1/system_prompts", {"messages": []}, "messages"),
+    ],
+)
+def test_wrong_requests_are_400(client, path, body, param):
+    response = client.post(path, json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_detokenize_nothing(client):
+    assert client.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+
+
+def test_system_prompts_can_be_pinned_shown_and_released(client):
+    messages = [{"role": "system", "content": "You are the keeper of a lighthouse in a test of the HTTP server."}]
+    made = client.post("/v1/system_prompts", json={"messages": messages, "name": "keeper"}).json()
+    assert made["object"] == "system_prompt"
+    assert made["name"] == "keeper"
+    assert made["num_tokens"] > 10
+    path = f"/v1/system_prompts/{made['id']}"
+    assert made["id"] in [entry["id"] for entry in client.get("/v1/system_prompts").json()["data"]]
+    assert client.get(path).json()["num_tokens"] == made["num_tokens"]
+    assert client.delete(path).json()["deleted"] is True
+    wait_for(lambda: client.get(path).status_code == 404)
+    assert client.delete(path).status_code == 404
+
+
+def test_metrics_are_prometheus_text(client):
+    client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    for name in ("vllm:num_requests_running", "process_resident_memory_bytes", "python_info"):
+        assert name in response.text
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+def test_a_client_that_leaves_ends_its_request(client, server, path, streamed):
+    wait_for(lambda: gauge(client, "num_requests_running") == 0)
+    body = {"messages": [USER], "prompt": ["Once", "Twice"], "max_tokens": 1900, "ignore_eos": True, "stream": streamed}
+    with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=2) as leaver:
+        if streamed:
+            with leaver.stream("POST", path, json=body) as response:
+                lines = response.iter_lines()
+                assert next(lines).startswith("data: ")
+                wait_for(lambda: gauge(client, "num_requests_running") > 0)
+        else:
+            leaver.post(path, json=body)
+    wait_for(lambda: gauge(client, "num_requests_running") == 0, seconds=5)
+
+
+def test_browsers_of_other_sites_are_told_that_they_may(client):
+    headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
+    response = client.options("/v1/chat/completions", headers=headers)
+    assert response.status_code == 200
+    assert response.headers["access-control-allow-origin"] == "*"

@@ -1,0 +1,197 @@
+"""The server as a process: how it starts, refuses to start, drains, and ends."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from server_process import free_port
+
+LONG = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
+
+
+@pytest.fixture
+def start(server_factory, tiny_model_dir):
+    """Starts a server of the tiny model; stops it after the test."""
+    servers = []
+
+    def start_server(*args: str, **kwargs):
+        servers.append(
+            server_factory("--model", str(tiny_model_dir), "--num-gpu-blocks-override", "256", *args, **kwargs)
+        )
+        return servers[-1]
+
+    yield start_server
+    for server in servers:
+        server.stop()
+
+
+def run(*args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs `vllm` with arguments that must end it."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def engine_process(server) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    return next(child for child in children if "vllm.engine.core_process" in " ".join(child.cmdline()))
+
+
+def test_version_and_help_end_at_once():
+    assert run("--version").stdout.strip()[0].isdigit()
+    assert "serve" in run("--help").stdout
+    assert "HTTP server" in run("serve", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["/no/such/model"], "/no/such/model"),
+        (["a", "--model", "b"], "Two models"),
+        (["--quantization", "awq"], "--quantization"),
+        (["--tool-call-parser", "hermes"], "--tool-call-parser"),
+        (["-tp", "2"], "--tensor-parallel-size"),
+        (["--host", "203.0.113.5"], "203.0.113.5"),
+        (["--ssl-keyfile", "/no/such/file"], "/no/such/file"),
+    ],
+)
+def test_what_cannot_start_says_so_in_one_line(args, words):
+    done = run("serve", *args)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert words in last
+
+
+def test_a_port_in_use_is_noticed_before_the_model_loads(tiny_model_dir):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run("serve", str(tiny_model_dir), "--host", "127.0.0.1", "--port", str(port))
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"error: Cannot listen on 127.0.0.1 port {port}: Address already in use. Choose another with --host and --port."
+    )
+
+
+def test_nothing_answers_while_the_model_loads(tiny_model_dir, tmp_path: Path):
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model_dir), "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--num-gpu-blocks-override", "256"], stdout=log, stderr=log)
+    statuses = []
+    try:
+        while process.poll() is None and 200 not in statuses:
+            with contextlib.suppress(httpx.TransportError):
+                statuses.append(httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code)
+            time.sleep(0.05)
+        assert statuses == [200]
+        answer = httpx.post(
+            f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=60
+        )
+        assert answer.status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(30) == 0
+    text = (tmp_path / "log").read_text()
+    for words in ("Model: ", "dtype ", "KV cache: 4096 tokens", "pinned", f":{port}/v1"):
+        assert words in text
+
+
+def test_a_signal_ends_the_loading(tiny_model_dir):
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.cli.main",
+        "serve",
+        str(tiny_model_dir),
+        "--port",
+        str(free_port()),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    children: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while not children and time.monotonic() < deadline:
+        children = psutil.Process(process.pid).children(recursive=True)
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+def test_the_api_key_guards_the_running_server(start):
+    server = start("--api-key", "one", "--api-key", "two", api_key="one")
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    for path in ("/v1/models", "/v1/system_prompts", "/docs", "/openapi.json", "/load", "/nothing"):
+        assert httpx.get(f"{server.url}{path}").status_code == 401
+        assert httpx.get(f"{server.url}{path}", headers={"Authorization": "Bearer three"}).status_code == 401
+    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer two"}).status_code == 200
+
+
+def test_development_routes_open_in_development_mode(start):
+    server = start(env={"VLLM_SERVER_DEV_MODE": "1"})
+    assert httpx.get(f"{server.url}/server_info").json()["vllm_config"]["model"]["max_model_len"] == 4096
+    assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 200
+
+
+def test_sigterm_lets_open_requests_end(start):
+    server = start()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=120)
+        wait_until_running(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert answer.result().json()["usage"]["completion_tokens"] == 1000
+    assert server.process.wait(30) == 0
+
+
+def test_a_second_signal_stops_at_once(start):
+    server = start()
+    engine = engine_process(server)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"max_tokens": 4000}, timeout=120)
+        wait_until_running(server)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(15) == 0
+        # Cut off: an error if there was time to say so, else a broken connection.
+        with contextlib.suppress(httpx.TransportError):
+            assert answer.result().status_code == 500
+    assert not engine.is_running()
+
+
+def test_when_the_engine_dies_requests_fail_and_the_server_ends(start):
+    server = start()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=60)
+        streamed = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60)
+        wait_until_running(server, 2)
+        os.kill(engine_process(server).pid, signal.SIGKILL)
+        time.sleep(0.5)
+        assert httpx.get(f"{server.url}/health").status_code == 503
+        error = whole.result().json()["error"]
+        assert error["code"] == whole.result().status_code == 500
+        assert "engine" in error["message"]
+        assert '"error"' in streamed.result().text
+        assert streamed.result().text.endswith("data: [DONE]\n\n")
+    assert server.process.wait(30) == 1
+
+
+def wait_until_running(server, count: int = 1) -> None:
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{server.url}/load").json()["server_load"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,1 @@
+"""Attention over pinned extents and paged suffixes: prefix + suffix + merge."""

@@ -1,0 +1,42 @@
+"""The contract of an attention backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+
+from vllm.attention.metadata import AttentionMetadata
+
+
+class AttentionBackend(ABC):
+    """Computes `softmax(scale · q Kᵀ) V` for a batch whose K and V lie in pinned extents and in own blocks.
+
+    For every query token: all slots of the extents of its groups, and the own slots of its sequence up to and including
+    itself. Softmax statistics are float32, log-sum-exps natural.
+    """
+
+    @abstractmethod
+    def prepare(self, metadata: AttentionMetadata) -> Any:
+        """Derives, once a step, what `forward` needs for every layer."""
+
+    @abstractmethod
+    def forward(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        prepared: Any,
+    ) -> torch.Tensor:
+        """Attention of one layer; K and V of the query tokens are in the cache already.
+
+        Args:
+            q: [T, num_heads, head_dim].
+            k_cache, v_cache: [num_slots, num_kv_heads, head_dim].
+            scale: Factor of the scores.
+            prepared: What `prepare` returned.
+
+        Returns [T, num_heads, head_dim] in the dtype of `q`.
+        """

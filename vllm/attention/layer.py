@@ -1,0 +1,54 @@
+"""The attention layer of a network: writes K and V, then asks the backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm.attention.backends.base import AttentionBackend
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What the attention layers of one forward pass share.
+
+    Attributes:
+        backend: Computes attention.
+        prepared: The backend's own view of the batch.
+        slot_mapping: Slot of each token; int64 [T].
+        k_caches, v_caches: Per layer [num_slots, num_kv_heads, head_dim].
+    """
+
+    backend: AttentionBackend
+    prepared: Any
+    slot_mapping: torch.Tensor
+    k_caches: list[torch.Tensor]
+    v_caches: list[torch.Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one layer over the KV cache.
+
+    Args:
+        layer_index: Which K/V tensors are its own.
+        num_heads, num_kv_heads, head_dim: This rank's share.
+    """
+
+    def __init__(self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """q [T, num_heads * head_dim], k and v [T, num_kv_heads * head_dim] → [T, num_heads * head_dim]."""
+        k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
+        k_cache[context.slot_mapping] = k.view(-1, self.num_kv_heads, self.head_dim)
+        v_cache[context.slot_mapping] = v.view(-1, self.num_kv_heads, self.head_dim)
+        q = q.view(-1, self.num_heads, self.head_dim)
+        return context.backend.forward(q, k_cache, v_cache, self.scale, context.prepared).flatten(1)

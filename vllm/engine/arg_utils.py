@@ -1,0 +1,286 @@
+"""Engine flags: their names, defaults and limits, and how they become a `VllmConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vllm import envs
+from vllm.config import (
+    CacheConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SystemPromptConfig,
+    SystemPromptMode,
+    VllmConfig,
+)
+from vllm.exceptions import StartupError
+from vllm.platforms import current_platform
+from vllm.platforms.base import Platform
+from vllm.transformers_utils.config import (
+    eos_token_ids,
+    load_generation_config,
+    load_hf_config,
+    resolve_model,
+    weights_digest,
+)
+from vllm.transformers_utils.tokenizer import Tokenizer, load_tokenizer
+
+_DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+_DTYPE_NAMES = {"half": "float16", "float": "float32"}
+_BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_MAX_SEQS = 65_536
+
+# Tokens of a step by default. On a CPU a GEMM is at full speed from a few hundred rows, and a smaller step keeps the
+# gaps between the tokens of running requests short; a GPU needs more rows to be busy.
+_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+@dataclass
+class EngineArgs:
+    """Engine flags; `None` means that the engine chooses. See `vllm serve --help` for each."""
+
+    model: str | None = None
+    tokenizer: str | None = None
+    served_model_name: list[str] | str | None = None
+    revision: str | None = None
+    load_format: Literal["auto", "gguf", "safetensors", "dummy"] = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    seed: int | None = None
+    chat_template: str | None = None
+    trust_request_chat_template: bool = False
+    trust_remote_code: bool = False
+    generation_config: Literal["auto", "vllm"] = "auto"
+    max_logprobs: int = 20
+    block_size: int = 16
+    num_gpu_blocks_override: int | None = None
+    kv_cache_memory_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    system_prompt_cache: SystemPromptMode = "auto"
+    system_prompt_cache_tokens: int | None = None
+    system_prompt_cache_fraction: float = 0.5
+    system_prompt_min_tokens: int = 1
+    system_prompt_ttl: float | None = None
+    tensor_parallel_size: int = 1
+    device: str = "auto"
+    attention_backend: str | None = None
+    enforce_eager: bool = False
+
+    @classmethod
+    def from_cli_args(cls, namespace: argparse.Namespace) -> EngineArgs:
+        """Takes the engine's own values out of parsed arguments."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        return cls(**{n: getattr(namespace, n) for n in names if hasattr(namespace, n)})
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        """Adds the engine's flags, in groups."""
+        default = EngineArgs()
+
+        def adder(title: str) -> Any:
+            group = parser.add_argument_group(title)
+
+            def add(name: str, text: str, **options: Any) -> None:
+                value = getattr(default, name)
+                if isinstance(value, bool):
+                    options["action"] = argparse.BooleanOptionalAction
+                elif value is not None:
+                    text += " (default: %(default)s)"
+                group.add_argument(f"--{name.replace('_', '-')}", default=value, help=text, **options)
+
+            return add
+
+        add = adder("model")
+        add("model", "Hugging Face directory, .gguf file or hub id; without it, the default model.")
+        add("tokenizer", "Directory or .gguf file to read the tokenizer from; the model's own if not given.")
+        add("served_model_name", "Name or names the API knows the model by.", nargs="+")
+        add("revision", "Branch, tag or commit of a hub id.")
+        add("load_format", "How the weights are stored; dummy makes random ones.", choices=_choices("load_format"))
+        add("dtype", "Of weights and activations.", choices=_DTYPES)
+        add("max_model_len", "Longest prompt plus output, in tokens; 8k and 8K are understood.", type=_human_int)
+        add("seed", "Of the engine's own draws; fresh entropy if not given.", type=int)
+        add("chat_template", "Template text, or a file that holds it, in place of the tokenizer's own.")
+        add("trust_request_chat_template", "Let requests bring a chat_template of their own.")
+        add("trust_remote_code", "Run code that a checkpoint's tokenizer brings.")
+        add("generation_config", "auto: sampling defaults of the checkpoint; vllm: none.", choices=("auto", "vllm"))
+        add("max_logprobs", "Most log-probabilities a request may ask for.", type=int)
+        add = adder("KV cache")
+        add("block_size", "Tokens in a KV block.", type=int)
+        add("num_gpu_blocks_override", "Blocks of the KV cache, on any device; overrides what was measured.", type=int)
+        add("kv_cache_memory_bytes", "Bytes of the KV cache; 4G is understood.", type=_human_int)
+        add("kv_cache_dtype", "Only auto (that of the model) exists in this version.")
+        add("gpu_memory_utilization", "Share of the device's memory that the engine may use.", type=float)
+        add("enable_prefix_caching", "Reuse the KV of what requests have in common after their system prompt.")
+        add = adder("scheduler")
+        add("max_num_seqs", "Most sequences that run together.", type=int)
+        add("max_num_batched_tokens", "Most tokens computed in a step.", type=_human_int)
+        add = adder("system prompts")
+        add("system_prompt_cache", "auto pins every system prompt, declared only added ones.", choices=_choices("mode"))
+        add("system_prompt_cache_tokens", "Most tokens pinned together; wins over the fraction.", type=_human_int)
+        add("system_prompt_cache_fraction", "Share of the KV cache that may be pinned.", type=float)
+        add("system_prompt_min_tokens", "Shorter system prompts run unpinned.", type=int)
+        add("system_prompt_ttl", "Seconds unused after which an automatic pin ends; never if not given.", type=float)
+        add = adder("device and ranks")
+        add("device", "auto, cpu or cuda.")
+        add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
+        add("attention_backend", "TORCH; the device's own choice if not given.")
+        add("enforce_eager", "Never capture CUDA graphs.")
+        return parser
+
+    def create_engine_config(self) -> VllmConfig:
+        """Finds the model, reads what it says about itself and settles every value.
+
+        Raises:
+            StartupError: a value is not allowed, or the model is not there or not supported.
+        """
+        self._check_ranges()
+        platform = current_platform(self.device)
+        display_name, model_path = resolve_model(self.model, self.revision, self.load_format != "dummy")
+        tokenizer_path = model_path if self.tokenizer is None else resolve_model(self.tokenizer, None, False)[1]
+        tokenizer = load_tokenizer(tokenizer_path, self.trust_remote_code)
+        model = self._model_config(display_name, model_path, tokenizer_path, tokenizer, platform)
+        batched = self.max_num_batched_tokens or max(_BATCHED_TOKENS[platform.device_type], self.max_num_seqs)
+        if batched < self.max_num_seqs:
+            raise StartupError(
+                f"--max-num-batched-tokens ({batched}) must be at least --max-num-seqs ({self.max_num_seqs})."
+            )
+        chunk = min(batched, _CHUNK_TOKENS[platform.device_type]) // self.block_size * self.block_size
+        return VllmConfig(
+            model=model,
+            cache=CacheConfig(
+                block_size=self.block_size,
+                num_blocks=self.num_gpu_blocks_override,
+                kv_cache_memory_bytes=self.kv_cache_memory_bytes,
+                gpu_memory_utilization=self.gpu_memory_utilization,
+                enable_prefix_caching=self.enable_prefix_caching,
+            ),
+            system_prompt=SystemPromptConfig(
+                mode=self.system_prompt_cache,
+                budget_tokens=self.system_prompt_cache_tokens,
+                budget_fraction=self.system_prompt_cache_fraction,
+                min_tokens=self.system_prompt_min_tokens,
+                ttl=self.system_prompt_ttl,
+                chunk_tokens=max(self.block_size, chunk),
+            ),
+            scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),
+            parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
+            device=platform.device_type,
+            attention_backend=self.attention_backend or platform.attention_backend(),
+            enforce_eager=self.enforce_eager,
+        )
+
+    def _model_config(
+        self, display_name: str, model_path: str, tokenizer_path: str, tokenizer: Tokenizer, platform: Platform
+    ) -> ModelConfig:
+        hf_config = load_hf_config(model_path)
+        is_gguf = model_path.endswith(".gguf")
+        load_format = self.load_format
+        if load_format == "auto":
+            load_format = "gguf" if is_gguf else "safetensors"
+        elif load_format != "dummy" and (load_format == "gguf") != is_gguf:
+            raise StartupError(f"--load-format {load_format} does not fit the model {display_name}.")
+        if tokenizer.vocab_size > hf_config.vocab_size:
+            raise StartupError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens, the model only {hf_config.vocab_size}; "
+                "they do not belong together (--tokenizer)."
+            )
+        if self.dtype == "auto":
+            dtype = platform.default_dtype(getattr(hf_config, "dtype", None), is_gguf)
+        else:
+            dtype = _DTYPE_NAMES.get(self.dtype, self.dtype)
+        names = self.served_model_name or display_name
+        return ModelConfig(
+            model=display_name,
+            model_path=model_path,
+            tokenizer_path=tokenizer_path,
+            served_model_names=(names,) if isinstance(names, str) else tuple(names),
+            hf_config=hf_config,
+            dtype=dtype,
+            max_model_len=self._max_model_len(int(hf_config.max_position_embeddings)),
+            load_format=load_format,
+            seed=self.seed,
+            chat_template=_read_template(self.chat_template),
+            trust_request_chat_template=self.trust_request_chat_template,
+            max_logprobs=self.max_logprobs,
+            weights_digest=weights_digest(model_path),
+            eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
+            generation_defaults=load_generation_config(model_path) if self.generation_config == "auto" else {},
+        )
+
+    def _max_model_len(self, declared: int) -> int:
+        asked = self.max_model_len
+        if asked is None:
+            return declared
+        if asked > declared and not envs.allow_long_max_model_len():
+            raise StartupError(
+                f"--max-model-len {asked} is more than the model's {declared} positions; lower it, or set "
+                "VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 if you know that the model can do it."
+            )
+        return asked
+
+    def _check_ranges(self) -> None:
+        if self.block_size not in _BLOCK_SIZES:
+            raise StartupError(f"--block-size must be a power of two up to {_BLOCK_SIZES[-1]}, got {self.block_size}.")
+        if self.kv_cache_dtype != "auto":
+            raise StartupError(f"--kv-cache-dtype {self.kv_cache_dtype} is not built into this version; only auto is.")
+        if self.tensor_parallel_size != 1:
+            raise StartupError(
+                f"--tensor-parallel-size {self.tensor_parallel_size} is not supported in this version; only 1 is."
+            )
+        if self.dtype not in _DTYPES:
+            raise StartupError(f"--dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}.")
+        limits: dict[str, tuple[float, float]] = {
+            "max_model_len": (2, 2**31),
+            "max_logprobs": (0, 1000),
+            "num_gpu_blocks_override": (1, 2**31),
+            "kv_cache_memory_bytes": (1, 2**60),
+            "max_num_seqs": (1, _MAX_SEQS),
+            "max_num_batched_tokens": (1, 2**31),
+            "system_prompt_cache_tokens": (0, 2**40),
+            "system_prompt_cache_fraction": (0.0, 1.0),
+            "system_prompt_min_tokens": (1, 2**31),
+            "system_prompt_ttl": (0.001, 1e10),
+            "gpu_memory_utilization": (0.01, 1.0),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise StartupError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value}.")
+
+
+AsyncEngineArgs = EngineArgs
+
+
+def _choices(name: str) -> tuple[str, ...]:
+    return {"load_format": ("auto", "gguf", "safetensors", "dummy"), "mode": ("auto", "declared", "off")}[name]
+
+
+def _human_int(text: str) -> int:
+    """`8192`, `8k` (thousand), `8K` (1024), `4G` (2^30), `1.5M`."""
+    units = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+    try:
+        if text and text[-1] in units:
+            return int(float(text[:-1]) * units[text[-1]])
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 8k or 4G") from None
+
+
+def _read_template(template: str | None) -> str | None:
+    """The template itself; `template` may also be the path of a file that holds it."""
+    if template is None or "{%" in template or "{{" in template:
+        return template
+    try:
+        with open(template, encoding="utf-8") as file:
+            return file.read()
+    except OSError as error:
+        raise StartupError(f"--chat-template: {template} is neither a template nor a readable file ({error}).") from None

@@ -1,0 +1,332 @@
+"""The engine in a process of its own, for servers: the caller's event loop never waits for a step."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+from prometheus_client import CollectorRegistry
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.core_process import CoreProcessArgs
+from vllm.engine.input_processor import InputProcessor
+from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, EngineStats, StepOutputs, UtilityCall
+from vllm.engine.metrics import EngineMetrics
+from vllm.engine.output_processor import OutputProcessor
+from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
+from vllm.inputs import PromptType
+from vllm.logger import init_logger
+from vllm.outputs import RequestOutput, SystemPromptInfo
+from vllm.sampling_params import SamplingParams
+from vllm.transformers_utils.chat_template import ChatRenderer, RenderedChat
+from vllm.transformers_utils.tokenizer import load_tokenizer
+
+logger = init_logger(__name__)
+
+_RENDER_THREADS = 2
+_STOP_GRACE_S = 5.0
+
+
+class AsyncLLMEngine:
+    """Client of an engine process that it starts and ends with itself.
+
+    Args:
+        args: Flags; the engine process gets the same ones.
+
+    Attributes:
+        stats: The engine core's state after its latest step.
+        metrics_registry: Prometheus metrics.
+
+    Raises:
+        StartupError: the engine process cannot run with these arguments on this machine.
+    """
+
+    def __init__(self, args: EngineArgs) -> None:
+        self.vllm_config: VllmConfig = args.create_engine_config()
+        model = self.vllm_config.model
+        self.tokenizer = load_tokenizer(model.tokenizer_path, args.trust_remote_code)
+        self.renderer = ChatRenderer(self.tokenizer, model.chat_template)
+        self.input_processor = InputProcessor(model, self.tokenizer, self.renderer)
+        self.stats = EngineStats()
+        self._dead: EngineDeadError | None = None
+        self._closed = False
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._reader: asyncio.Task[None] | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._threads = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="render")
+        # Only this user may enter the folder, so only this user's processes can reach the sockets.
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
+        self._context = zmq.asyncio.Context()
+        self._inputs = self._socket(zmq.PUSH, "in")
+        self._outputs = self._socket(zmq.PULL, "out")
+        self._process = self._start(args)
+        try:
+            ready = self._wait_until_ready()
+        except BaseException:
+            self.shutdown()
+            raise
+        self.num_blocks = ready.num_blocks
+        self.pool_budget_tokens = ready.pool_budget_tokens
+        self.metrics = EngineMetrics(self.vllm_config, ready.num_blocks)
+        self._processor = OutputProcessor(self.tokenizer, self.metrics)
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> AsyncLLMEngine:
+        return cls(args)
+
+    @property
+    def metrics_registry(self) -> CollectorRegistry:
+        return self.metrics.registry
+
+    # The process -----------------------------------------------------------------------------------------------
+
+    def _socket(self, kind: int, name: str) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.bind(self._address(name))
+        return socket
+
+    def _address(self, name: str) -> str:
+        return f"ipc://{Path(self._folder.name) / name}"
+
+    def _start(self, args: EngineArgs) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.engine.core_process"],
+            stdin=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        handed_over = CoreProcessArgs(args, self._address("in"), self._address("out"))
+        if process.stdin is None:
+            raise RuntimeError("the engine process has no standard input")
+        process.stdin.write(msgspec.json.encode(handed_over) + b"\n")
+        process.stdin.flush()
+        return process
+
+    def _wait_until_ready(self) -> EngineReady:
+        timeout = envs.engine_ready_timeout_s()
+        deadline = time.monotonic() + timeout
+        socket = zmq.Socket.shadow(self._outputs.underlying)
+        while not socket.poll(100):
+            if self._process.poll() is not None:
+                raise StartupError(
+                    f"The engine process ended with code {self._process.returncode} while it was loading; "
+                    "if it was killed, the machine has too little memory for this model."
+                )
+            if time.monotonic() > deadline:
+                raise StartupError(f"The engine was not ready after {timeout} s (VLLM_ENGINE_READY_TIMEOUT_S).")
+        ready = msgspec.msgpack.decode(socket.recv(), type=EngineReady)
+        if ready.error is not None:
+            raise StartupError(ready.error)
+        return ready
+
+    def _ensure_reading(self) -> None:
+        """Starts taking in news; needs a running event loop, so it happens with the first use."""
+        if self._reader is None:
+            loop = asyncio.get_running_loop()
+            self._reader = loop.create_task(self._read())
+            threading.Thread(target=self._watch, args=(loop,), name="engine-watch", daemon=True).start()
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        code = self._process.wait()
+        if not self._closed:
+            loop.call_soon_threadsafe(self._on_death, code)
+
+    def _on_death(self, code: int) -> None:
+        logger.error("The engine process ended unexpectedly (code %d).", code)
+        self._dead = EngineDeadError()
+        self._processor.fail_all(self._dead)
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(self._dead)
+        self._calls.clear()
+        if self._reader is not None:
+            self._reader.cancel()
+
+    async def _read(self) -> None:
+        decoder = msgspec.msgpack.Decoder(StepOutputs)
+        while True:
+            news = decoder.decode(await self._outputs.recv())
+            to_abort = self._processor.process(news.outputs)
+            if to_abort:
+                await self._send(AbortRequests(to_abort))
+            if news.stats is not None:
+                self.stats = news.stats
+                self.metrics.on_stats(news.stats)
+            for result in news.results:
+                future = self._calls.pop(result.call_id, None)
+                if future is None or future.done():
+                    continue
+                if result.error is None:
+                    future.set_result(result.result)
+                else:
+                    future.set_exception(VLLMValidationError(result.error, result.param))
+
+    async def _send(self, message: EngineInput) -> None:
+        if self._dead is not None:
+            raise self._dead
+        await self._inputs.send(self._encoder.encode(message))
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine process has ended."""
+        return self._dead is not None or (not self._closed and self._process.poll() is not None)
+
+    @property
+    def dead_error(self) -> EngineDeadError:
+        return self._dead or EngineDeadError()
+
+    async def check_health(self) -> None:
+        """Raises `EngineDeadError` if the engine process has ended."""
+        if self.errored:
+            raise self.dead_error
+
+    def shutdown(self) -> None:
+        """Ends the engine process; open requests end with an error."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(_STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._reader is not None:
+            self._reader.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._inputs.close()
+        self._outputs.close()
+        self._context.term()
+        self._folder.cleanup()
+
+    # Requests --------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: PromptType,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        num_system_tokens: int | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of a request as they come. Closing the iterator early aborts the request.
+
+        Raises:
+            VLLMValidationError: a value is not allowed; before the first item.
+            EngineDeadError: the engine process has ended.
+        """
+        self._ensure_reading()
+        arrival_time = time.time()
+        if isinstance(prompt, str):
+            prompt = {"prompt_token_ids": await self.encode(prompt), "prompt": prompt}
+        request, text = self.input_processor.request(
+            request_id,
+            prompt,
+            sampling_params,
+            num_system_tokens=num_system_tokens,
+            cache_salt=cache_salt,
+            priority=priority,
+            arrival_time=arrival_time,
+        )
+        queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        try:
+            state = self._processor.add(request, text, queue.put_nowait)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), "request_id") from None
+        try:
+            await self._send(request)
+            while True:
+                news = await queue.get()
+                if isinstance(news, Exception):
+                    raise news
+                yield news
+                if news.finished:
+                    return
+        finally:
+            if not state.finished and self._processor.requests.get(request_id) is state:
+                await self.abort(request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request; the engine takes note before its next step. Unknown ids are ignored."""
+        self._processor.drop(request_id)
+        if self._dead is None:
+            await self._send(AbortRequests([(request_id, None)]))
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, off the event loop.
+
+        Raises:
+            VLLMValidationError: too long for the model.
+        """
+        return await self._in_thread(self.input_processor.encode, text, add_special_tokens)
+
+    async def render_chat(self, **kwargs: Any) -> RenderedChat:
+        """`ChatRenderer.render`, off the event loop."""
+
+        def render() -> RenderedChat:
+            return self.renderer.render(**kwargs)
+
+        return await self._in_thread(render)
+
+    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
+    def get_tokenizer(self):  # noqa: ANN201 - transformers' own type, as vLLM users know it
+        return self.tokenizer.hf
+
+    # System prompts --------------------------------------------------------------------------------------------
+
+    async def add_system_prompt(
+        self, prompt_or_ids: str | list[int] | list[dict], name: str | None = None, ttl: float | None = None
+    ) -> SystemPromptInfo:
+        """Pins a system prompt; returns once it is computed. See `LLMEngine.add_system_prompt`.
+
+        Raises:
+            VLLMValidationError: empty, too long, or no room in the pool.
+        """
+        token_ids = await self._in_thread(self.input_processor.system_prompt, prompt_or_ids)
+        return SystemPromptInfo(**await self._call("add_system_prompt", token_ids, name, ttl))
+
+    async def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
+        """Ends a pin, at once or when its last reader has finished.
+
+        Raises:
+            VLLMValidationError: there is no such system prompt.
+        """
+        return SystemPromptInfo(**await self._call("remove_system_prompt", prompt_id))
+
+    async def list_system_prompts(self) -> list[SystemPromptInfo]:
+        return [SystemPromptInfo(**info) for info in await self._call("list_system_prompts")]
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets cached suffix blocks; pinned prompts stay."""
+        return bool(await self._call("reset_prefix_cache"))
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        self._ensure_reading()
+        call_id = next(self._call_ids)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._calls[call_id] = future
+        await self._send(UtilityCall(call_id, method, list(args)))
+        return await future

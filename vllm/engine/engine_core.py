@@ -1,0 +1,237 @@
+"""Scheduler, pool and ranks as one machine: token ids in, token ids out. No text and no sockets in here."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+
+from vllm.config import VllmConfig
+from vllm.core.block_manager import BlockManager
+from vllm.core.scheduler import Scheduler
+from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
+from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
+from vllm.exceptions import StartupError
+from vllm.executor.base import Executor
+from vllm.executor.uniproc import UniprocExecutor
+from vllm.logger import init_logger
+from vllm.sequence import Sequence
+from vllm.step import PositionLogprobs, StepResult
+from vllm.worker.cache_engine import PinnedBlockPool
+
+logger = init_logger(__name__)
+
+_FIELD_SEPARATOR = b"\x00"
+
+
+class EngineCore:
+    """One engine, stepped by its owner.
+
+    Args:
+        config: What to run.
+        executor: The ranks; None starts one in this process.
+
+    Raises:
+        StartupError: it cannot run on this machine with these settings.
+    """
+
+    def __init__(self, config: VllmConfig, executor: Executor | None = None) -> None:
+        self.config = config
+        self.executor = executor or UniprocExecutor(config)
+        block_size = config.cache.block_size
+        floor = -(-config.model.max_model_len // block_size)
+        num_blocks = self._num_blocks(floor)
+        self.executor.initialize_cache(num_blocks)
+        blocks = BlockManager(num_blocks, block_size, config.cache.enable_prefix_caching)
+        pinned = PinnedBlockPool(num_blocks, self._budget_blocks(num_blocks), floor)
+        self.pool = SystemPromptPool(
+            config.system_prompt, pinned, block_size, on_release=lambda e: blocks.give_back(e.start, e.num_blocks)
+        )
+        self.scheduler = Scheduler(
+            config.scheduler, blocks, self.pool, config.model.max_model_len, config.model.eos_token_ids
+        )
+        self._seeds_drawn = 0
+        self._prompt_logprobs: dict[str, PositionLogprobs] = {}
+        self._failed: list[EngineOutput] = []
+
+    @property
+    def num_blocks(self) -> int:
+        return self.scheduler.blocks.num_blocks
+
+    def _num_blocks(self, floor: int) -> int:
+        cache = self.config.cache
+        available, block_bytes = self.executor.kv_memory()
+        if cache.num_blocks is not None:
+            num_blocks, source = cache.num_blocks, "--num-gpu-blocks-override"
+        elif cache.kv_cache_memory_bytes is not None:
+            num_blocks, source = cache.kv_cache_memory_bytes // block_bytes, "--kv-cache-memory-bytes"
+        else:
+            num_blocks, source = available // block_bytes, "the memory that is left"
+        if num_blocks < floor:
+            raise StartupError(
+                f"The KV cache has room for {max(0, num_blocks) * cache.block_size} tokens ({source}), fewer than one "
+                f"sequence of {self.config.model.max_model_len}; lower --max-model-len, or raise "
+                "--kv-cache-memory-bytes or --gpu-memory-utilization."
+            )
+        return num_blocks
+
+    def _budget_blocks(self, num_blocks: int) -> int:
+        pool = self.config.system_prompt
+        if pool.mode == "off":
+            return 0
+        if pool.budget_tokens is not None:
+            return pool.budget_tokens // self.config.cache.block_size
+        return int(num_blocks * pool.budget_fraction)
+
+    # Requests --------------------------------------------------------------------------------------------------
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Takes in a request. One that cannot be taken fails alone, with an output that carries the error."""
+        params = request.sampling_params
+        seed = self._seed(params.seed)
+        cache_seed = self._cache_seed(request.cache_salt)
+        sequences = [
+            Sequence(
+                request.request_id,
+                list(request.prompt_token_ids),
+                params,
+                index=i,
+                priority=request.priority,
+                seed=seed + i,
+                arrival_time=request.arrival_time,
+                cache_seed=cache_seed,
+            )
+            for i in range(params.n)
+        ]
+        try:
+            self.scheduler.add(sequences, request.num_system_tokens)
+        except ValueError as error:
+            self._failed.append(EngineOutput(request.request_id, 0, [], finish_reason="abort", error=str(error)))
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one output of it, and frees what it held. Unknown ids are ignored."""
+        self.scheduler.abort(request_id, index)
+        self._prompt_logprobs.pop(request_id, None)
+
+    def _seed(self, asked: int | None) -> int:
+        """The seed of a request: its own, else drawn from the engine's seed, else fresh entropy."""
+        if asked is not None:
+            return asked
+        self._seeds_drawn += 1
+        if self.config.model.seed is None:
+            return secrets.randbits(63)
+        material = f"{self.config.model.seed}:{self._seeds_drawn}".encode()
+        return int.from_bytes(hashlib.sha256(material).digest()[:7], "little")
+
+    def _cache_seed(self, namespace: str | None) -> bytes:
+        """Start of the key chain of a request's blocks: equal only for the same weights and namespace."""
+        fields = (self.config.model.weights_digest.encode(), self.config.model.dtype.encode())
+        salt = b"" if namespace is None else hashlib.sha256(namespace.encode()).digest()
+        return _FIELD_SEPARATOR.join((*fields, salt))
+
+    # System prompts --------------------------------------------------------------------------------------------
+
+    def add_system_prompt(self, token_ids: list[int], name: str | None = None, ttl: float | None = None) -> PinnedPrompt:
+        """Declares a system prompt; it is computed in the coming steps.
+
+        Raises:
+            SystemPromptRefusedError: it cannot be pinned; the message says why.
+        """
+        return self.scheduler.add_system_prompt(token_ids, name, ttl)
+
+    def remove_system_prompt(self, prompt_id: str) -> PinnedPrompt:
+        """Ends a pin, once its last reader has finished.
+
+        Raises:
+            KeyError: there is no such prompt.
+        """
+        return self.pool.remove(prompt_id)
+
+    def list_system_prompts(self) -> list[PinnedPrompt]:
+        return self.pool.prompts()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets cached blocks of suffixes; pinned prompts stay."""
+        self.scheduler.blocks.reset_prefix_cache()
+
+    @staticmethod
+    def is_computed(prompt: PinnedPrompt) -> bool:
+        """Whether a declared prompt has left the states in which it waits for its prefill."""
+        return prompt.state not in (PromptState.PENDING, PromptState.COMPUTING)
+
+    # Steps -----------------------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work() or bool(self._failed)
+
+    def step(self) -> StepOutputs:
+        """Schedules, executes, takes in the tokens; returns the news."""
+        plan = self.scheduler.schedule()
+        if plan.is_empty:
+            return StepOutputs(outputs=self._take_failed(), stats=self.stats(0))
+        result = self.executor.execute(plan)
+        batch = self.scheduler.scheduled
+        logprobs = {seq: found for seq, found in zip(batch, result.logprobs, strict=False) if found is not None}
+        self._collect_prompt_logprobs(batch, result)
+        outputs = self._take_failed()
+        for seq, token, stop_token in self.scheduler.postprocess(result.token_ids):
+            first = seq.num_output_tokens == 1
+            outputs.append(
+                EngineOutput(
+                    seq.request_id,
+                    seq.index,
+                    [token],
+                    logprobs=logprobs.get(seq),
+                    prompt_logprobs=self._prompt_logprobs.pop(seq.request_id, None) if first else None,
+                    finish_reason=seq.finish_reason,
+                    stop_reason=stop_token,
+                    num_cached_tokens=seq.num_cached_tokens if first else None,
+                    first_scheduled_time=seq.first_scheduled_time if first else None,
+                )
+            )
+        return StepOutputs(outputs=outputs, stats=self.stats(plan.num_tokens))
+
+    def _take_failed(self) -> list[EngineOutput]:
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _collect_prompt_logprobs(self, batch: list[Sequence], result: StepResult) -> None:
+        """Gathers the chunks of a prompt's log-probabilities until its first token is drawn."""
+        for seq, found in zip(batch, result.prompt_logprobs, strict=False):
+            if found is None:
+                continue
+            if seq.num_computed_tokens == 0:
+                self._prompt_logprobs[seq.request_id] = found
+                continue
+            so_far = self._prompt_logprobs[seq.request_id]
+            so_far.token_ids += found.token_ids
+            so_far.logprobs += found.logprobs
+            so_far.ranks += found.ranks
+
+    def stats(self, iteration_tokens: int) -> EngineStats:
+        scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
+        prefill_seconds, pool.prefill_seconds = pool.prefill_seconds, []
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=scheduler.num_waiting,
+            kv_cache_usage=blocks.num_used_blocks / max(1, blocks.num_schedulable_blocks),
+            iteration_tokens=iteration_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free_blocks - blocks.num_cached_blocks,
+            num_cached_blocks=blocks.num_cached_blocks,
+            num_used_blocks=blocks.num_used_blocks,
+            pinned_tokens=pool.pinned_tokens,
+            pinned_prompts=pool.num_prompts,
+            pool_budget_tokens=pool.budget_tokens,
+            pool_readers=pool.num_readers,
+            pool_prefills=pool.num_prefills,
+            pool_tokens_reused=pool.tokens_reused,
+            pool_outcomes=dict(pool.outcomes),
+            pool_prefill_seconds=prefill_seconds,
+        )
+
+    def shutdown(self) -> None:
+        self.executor.shutdown()

@@ -1,0 +1,193 @@
+"""From what a caller hands over to what the engine core takes: tokenised, checked, limits applied."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from vllm.config import ModelConfig
+from vllm.engine.messages import EngineRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import PromptType
+from vllm.sampling_params import SamplingParams
+from vllm.transformers_utils.chat_template import ChatRenderer
+from vllm.transformers_utils.tokenizer import Tokenizer
+
+_MAX_CACHE_SALT_CHARS = 1024
+
+
+class ProcessedPrompt(NamedTuple):
+    """Token ids, and the text they came from if it was text."""
+
+    token_ids: list[int]
+    text: str | None
+
+
+class InputProcessor:
+    """Checks requests at the edge, so that nothing a request holds can surprise the engine core.
+
+    Args:
+        config: Vocabulary and length limits.
+        tokenizer: Encodes text prompts.
+        renderer: Renders chats, for system prompts given as messages.
+    """
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.renderer = renderer
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Raises:
+            VLLMValidationError: so long that it cannot fit the model; noticed before it is tokenised.
+        """
+        self.check_text_length(len(text))
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def check_text_length(self, num_chars: int, param: str | None = "prompt") -> None:
+        """Raises `VLLMValidationError` when a text of so many characters is longer than the model can take, whatever
+        its tokens are."""
+        at_least = num_chars // self.tokenizer.max_chars_per_token
+        if at_least >= self.config.max_model_len:
+            raise VLLMValidationError(
+                f"The prompt has {num_chars} characters, which is at least {at_least} tokens; this model takes at most "
+                f"{self.config.max_model_len} tokens, prompt and output together. Shorten the prompt.",
+                param,
+            )
+
+    def prompt(self, prompt: PromptType) -> ProcessedPrompt:
+        """Token ids of a prompt given as text, token ids, or a dict with either.
+
+        Raises:
+            VLLMValidationError: it is none of these, or holds ids that are no tokens.
+        """
+        if isinstance(prompt, dict):
+            if "prompt_token_ids" in prompt:
+                return ProcessedPrompt(self._checked_ids(prompt["prompt_token_ids"]), prompt.get("prompt"))
+            prompt = prompt.get("prompt", "")
+        if isinstance(prompt, str):
+            return ProcessedPrompt(self.encode(prompt), prompt)
+        return ProcessedPrompt(self._checked_ids(prompt), None)
+
+    def request(
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams,
+        *,
+        num_system_tokens: int | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        arrival_time: float | None = None,
+    ) -> tuple[EngineRequest, str | None]:
+        """Returns the request as the engine core takes it, and the prompt's text if it was given as text.
+
+        `max_tokens` is cut to what the context leaves; None becomes all of it.
+
+        Raises:
+            VLLMValidationError: a value is not allowed; the message says what is.
+        """
+        token_ids, text = self.prompt(prompt)
+        params = params.clone()
+        if params.truncate_prompt_tokens is not None:
+            token_ids = self._truncate(token_ids, params)
+            num_system_tokens = None
+        longest = self.config.max_model_len
+        if not token_ids:
+            raise VLLMValidationError("The prompt is empty; give at least one token.", "prompt")
+        if len(token_ids) >= longest:
+            raise VLLMValidationError(
+                f"The prompt has {len(token_ids)} tokens; this model takes at most {longest} tokens, prompt and output "
+                "together, and at least one must be left for the output. Shorten the prompt.",
+                "prompt",
+            )
+        params.verify_for_model(self.config.vocab_size, self.config.max_logprobs)
+        room = longest - len(token_ids)
+        params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        params.min_tokens = min(params.min_tokens, params.max_tokens)
+        if params.bad_words:
+            params.bad_words_token_ids = self._bad_words(params.bad_words)
+        if cache_salt is not None and not 1 <= len(cache_salt) <= _MAX_CACHE_SALT_CHARS:
+            raise VLLMValidationError(
+                f"cache_salt must have 1 to {_MAX_CACHE_SALT_CHARS} characters, got {len(cache_salt)}.", "cache_salt"
+            )
+        if num_system_tokens is not None and not 0 < num_system_tokens < len(token_ids):
+            num_system_tokens = None
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            sampling_params=params,
+            arrival_time=time.time() if arrival_time is None else arrival_time,
+            num_system_tokens=num_system_tokens,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
+        return request, text
+
+    def system_prompt(self, prompt: str | list[int] | list[dict]) -> list[int]:
+        """Token ids of a system prompt.
+
+        Args:
+            prompt: Token ids; or text that prompts start with; or chat messages, of which the leading system messages
+                count, as the chat template renders them.
+
+        Raises:
+            VLLMValidationError: it is empty, too long, or the chat template marks no boundary after it.
+        """
+        if isinstance(prompt, str):
+            self.check_text_length(len(prompt))
+            token_ids = self.renderer.text_prefix(prompt)
+        elif prompt and isinstance(prompt[0], dict):
+            found = self.renderer.system_prefix([m for m in prompt if isinstance(m, dict)])
+            if found is None:
+                raise VLLMValidationError(
+                    "These messages have no system part that can be pinned: the first message must have role 'system', "
+                    "and the chat template must render it ahead of the user's text.",
+                    "messages",
+                )
+            token_ids = found
+        else:
+            token_ids = self._checked_ids(prompt)
+        if not 0 < len(token_ids) < self.config.max_model_len - 1:
+            raise VLLMValidationError(
+                f"The system prompt has {len(token_ids)} tokens; it must have from 1 to "
+                f"{self.config.max_model_len - 2} (this model takes at most {self.config.max_model_len} tokens in all).",
+                "prompt",
+            )
+        return token_ids
+
+    def _checked_ids(self, token_ids: object) -> list[int]:
+        if not isinstance(token_ids, list | tuple):
+            raise VLLMValidationError(
+                f"The prompt must be text or a list of token ids, got {type(token_ids).__name__}.", "prompt"
+            )
+        size = self.config.vocab_size
+        for token_id in token_ids:
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
+                raise VLLMValidationError(
+                    f"The prompt holds {token_id!r}; token ids of this model are integers from 0 to {size - 1}.", "prompt"
+                )
+        return list(token_ids)
+
+    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        limit = self.config.max_model_len - (params.max_tokens or 1)
+        keep = params.truncate_prompt_tokens
+        keep = limit if keep is None or keep < 0 else keep
+        if keep == 0 or keep >= self.config.max_model_len:
+            raise VLLMValidationError(
+                f"truncate_prompt_tokens must be -1 or from 1 to {self.config.max_model_len - 1}, got {keep}.",
+                "truncate_prompt_tokens",
+            )
+        return token_ids[-keep:]
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """Token sequences of each word, at the start of a text and after a space."""
+        found = []
+        for word in words:
+            for spelling in {word, " " + word.lstrip()}:
+                ids = self.tokenizer.encode(spelling, add_special_tokens=False)
+                if ids and ids not in found:
+                    found.append(ids)
+        return found

@@ -1,0 +1,147 @@
+"""The engine inside the caller's own process: add requests, call `step()`, take outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.engine_core import EngineCore
+from vllm.engine.input_processor import InputProcessor
+from vllm.engine.output_processor import OutputProcessor
+from vllm.exceptions import VLLMValidationError
+from vllm.inputs import PromptType
+from vllm.outputs import RequestOutput, SystemPromptInfo
+from vllm.sampling_params import SamplingParams
+from vllm.transformers_utils.chat_template import ChatRenderer
+from vllm.transformers_utils.tokenizer import Tokenizer, load_tokenizer
+
+
+class LLMEngine:
+    """Tokenizer, engine core and detokenizer, stepped by the caller.
+
+    Args:
+        config: What to run; `LLMEngine.from_engine_args` makes it from flags.
+
+    Raises:
+        StartupError: it cannot run on this machine with these settings.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        self.vllm_config = config
+        self.tokenizer: Tokenizer = load_tokenizer(config.model.tokenizer_path)
+        self.renderer = ChatRenderer(self.tokenizer, config.model.chat_template)
+        self.input_processor = InputProcessor(config.model, self.tokenizer, self.renderer)
+        self.core = EngineCore(config)
+        self._processor = OutputProcessor(self.tokenizer)
+        self._news: list[RequestOutput] = []
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
+        return cls(args.create_engine_config())
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: PromptType,
+        params: SamplingParams,
+        *,
+        num_system_tokens: int | None = None,
+        cache_salt: str | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Takes in a request; its outputs come from `step()`.
+
+        Args:
+            num_system_tokens: Length of the system prompt at the head of the prompt, as `ChatRenderer.render` found it.
+            cache_salt: Namespace; suffix KV is shared only within it.
+            priority: Smaller runs first.
+
+        Raises:
+            VLLMValidationError: a value is not allowed.
+        """
+        request, text = self.input_processor.request(
+            request_id,
+            prompt,
+            params,
+            num_system_tokens=num_system_tokens,
+            cache_salt=cache_salt,
+            priority=priority,
+        )
+        try:
+            self._processor.add(request, text, self._deliver)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), "request_id") from None
+        self.core.add_request(request)
+
+    def _deliver(self, news: RequestOutput | Exception) -> None:
+        if isinstance(news, Exception):
+            raise news
+        self._news.append(news)
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests; nothing more comes of them."""
+        for one in [request_id] if isinstance(request_id, str) else list(request_id):
+            self._processor.drop(one)
+            self.core.abort(one)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step and returns what is new."""
+        self._advance()
+        news, self._news = self._news, []
+        return news
+
+    def _advance(self) -> None:
+        for request_id, index in self._processor.process(self.core.step().outputs):
+            self.core.abort(request_id, index)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._processor.requests) or bool(self._news)
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._processor.requests)
+
+    def get_tokenizer(self):  # noqa: ANN201 - transformers' own type, as vLLM users know it
+        return self.tokenizer.hf
+
+    def add_system_prompt(
+        self, prompt_or_ids: str | list[int] | list[dict], name: str | None = None, ttl: float | None = None
+    ) -> SystemPromptInfo:
+        """Pins a system prompt and computes it now; running requests go on meanwhile.
+
+        Args:
+            prompt_or_ids: Token ids; text that prompts start with; or chat messages whose leading system messages are
+                pinned as the chat template renders them.
+            name: Shown in listings.
+            ttl: Seconds after its last use when the pin ends; None keeps it.
+
+        Raises:
+            VLLMValidationError: empty or too long.
+            SystemPromptRefusedError: the pool has no room for it.
+        """
+        prompt = self.core.add_system_prompt(self.input_processor.system_prompt(prompt_or_ids), name, ttl)
+        while not self.core.is_computed(prompt):
+            self._advance()
+        return prompt.info()
+
+    def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
+        """Ends a pin, at once or when its last reader has finished.
+
+        Raises:
+            VLLMValidationError: there is no such system prompt.
+        """
+        try:
+            return self.core.remove_system_prompt(prompt_id).info()
+        except KeyError:
+            raise VLLMValidationError(f"There is no system prompt {prompt_id!r}.", "id") from None
+
+    def list_system_prompts(self) -> list[SystemPromptInfo]:
+        return [prompt.info() for prompt in self.core.list_system_prompts()]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets cached suffix blocks; pinned prompts stay. Always succeeds, and says so."""
+        self.core.reset_prefix_cache()
+        return True
+
+    def shutdown(self) -> None:
+        self.core.shutdown()

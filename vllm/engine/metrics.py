@@ -1,0 +1,179 @@
+"""Prometheus metrics, under the names that vLLM's dashboards and routers read, and our own for the pool."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+from vllm.config import VllmConfig
+from vllm.engine.messages import EngineStats
+from vllm.engine.output_processor import RequestObserver, RequestState
+
+_LABELS = ("model_name", "engine")
+_LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_POOL_STATES = ("pinned", "free")
+
+
+def _token_buckets(longest: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50 … up to `longest`."""
+    buckets: list[int] = []
+    decade = 1
+    while True:
+        for step in (1, 2, 5):
+            if step * decade > longest:
+                return tuple(buckets) or (1,)
+            buckets.append(step * decade)
+        decade *= 10
+
+
+class EngineMetrics(RequestObserver):
+    """Metrics of one engine, in a registry of its own.
+
+    Counters whose totals the engine core keeps are advanced by the difference to the last totals seen.
+    """
+
+    def __init__(self, config: VllmConfig, num_blocks: int) -> None:
+        self.registry = CollectorRegistry()
+        self._values = {"model_name": config.model.served_model_names[0], "engine": "0"}
+        self._totals: dict[tuple[str, str], int] = {}
+        tokens = _token_buckets(config.model.max_model_len)
+        hist, gauge, counter = self._histogram, self._gauge, self._counter
+
+        self._running = gauge("num_requests_running", "Requests in the running batch.")
+        self._waiting = gauge("num_requests_waiting", "Requests waiting to run.")
+        self._usage = [
+            gauge("kv_cache_usage_perc", "Share of the schedulable KV cache in use, 0 to 1."),
+            gauge("gpu_cache_usage_perc", "Older name of kv_cache_usage_perc."),
+        ]
+        self._hit_rate = gauge("gpu_prefix_cache_hit_rate", "Share of prompt tokens found in cache since start.")
+        self._queries = [
+            counter("prefix_cache_queries", "Prompt tokens looked up in cache."),
+            counter("gpu_prefix_cache_queries", "Older name of prefix_cache_queries."),
+        ]
+        self._hits = [
+            counter("prefix_cache_hits", "Prompt tokens found in cache, pinned or not."),
+            counter("gpu_prefix_cache_hits", "Older name of prefix_cache_hits."),
+        ]
+        self._preemptions = counter("num_preemptions", "Preemptions of running sequences.")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got their first token.")
+        self._cached_tokens = counter("prompt_tokens_cached", "Prompt tokens that requests did not have to compute.")
+        self._generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self._success = Counter(
+            "vllm:request_success", "Requests by how they ended.", (*_LABELS, "finished_reason"), registry=self.registry
+        )
+        self._iteration_tokens = hist("iteration_tokens_total", "Tokens computed in a step.", _ITERATION_TOKENS)
+        self._ttft = hist("time_to_first_token_seconds", "Arrival to first token.", _LATENCY_S)
+        self._itl = hist("inter_token_latency_seconds", "Gap between tokens of an output.", _TOKEN_S)
+        self._tpot = hist("request_time_per_output_token_seconds", "Mean gap between a request's tokens.", _TOKEN_S)
+        self._e2e = hist("e2e_request_latency_seconds", "Arrival to last token.", _REQUEST_S)
+        self._queue = hist("request_queue_time_seconds", "Arrival to first scheduling.", _REQUEST_S)
+        self._prefill = hist("request_prefill_time_seconds", "First scheduling to first token.", _REQUEST_S)
+        self._decode = hist("request_decode_time_seconds", "First to last token.", _REQUEST_S)
+        self._request_prompt = hist("request_prompt_tokens", "Prompt tokens of a request.", tokens)
+        self._request_output = hist("request_generation_tokens", "Generated tokens of a request.", tokens)
+        self._request_longest = hist("request_max_num_generation_tokens", "Longest output of a request.", tokens)
+        self._request_max = hist("request_params_max_tokens", "max_tokens of a request.", tokens)
+        self._request_n = hist("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
+
+        self._pool_tokens = Gauge(
+            "vllm:system_prompt_pool_tokens", "Tokens of the pool by state.", (*_LABELS, "state"), registry=self.registry
+        )
+        self._pool_budget = gauge("system_prompt_pool_budget_tokens", "Tokens that may be pinned.")
+        self._pool_pinned = gauge("system_prompt_pinned", "System prompts in the pool.")
+        self._pool_requests = Counter(
+            "vllm:system_prompt_requests",
+            "Requests by what the pool did for them.",
+            (*_LABELS, "outcome"),
+            registry=self.registry,
+        )
+        self._pool_reused = counter("system_prompt_tokens_reused", "System-prompt tokens read instead of computed.")
+        self._pool_prefills = counter("system_prompt_prefills", "Prefills of system prompts.")
+        self._pool_prefill_seconds = hist("system_prompt_prefill_seconds", "Duration of a prefill.", _REQUEST_S)
+        self._cache_info(config, num_blocks)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        metric = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
+        return metric.labels(**self._values)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._values)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._values)
+
+    def _cache_info(self, config: VllmConfig, num_blocks: int) -> None:
+        values = {
+            "block_size": config.cache.block_size,
+            "num_gpu_blocks": num_blocks,
+            "gpu_memory_utilization": config.cache.gpu_memory_utilization,
+            "enable_prefix_caching": config.cache.enable_prefix_caching,
+            "cache_dtype": config.model.dtype,
+            "engine": 0,
+        }
+        info: MetricWrapperBase = Gauge(
+            "vllm:cache_config_info", "Settings of the KV cache.", tuple(values), registry=self.registry
+        )
+        info.labels(**{k: str(v) for k, v in values.items()}).set(1)
+
+    def on_stats(self, stats: EngineStats) -> None:
+        """Takes in the state of the engine core after a step."""
+        self._running.set(stats.num_running)
+        self._waiting.set(stats.num_waiting)
+        for usage in self._usage:
+            usage.set(stats.kv_cache_usage)
+        if stats.prefix_cache_queries:
+            self._hit_rate.set(stats.prefix_cache_hits / stats.prefix_cache_queries)
+        for counters, name in ((self._queries, "prefix_cache_queries"), (self._hits, "prefix_cache_hits")):
+            news = self._news(name, getattr(stats, name))
+            for c in counters:
+                c.inc(news)
+        self._preemptions.inc(self._news("num_preemptions", stats.num_preemptions))
+        if stats.iteration_tokens:
+            self._iteration_tokens.observe(stats.iteration_tokens)
+        tokens = dict(zip(_POOL_STATES, (stats.pinned_tokens, stats.pool_budget_tokens - stats.pinned_tokens), strict=True))
+        for state, value in tokens.items():
+            self._pool_tokens.labels(**self._values, state=state).set(value)
+        self._pool_budget.set(stats.pool_budget_tokens)
+        self._pool_pinned.set(stats.pinned_prompts)
+        for outcome, total in stats.pool_outcomes.items():
+            self._pool_requests.labels(**self._values, outcome=outcome).inc(self._news("outcome", total, outcome))
+        self._pool_reused.inc(self._news("pool_tokens_reused", stats.pool_tokens_reused))
+        self._pool_prefills.inc(self._news("pool_prefills", stats.pool_prefills))
+        for seconds in stats.pool_prefill_seconds:
+            self._pool_prefill_seconds.observe(seconds)
+
+    def _news(self, name: str, total: int, label: str = "") -> int:
+        before = self._totals.get((name, label), 0)
+        self._totals[name, label] = total
+        return total - before
+
+    def on_token(self, state: RequestState, index: int, now: float, previous: float | None) -> None:
+        self._generation_tokens.inc()
+        if previous is not None:
+            self._itl.observe(now - previous)
+        elif index == 0:
+            self._prompt_tokens.inc(len(state.prompt_token_ids))
+            self._cached_tokens.inc(state.num_cached_tokens)
+            self._ttft.observe(now - state.metrics.arrival_time)
+
+    def on_finish(self, state: RequestState, now: float) -> None:
+        reason = next((o.finish_reason for o in state.outputs if o.finish_reason != "abort"), "abort")
+        self._success.labels(**self._values, finished_reason=reason).inc()
+        times = state.metrics
+        lengths = [len(o.token_ids) for o in state.outputs]
+        self._request_prompt.observe(len(state.prompt_token_ids))
+        self._request_output.observe(sum(lengths))
+        self._request_longest.observe(max(lengths))
+        self._request_max.observe(state.params.max_tokens or 0)
+        self._request_n.observe(state.params.n)
+        self._e2e.observe(now - times.arrival_time)
+        if times.first_scheduled_time is not None and times.first_token_time is not None:
+            self._queue.observe(times.first_scheduled_time - times.arrival_time)
+            self._prefill.observe(times.first_token_time - times.first_scheduled_time)
+            decode = (times.last_token_time or now) - times.first_token_time
+            self._decode.observe(decode)
+            if max(lengths) > 1:
+                self._tpot.observe(decode / (max(lengths) - 1))

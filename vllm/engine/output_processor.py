@@ -1,0 +1,286 @@
+"""From token ids to what the caller sees: text, stop strings, log-probabilities, timings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vllm.engine.messages import EngineOutput, EngineRequest
+from vllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.step import PositionLogprobs
+from vllm.transformers_utils.detokenizer import IncrementalDetokenizer
+from vllm.transformers_utils.tokenizer import Tokenizer
+
+
+class OutputText:
+    """Text of one output while it grows, cut at the first stop string.
+
+    Attributes:
+        text: All text so far; what may yet turn out to be part of a stop string included.
+        stop_string: The stop string that was found, or None.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        self.text = ""
+        self.stop_string: str | None = None
+        self._params = params
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            if params.detokenize
+            else None
+        )
+        self._stops = params.stop_strings
+        # So many characters at the end may be the beginning of a stop string that is to be cut off.
+        self._held_back = 0
+        if self._stops and not params.include_stop_str_in_output:
+            self._held_back = max(map(len, self._stops)) - 1
+        self._num_tokens = 0
+        self._searched = 0
+        self._sent = 0
+
+    def append(self, token_id: int, is_stop_token: bool, is_last: bool) -> None:
+        """Takes in a token.
+
+        Args:
+            is_stop_token: The token ended the output; its text shows only with `include_stop_str_in_output`.
+            is_last: No token follows.
+        """
+        if self._detokenizer is None:
+            return
+        self._num_tokens += 1
+        if not is_stop_token or self._params.include_stop_str_in_output:
+            self.text += self._detokenizer.append(token_id)
+        if is_last:
+            self.text += self._detokenizer.flush()
+        if self._stops and self._num_tokens > self._params.min_tokens:
+            self._find_stop()
+        self._searched = len(self.text)
+
+    def _find_stop(self) -> None:
+        found: tuple[int, str] | None = None
+        for stop in self._stops:
+            at = self.text.find(stop, max(0, self._searched - len(stop) + 1))
+            if at >= 0 and (found is None or at < found[0]):
+                found = (at, stop)
+        if found is not None:
+            at, self.stop_string = found
+            self.text = self.text[: at + (len(self.stop_string) if self._params.include_stop_str_in_output else 0)]
+
+    def take_delta(self, finished: bool) -> str:
+        """Text that is certain and has not been taken."""
+        end = len(self.text) if finished else max(self._sent, len(self.text) - self._held_back)
+        delta = self.text[self._sent : end]
+        self._sent = end
+        return delta
+
+    def visible(self, finished: bool) -> str:
+        """All text that is certain."""
+        return self.text if finished else self.text[: max(0, len(self.text) - self._held_back)]
+
+
+@dataclass
+class OutputState:
+    """One of the `n` outputs of a request."""
+
+    text: OutputText
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    cumulative_logprob: float = 0.0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    last_token_time: float = 0.0
+    num_taken: int = 0
+
+
+class RequestState:
+    """A request on its way: its outputs, its timings, and where its news go.
+
+    Args:
+        deliver: Called with each `RequestOutput`, or with the exception that ended the request.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        prompt: str | None,
+        tokenizer: Tokenizer,
+        deliver: Callable[[RequestOutput | Exception], None],
+    ) -> None:
+        params = request.sampling_params
+        self.request_id = request.request_id
+        self.params = params
+        self.prompt = prompt
+        self.prompt_token_ids = request.prompt_token_ids
+        self.deliver = deliver
+        self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.outputs = [
+            OutputState(
+                text=OutputText(tokenizer, request.prompt_token_ids, params),
+                logprobs=None if params.logprobs is None else [],
+            )
+            for _ in range(params.n)
+        ]
+
+    @property
+    def finished(self) -> bool:
+        return all(o.finish_reason is not None for o in self.outputs)
+
+    def request_output(self, index: int) -> RequestOutput | None:
+        """News after output `index` changed, in the shape the request asked for."""
+        kind = self.params.output_kind
+        if kind == RequestOutputKind.FINAL_ONLY and not self.finished:
+            return None
+        if kind == RequestOutputKind.DELTA:
+            outputs = [self._delta(index)]
+        else:
+            outputs = [self._cumulative(i) for i in range(len(self.outputs))]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=outputs,
+            finished=self.finished,
+            prompt_logprobs=self.prompt_logprobs,
+            metrics=self.metrics,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def _delta(self, index: int) -> CompletionOutput:
+        out = self.outputs[index]
+        first, out.num_taken = out.num_taken, len(out.token_ids)
+        return CompletionOutput(
+            index=index,
+            text=out.text.take_delta(out.finish_reason is not None),
+            token_ids=out.token_ids[first:],
+            cumulative_logprob=None if out.logprobs is None else out.cumulative_logprob,
+            logprobs=None if out.logprobs is None else out.logprobs[first:],
+            finish_reason=out.finish_reason,
+            stop_reason=out.stop_reason,
+        )
+
+    def _cumulative(self, index: int) -> CompletionOutput:
+        out = self.outputs[index]
+        return CompletionOutput(
+            index=index,
+            text=out.text.visible(out.finish_reason is not None),
+            token_ids=list(out.token_ids),
+            cumulative_logprob=None if out.logprobs is None else out.cumulative_logprob,
+            logprobs=None if out.logprobs is None else list(out.logprobs),
+            finish_reason=out.finish_reason,
+            stop_reason=out.stop_reason,
+        )
+
+
+class RequestObserver:
+    """What happens to requests, for metrics; the base class ignores it all. Times are seconds of `time.time()`."""
+
+    def on_token(self, state: RequestState, index: int, now: float, previous: float | None) -> None:
+        """Output `index` got a token at `now`; the one before it came at `previous` (None: it is the first)."""
+
+    def on_finish(self, state: RequestState, now: float) -> None:
+        """All outputs of a request ended."""
+
+
+class OutputProcessor:
+    """All requests in flight, on the API's side of the engine."""
+
+    def __init__(self, tokenizer: Tokenizer, observer: RequestObserver | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.observer = observer or RequestObserver()
+        self.requests: dict[str, RequestState] = {}
+
+    def add(
+        self, request: EngineRequest, prompt: str | None, deliver: Callable[[RequestOutput | Exception], None]
+    ) -> RequestState:
+        """Registers a request before it goes to the engine core.
+
+        Raises:
+            ValueError: its id is in use.
+        """
+        if request.request_id in self.requests:
+            raise ValueError(f"request id {request.request_id!r} is in use")
+        state = RequestState(request, prompt, self.tokenizer, deliver)
+        self.requests[request.request_id] = state
+        return state
+
+    def drop(self, request_id: str) -> None:
+        """Forgets a request that is aborted; later news of it are ignored."""
+        state = self.requests.pop(request_id, None)
+        if state is not None:
+            for out in state.outputs:
+                out.finish_reason = out.finish_reason or "abort"
+            self.observer.on_finish(state, time.time())
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request with an error."""
+        for state in list(self.requests.values()):
+            self.requests.pop(state.request_id, None)
+            state.deliver(error)
+
+    def process(self, outputs: list[EngineOutput]) -> list[tuple[str, int | None]]:
+        """Takes in a step's news and delivers them.
+
+        Returns the outputs that ended here, by a stop string, and that the engine core must be told to abort.
+        """
+        to_abort: list[tuple[str, int | None]] = []
+        now = time.time()
+        for news in outputs:
+            state = self.requests.get(news.request_id)
+            if state is None:
+                continue
+            if news.error is not None:
+                del self.requests[news.request_id]
+                state.deliver(RuntimeError(news.error))
+                continue
+            out = state.outputs[news.index]
+            if out.finish_reason is not None:
+                continue
+            self._take(state, out, news, now)
+            if out.finish_reason is not None and news.finish_reason is None:
+                to_abort.append((news.request_id, news.index))
+            if state.finished:
+                state.metrics.finished_time = now
+                del self.requests[news.request_id]
+                self.observer.on_finish(state, now)
+            result = state.request_output(news.index)
+            if result is not None:
+                state.deliver(result)
+        return to_abort
+
+    def _take(self, state: RequestState, out: OutputState, news: EngineOutput, now: float) -> None:
+        if news.num_cached_tokens is not None and news.index == 0:
+            state.num_cached_tokens = news.num_cached_tokens
+            state.metrics.first_scheduled_time = news.first_scheduled_time
+        if news.prompt_logprobs is not None:
+            state.prompt_logprobs = [None, *self._logprobs(news.prompt_logprobs)]
+        if news.logprobs is not None and out.logprobs is not None:
+            out.logprobs += self._logprobs(news.logprobs)
+            out.cumulative_logprob += sum(row[0] for row in news.logprobs.logprobs)
+        last = len(news.new_token_ids) - 1
+        for i, token_id in enumerate(news.new_token_ids):
+            out.token_ids.append(token_id)
+            ended = news.finish_reason is not None and i == last
+            out.text.append(token_id, ended and news.finish_reason == "stop", ended)
+            if state.metrics.first_token_time is None:
+                state.metrics.first_token_time = now
+            self.observer.on_token(state, news.index, now, out.last_token_time or None)
+            state.metrics.last_token_time = out.last_token_time = now
+            if out.text.stop_string is not None:
+                out.finish_reason, out.stop_reason = "stop", out.text.stop_string
+                return
+        if news.finish_reason is not None:
+            out.finish_reason, out.stop_reason = news.finish_reason, news.stop_reason
+
+    def _logprobs(self, positions: PositionLogprobs) -> list[TokenLogprobs]:
+        """One mapping a position: the chosen token, then the most likely ones by rank."""
+        found = []
+        for ids, values, rank in zip(positions.token_ids, positions.logprobs, positions.ranks, strict=True):
+            entry = {ids[0]: Logprob(values[0], rank, self.tokenizer.token_text(ids[0]))}
+            for i, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
+                entry.setdefault(token_id, Logprob(value, i, self.tokenizer.token_text(token_id)))
+            found.append(entry)
+        return found

@@ -1,0 +1,35 @@
+"""`vllm serve [MODEL]`."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.exceptions import StartupError
+
+
+def add_arguments(parser: FlexibleArgumentParser) -> None:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+    parser.add_argument(
+        "model_tag",
+        nargs="?",
+        metavar="MODEL",
+        help="folder, .gguf file or Hugging Face id; a small default if omitted",
+    )
+    make_arg_parser(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Starts the server; returns its exit code.
+
+    Raises:
+        StartupError: two different models are named.
+    """
+    from vllm.entrypoints.openai.api_server import run_server
+
+    if args.model_tag is not None:
+        if args.model is not None and args.model != args.model_tag:
+            raise StartupError(f"Two models are named, {args.model_tag} and --model {args.model}; give one.")
+        args.model = args.model_tag
+    return run_server(args)

@@ -1,0 +1,190 @@
+"""Starts the engine and serves it over HTTP: `python -m vllm.entrypoints.openai.api_server`.
+
+Exit codes: 0 after SIGTERM or SIGINT, 1 when the server cannot start or the engine has died, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Generator
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.openai.app import build_app
+from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.exceptions import StartupError, VLLMValidationError
+from vllm.logger import init_logger
+
+# Run as a script, the module's own name is __main__.
+logger = init_logger("vllm.entrypoints.openai.api_server")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LISTEN_BACKLOG = 2048
+_ENGINE_POLL_S = 0.5
+# How long the server goes on after the engine's death, so that open requests get their error and load balancers see
+# /health fail, instead of a connection that breaks.
+_ENGINE_DEATH_GRACE_S = 2
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_serve`, which also has an engine to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+def run_server(args: argparse.Namespace) -> int:
+    """Serves until a signal or the engine's death ends it.
+
+    Returns:
+        The exit code. Why the server cannot start is said in one line on stderr.
+    """
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(_load_and_serve(args))
+    except (StartupError, VLLMValidationError) as exc:
+        print(f"error: {exc}", file=sys.stderr, flush=True)
+        return 1
+
+
+async def _load_and_serve(args: argparse.Namespace) -> int:
+    for sig in _SIGNALS:
+        signal.signal(sig, _stop_loading)
+    # The port is taken before the model loads: a long wait must not end in "address in use".
+    sock = bind_socket(args.host, args.port)
+    with contextlib.closing(sock):
+        engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
+        try:
+            return await _serve(engine, sock, args)
+        finally:
+            engine.shutdown()
+
+
+def _stop_loading(sig: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + sig)
+
+
+def bind_socket(host: str | None, port: int) -> socket.socket:
+    """A TCP socket bound to the address; it does not listen yet.
+
+    Raises:
+        StartupError: the address is in use, or is not one of this machine's.
+    """
+    host = host or "0.0.0.0"
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:
+        raise StartupError(f"Cannot listen on {host}: {exc.strerror}.") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.bind(address)
+    except OSError as exc:
+        sock.close()
+        raise _cannot_listen(host, port, exc) from None
+    return sock
+
+
+def _cannot_listen(host: str, port: int, exc: OSError) -> StartupError:
+    return StartupError(f"Cannot listen on {host} port {port}: {exc.strerror}. Choose another with --host and --port.")
+
+
+async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Namespace) -> int:
+    config = uvicorn.Config(
+        build_app(engine, args),
+        log_level=args.uvicorn_log_level,
+        access_log=not args.disable_uvicorn_access_log,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        timeout_graceful_shutdown=args.shutdown_timeout,
+        lifespan="off",
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as exc:
+        raise StartupError(f"The --ssl files cannot be used: {exc}.") from None
+    host, port = sock.getsockname()[:2]
+    try:
+        # Another server may have bound the port while the model loaded; only one can listen.
+        sock.listen(_LISTEN_BACKLOG)
+    except OSError as exc:
+        raise _cannot_listen(host, port, exc) from None
+
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[sock]))
+    loop = asyncio.get_running_loop()
+    for sig in _SIGNALS:
+        loop.add_signal_handler(sig, _on_signal, server, serving, signal.Signals(sig).name)
+    watching = asyncio.create_task(_watch_engine(engine, server))
+    _log_start(engine, host, port, args)
+    try:
+        await serving
+    except asyncio.CancelledError:
+        logger.warning("Stopped at once; open requests were cut off.")
+    finally:
+        watching.cancel()
+        for sig in _SIGNALS:
+            loop.remove_signal_handler(sig)
+    return 1 if engine.errored else 0
+
+
+def _on_signal(server: _Server, serving: asyncio.Task[None], name: str) -> None:
+    if server.should_exit:
+        serving.cancel()
+        return
+    logger.info("Received %s: no new requests; open ones may end. A second signal stops at once.", name)
+    server.should_exit = True
+
+
+async def _watch_engine(engine: AsyncLLMEngine, server: _Server) -> None:
+    """Ends the server some moments after the engine has died."""
+    while not engine.errored:
+        await asyncio.sleep(_ENGINE_POLL_S)
+    logger.error("The engine has died; the server stops. %s", engine.dead_error or "")
+    await asyncio.sleep(_ENGINE_DEATH_GRACE_S)
+    server.config.timeout_graceful_shutdown = _ENGINE_DEATH_GRACE_S
+    server.should_exit = True
+
+
+def _log_start(engine: AsyncLLMEngine, host: str, port: int, args: argparse.Namespace) -> None:
+    config = engine.vllm_config
+    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    scheme = "https" if args.ssl_certfile else "http"
+    logger.info(
+        "Model: %s, dtype %s, context %d tokens", config.model.model, config.model.dtype, config.model.max_model_len
+    )
+    logger.info("KV cache: %d tokens", engine.num_blocks * config.cache.block_size)
+    logger.info(
+        "System prompts: mode %s, at most %d tokens pinned", config.system_prompt.mode, engine.pool_budget_tokens
+    )
+    logger.info(
+        "Serving %s on %s://%s:%d%s/v1", config.model.served_model_names[0], scheme, shown, port, args.root_path
+    )
+
+
+def main() -> None:
+    parser = FlexibleArgumentParser(
+        prog="python -m vllm.entrypoints.openai.api_server",
+        usage="%(prog)s [options]",
+        description="Serves a model over the OpenAI API.",
+    )
+    sys.exit(run_server(make_arg_parser(parser).parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Flags of the HTTP server, and the flags of other servers that are accepted or refused here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.exceptions import StartupError
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+DEFAULT_PORT = 8000
+DEFAULT_SHUTDOWN_TIMEOUT_S = 30
+
+# Flags that would only change speed or logs in other servers, by what follows them: nothing, or a value.
+_NO_EFFECT_SWITCHES = (
+    "async-scheduling",
+    "disable-async-output-proc",
+    "disable-custom-all-reduce",
+    "disable-frontend-multiprocessing",
+    "disable-log-requests",
+    "disable-log-stats",
+    "enable-chunked-prefill",
+    "enable-expert-parallel",
+    "enable-log-requests",
+    "enable-prompt-tokens-details",
+    "enable-server-load-tracking",
+    "use-tqdm-on-load",
+    "use-v2-block-manager",
+)
+_NO_EFFECT_VALUES = (
+    "block-allocator",
+    "compilation-config",
+    "cuda-graph-sizes",
+    "download-dir",
+    "guided-decoding-backend",
+    "kv-offloading-size",
+    "limit-mm-per-prompt",
+    "max-cudagraph-capture-size",
+    "max-log-len",
+    "max-parallel-loading-workers",
+    "max-seq-len-to-capture",
+    "num-lookahead-slots",
+    "num-scheduler-steps",
+    "otlp-traces-endpoint",
+    "preemption-mode",
+    "scheduler-delay-factor",
+    "swap-space",
+)
+
+# Flags whose feature does not exist here: the values that mean what this server does anyway.
+_UNSUPPORTED_SWITCHES = (
+    "enable-auto-tool-choice",
+    "enable-force-include-usage",
+    "enable-lora",
+    "enable-prompt-embeds",
+    "enable-reasoning",
+    "enable-sleep-mode",
+    "skip-tokenizer-init",
+)
+_UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
+    "api-server-count": ("1",),
+    "chat-template-content-format": ("auto", "string"),
+    "config-format": ("auto", "hf"),
+    "convert": ("auto", "none"),
+    "cpu-offload-gb": ("0",),
+    "data-parallel-size": ("1",),
+    "distributed-executor-backend": ("uni", "mp"),
+    "hf-overrides": ("{}",),
+    "kv-transfer-config": (),
+    "logits-processors": (),
+    "lora-modules": (),
+    "override-generation-config": ("{}",),
+    "pipeline-parallel-size": ("1",),
+    "quantization": ("none",),
+    "reasoning-parser": (),
+    "rope-scaling": (),
+    "rope-theta": (),
+    "runner": ("auto", "generate"),
+    "scheduling-policy": ("fcfs",),
+    "speculative-config": (),
+    "structured-outputs-config": (),
+    "task": ("auto", "generate"),
+    "tokenizer-mode": ("auto", "hf"),
+    "tokenizer-revision": (),
+    "tool-call-parser": (),
+    "tool-parser-plugin": (),
+}
+
+
+def make_arg_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+    """Adds all flags of the server: the engine's, the HTTP server's, and those of other servers."""
+    EngineArgs.add_cli_args(parser)
+    _add_http_args(parser)
+    _add_compatibility_args(parser)
+    return parser
+
+
+def _add_http_args(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("HTTP server")
+    group.add_argument("--host", help="address to listen on; all of this machine's by default")
+    group.add_argument("--port", type=_port, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
+    group.add_argument(
+        "--api-key",
+        action="extend",
+        nargs="+",
+        type=_api_key,
+        metavar="KEY",
+        help="key that requests must carry; may be given several times (default: VLLM_API_KEY)",
+    )
+    group.add_argument("--root-path", type=_root_path, default="", help="path under which a proxy serves this server")
+    group.add_argument("--ssl-keyfile", type=_file, help="private key for HTTPS")
+    group.add_argument("--ssl-certfile", type=_file, help="certificate for HTTPS")
+    group.add_argument("--ssl-ca-certs", type=_file, help="certificates that client certificates are checked with")
+    group.add_argument(
+        "--ssl-cert-reqs",
+        type=int,
+        choices=[mode.value for mode in ssl.VerifyMode],
+        default=int(ssl.CERT_NONE),
+        help="whether client certificates are asked for, as Python's ssl module numbers it (default: %(default)s)",
+    )
+    for flag, what in (("origins", "origins"), ("methods", "methods"), ("headers", "request headers")):
+        group.add_argument(
+            f"--allowed-{flag}",
+            type=_string_list,
+            default=["*"],
+            metavar="LIST",
+            help=f'{what} that browsers may use from other sites, as JSON (default: ["*"])',
+        )
+    group.add_argument(
+        "--allow-credentials", action="store_true", help="let browsers send credentials from other sites"
+    )
+    group.add_argument(
+        "--uvicorn-log-level",
+        choices=["critical", "error", "warning", "info", "debug", "trace"],
+        default="info",
+        help="log level of the HTTP layer (default: %(default)s)",
+    )
+    group.add_argument("--disable-uvicorn-access-log", action="store_true", help="do not log each HTTP request")
+    group.add_argument("--disable-fastapi-docs", action="store_true", help="do not serve /docs and /openapi.json")
+    group.add_argument("--enable-request-id-headers", action="store_true", help="answer X-Request-Id to all requests")
+    group.add_argument("--response-role", default="assistant", help="role of chat answers (default: %(default)s)")
+    group.add_argument(
+        "--return-tokens-as-token-ids", action="store_true", help="name tokens in log-probabilities token_id:ID"
+    )
+    group.add_argument(
+        "--default-chat-template-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="variables of the chat template for requests that do not set them",
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=DEFAULT_SHUTDOWN_TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long running requests may go on after SIGTERM (default: %(default)s)",
+    )
+
+
+def _add_compatibility_args(parser: FlexibleArgumentParser) -> None:
+    accepted = sorted(_NO_EFFECT_SWITCHES + _NO_EFFECT_VALUES)
+    refused = [f"--{name}" for name in _UNSUPPORTED_SWITCHES]
+    refused += [f"--{n} other than {' or '.join(v)}" if v else f"--{n}" for n, v in _UNSUPPORTED_VALUES.items()]
+    # They are many and do nothing: --help names them in two sentences instead of a line each.
+    group = parser.add_argument_group(
+        "flags of other servers",
+        f"Accepted without effect: {', '.join(f'--{name}' for name in accepted)}. "
+        f"Refused: {', '.join(sorted(refused))}.",
+    )
+    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for name in _NO_EFFECT_SWITCHES:
+        group.add_argument(f"--{name}", f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
+    for name in _NO_EFFECT_VALUES:
+        group.add_argument(f"--{name}", action=_NoEffect, **hidden)
+    for name in _UNSUPPORTED_SWITCHES:
+        group.add_argument(f"--{name}", action=_Unsupported, nargs=0, **hidden)
+        group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
+    for name, allowed in _UNSUPPORTED_VALUES.items():
+        group.add_argument(f"--{name}", action=_Unsupported, allowed=allowed, **hidden)
+
+
+class _NoEffect(argparse.Action):
+    """Accepts a flag and warns."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        logger.warning("%s has no effect in this server.", option)
+
+
+class _Unsupported(argparse.Action):
+    """Refuses a flag unless its value asks for what happens anyway."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, allowed: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self._allowed = allowed
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if isinstance(values, str) and values.lower() in self._allowed:
+            return
+        if self._allowed:
+            raise StartupError(
+                f"{option} {values} is not supported by this server; only {' or '.join(self._allowed)} is."
+            )
+        raise StartupError(f"{option} is not supported by this server; start it without.")
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 <= int(text) <= 65535:
+        raise StartupError(f"--port must be a number from 0 to 65535, got {text}.")
+    return int(text)
+
+
+def _api_key(text: str) -> str:
+    if not text.strip():
+        raise StartupError("--api-key must not be empty; leave it out to serve without a key.")
+    return text.strip()
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not path.startswith("/"):
+        raise StartupError(f"--root-path must start with a slash, got {text}.")
+    return path
+
+
+def _file(text: str) -> str:
+    if not Path(text).is_file():
+        raise StartupError(f"There is no file {text}; the --ssl flags need an existing one.")
+    return text
+
+
+def _seconds(text: str) -> int:
+    if not text.isdigit():
+        raise StartupError(f"--shutdown-timeout must be a whole number of seconds, 0 or more, got {text}.")
+    return int(text)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise StartupError(f"--default-chat-template-kwargs must be a JSON object, got {text}.")
+    return value
+
+
+def _string_list(text: str) -> list[str]:
+    """A JSON list of strings, or names separated by commas."""
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise StartupError(f'The --allowed flags take a JSON list of strings such as ["*"], got {text}.')
+    return value

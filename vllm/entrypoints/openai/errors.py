@@ -1,0 +1,85 @@
+"""Errors in the OpenAI API's shape: `{"error": {"message", "type", "param", "code"}}`; `code` is the HTTP status."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from vllm.exceptions import EngineDeadError, VLLMValidationError
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "PayloadTooLargeError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ApiError(Exception):
+    """A request that cannot be served, with the HTTP status to answer.
+
+    Args:
+        param: Name of the request field at fault, or None.
+        headers: Extra response headers.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.headers = headers
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status) or ("BadRequestError" if status < 500 else "InternalServerError")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def error_response(
+    status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
+) -> Response:
+    body = orjson.dumps(error_body(status, message, param))
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
+
+
+def describe(exc: BaseException) -> ApiError:
+    """The answer to an exception. What is not meant for users is logged, and only said to be our fault."""
+    if isinstance(exc, ApiError):
+        return exc
+    if isinstance(exc, VLLMValidationError):
+        return ApiError(400, str(exc), exc.param)
+    if isinstance(exc, EngineDeadError):
+        return ApiError(500, str(exc))
+    logger.error("A request failed.", exc_info=exc)
+    return ApiError(500, "The server failed to answer this request; its log says why.")
+
+
+async def handle_exception(request: Request, exc: Exception) -> Response:
+    """Exception handler of the app for everything that `describe` knows."""
+    error = describe(exc)
+    return error_response(error.status, error.message, error.param, error.headers)
+
+
+async def handle_http_exception(request: Request, exc: Exception) -> Response:
+    """Exception handler of the app for what the router raises: unknown paths and methods."""
+    if not isinstance(exc, HTTPException):
+        return await handle_exception(request, exc)
+    message = str(exc.detail)
+    if exc.status_code == 404:
+        message = f"There is no {request.scope['path']} here."
+    elif exc.status_code == 405:
+        message = f"{request.method} is not allowed for {request.scope['path']}."
+    return error_response(exc.status_code, message, headers=dict(exc.headers) if exc.headers else None)

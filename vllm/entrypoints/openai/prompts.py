@@ -1,0 +1,154 @@
+"""From request fields to prompt token ids, refusing what cannot fit before the tokenizer reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.chat_messages import check_messages, check_template_kwargs, check_tools, count_chars
+from vllm.entrypoints.openai.json_body import snippet
+from vllm.exceptions import VLLMValidationError
+from vllm.transformers_utils.chat_template import RenderedChat
+
+MAX_PROMPTS = 1024
+MAX_CHOICES = 4096
+# The most that is tokenised for one request, even where the answer would not depend on the context's length.
+MAX_TOKENIZE_CHARS = 4_000_000
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """What shapes the rendering of messages besides the messages themselves."""
+
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+
+class PromptReader:
+    """Renders and tokenises.
+
+    Args:
+        default_template_kwargs: Template variables for requests that do not set them.
+    """
+
+    def __init__(self, engine: AsyncLLMEngine, default_template_kwargs: dict[str, Any] | None = None) -> None:
+        self._engine = engine
+        self._default_kwargs = default_template_kwargs or {}
+        model = engine.vllm_config.model
+        self._trust_template = model.trust_request_chat_template
+        self._max_model_len = model.max_model_len
+        self._max_chars_per_token = max(1, engine.tokenizer.max_chars_per_token)
+
+    async def chat(self, messages: list[Any], options: ChatOptions, *, must_fit: bool = True) -> RenderedChat:
+        """Token ids of messages, and how many of them are the system prompt.
+
+        Args:
+            must_fit: Refuse messages that leave no room for an answer, and unread those that cannot fit at all.
+
+        Raises:
+            VLLMValidationError: A field is wrong, the template refuses the messages, or they are too long.
+        """
+        checked = check_messages(messages)
+        tools = check_tools(options.tools)
+        kwargs = self._default_kwargs | check_template_kwargs(options.chat_template_kwargs)
+        if options.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", options.reasoning_effort)
+        if options.documents is not None:
+            kwargs["documents"] = options.documents
+        if options.chat_template is not None and not self._trust_template:
+            raise VLLMValidationError(
+                "chat_template in a request is not allowed by this server (--trust-request-chat-template allows it).",
+                "chat_template",
+            )
+        continue_final = bool(options.continue_final_message)
+        add_generation_prompt = options.add_generation_prompt
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final
+        if continue_final and add_generation_prompt:
+            raise VLLMValidationError(
+                "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
+            )
+        self._check_chars(count_chars([m["content"] for m in checked]), "messages", must_fit)
+        self._check_chars(count_chars([checked, tools, kwargs]), "messages", must_fit=False)
+        rendered = await self._engine.render_chat(
+            messages=checked,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final,
+            template_kwargs=kwargs or None,
+            chat_template=options.chat_template,
+            add_special_tokens=bool(options.add_special_tokens),
+        )
+        num_tokens = len(rendered.prompt_token_ids)
+        if must_fit and num_tokens >= self._max_model_len:
+            raise VLLMValidationError(
+                f"The messages have {num_tokens} tokens; this model takes at most {self._max_model_len} tokens, "
+                "messages and answer together. Shorten the messages.",
+                "messages",
+            )
+        return rendered
+
+    async def text(self, text: str, param: str, *, add_special_tokens: bool = True, must_fit: bool = True) -> list[int]:
+        """Token ids of plain text; `param` is the request field that errors name."""
+        self._check_chars(len(text), param, must_fit)
+        if must_fit:
+            return await self._engine.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self._engine.tokenizer.encode, text, add_special_tokens)
+
+    def _check_chars(self, chars: int, param: str, must_fit: bool) -> None:
+        fewest_tokens = -(-chars // self._max_chars_per_token)
+        if must_fit and fewest_tokens > self._max_model_len:
+            raise VLLMValidationError(
+                f"The model's context holds {self._max_model_len} tokens; {param} with {chars} characters "
+                f"are at least {fewest_tokens} tokens. Shorten them.",
+                param,
+            )
+        if chars > MAX_TOKENIZE_CHARS:
+            raise VLLMValidationError(
+                f"{param} may have at most {MAX_TOKENIZE_CHARS} characters in all, got {chars}.", param
+            )
+
+
+def split_prompts(prompt: Any, n: int) -> list[str | list[int]]:
+    """The prompts of a text completion: given as text, a list of texts, token ids, or a list of lists of token ids.
+
+    Raises:
+        VLLMValidationError: anything else, or too many prompts or outputs.
+    """
+    prompts = _as_list(prompt)
+    if len(prompts) > MAX_PROMPTS:
+        raise VLLMValidationError(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", "prompt")
+    if len(prompts) * n > MAX_CHOICES:
+        raise VLLMValidationError(
+            f"A request may ask for at most {MAX_CHOICES} outputs, got {len(prompts)} prompts with n={n}.", "n"
+        )
+    if [] in prompts:
+        raise VLLMValidationError("prompt must not be an empty list of token ids.", "prompt")
+    return prompts
+
+
+def _as_list(prompt: Any) -> list[str | list[int]]:
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(item, str) for item in prompt) or all(_is_ids(item) for item in prompt):
+            return prompt
+        if _is_ids(prompt):
+            return [prompt]
+    raise VLLMValidationError(
+        "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
+        f"got {snippet(prompt)}.",
+        "prompt",
+    )
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)

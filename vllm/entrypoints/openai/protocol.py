@@ -1,0 +1,189 @@
+"""Requests of the HTTP API, and the small shapes that several responses share.
+
+Fields carry the names of the OpenAI API and vLLM's additions. None means that the request is silent about it; the
+ranges of sampling values are checked by `SamplingParams`, so that the Python API and the HTTP API agree on them.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from vllm.outputs import Logprob, TokenLogprobs
+
+
+class ApiModel(BaseModel):
+    """A request body; unknown fields are accepted."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class StreamOptions(ApiModel):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationRequest(ApiModel):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    request_id: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+
+    n: int | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    length_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    echo: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_decoding_backend: str | None = None
+    guided_whitespace_pattern: str | None = None
+    logits_processors: Any = None
+    vllm_xargs: dict[str, Any] | None = None
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class ChatCompletionRequest(GenerationRequest):
+    """`POST /v1/chat/completions`. `messages` is checked by `chat_messages`."""
+
+    messages: list[Any]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[str] | None = None
+    reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class CompletionRequest(GenerationRequest):
+    """`POST /v1/completions`. `prompt` is checked by `prompts`."""
+
+    prompt: Any = None
+    prompt_embeds: Any = None
+    suffix: str | None = None
+    logprobs: int | None = None
+
+
+class TokenizeRequest(ApiModel):
+    """`POST /tokenize`: either `prompt`, or `messages` with what chat completions take."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(ApiModel):
+    """`POST /detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class SystemPromptRequest(ApiModel):
+    """`POST /v1/system_prompts`: one of `messages` (with `tools`), `prompt` and `prompt_token_ids`."""
+
+    messages: list[Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    prompt: str | None = None
+    prompt_token_ids: list[int] | None = None
+    name: str | None = None
+    ttl: float | None = None
+
+
+def now() -> int:
+    """Seconds since 1970, as `created` fields hold them."""
+    return int(time.time())
+
+
+def random_id() -> str:
+    return uuid.uuid4().hex
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    """The `usage` object; `cached_tokens` counts prompt tokens whose KV was not computed for this request."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def prompt_logprobs_json(
+    prompt_logprobs: list[TokenLogprobs | None] | None,
+) -> list[dict[str, dict[str, Any]] | None] | None:
+    """`prompt_logprobs` as responses show it: one entry a prompt token, token id → log-probability, rank, text."""
+    if prompt_logprobs is None:
+        return None
+    return [
+        None if entry is None else {str(token_id): _logprob_json(lp) for token_id, lp in entry.items()}
+        for entry in prompt_logprobs
+    ]
+
+
+def _logprob_json(lp: Logprob) -> dict[str, Any]:
+    return {"logprob": clamp(lp.logprob), "rank": lp.rank, "decoded_token": lp.decoded_token}
+
+
+def clamp(logprob: float) -> float:
+    """JSON has no -Infinity; -9999 stands for it, as in vLLM."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,180 @@
+"""From a request's fields to `SamplingParams`, and the refusal of what this server cannot do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.entrypoints.openai.json_body import snippet
+from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import RequestOutputKind, SamplingParams, check_int
+
+MAX_CACHE_SALT_CHARS = 1024
+DEFAULT_COMPLETION_TOKENS = 16
+
+# Request fields that SamplingParams knows under the same name.
+_SAME_NAME = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+)
+_STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
+def sampling_params(
+    request: GenerationRequest, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """Sampling parameters of a request.
+
+    Args:
+        defaults: What the checkpoint recommends, used where the request is silent.
+        max_tokens: Most tokens to generate; None for all that the context leaves.
+        logprobs: Most likely tokens to report at each position; None for no log-probabilities.
+
+    Raises:
+        VLLMValidationError: A value is out of range.
+    """
+    values: dict[str, Any] = {name: defaults[name] for name in _SAME_NAME if name in defaults}
+    for name in _SAME_NAME:
+        value = getattr(request, name)
+        if value is not None:
+            values[name] = value
+    return SamplingParams(
+        **values,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        truncate_prompt_tokens=request.truncate_prompt_tokens,
+        output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def chat_max_tokens(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> int | None:
+    """`max_completion_tokens`, else its older name `max_tokens`, else the checkpoint's default, else no limit."""
+    if request.max_completion_tokens is not None:
+        check_int("max_completion_tokens", request.max_completion_tokens, 1, 2**31 - 1)
+        return request.max_completion_tokens
+    if request.max_tokens is not None:
+        return request.max_tokens
+    return int(defaults["max_tokens"]) if "max_tokens" in defaults else None
+
+
+def chat_logprobs(request: ChatCompletionRequest) -> int | None:
+    """Number of most likely tokens to report; None for no log-probabilities."""
+    if request.top_logprobs is not None:
+        check_int("top_logprobs", request.top_logprobs, 0, 2**31 - 1)
+        if request.top_logprobs and not request.logprobs:
+            raise VLLMValidationError("top_logprobs needs logprobs to be true.", "top_logprobs")
+    return (request.top_logprobs or 0) if request.logprobs else None
+
+
+def check_generation(request: GenerationRequest) -> None:
+    """Refuses what would change the answer if it were ignored, and fields of the wrong size.
+
+    Raises:
+        VLLMValidationError: naming the field.
+    """
+    if request.stream_options is not None and not request.stream:
+        raise VLLMValidationError("stream_options may only be set when stream is true.", "stream_options")
+    if request.stream and request.prompt_logprobs is not None:
+        raise VLLMValidationError("prompt_logprobs are not available when stream is true.", "prompt_logprobs")
+    if request.use_beam_search:
+        raise VLLMValidationError(
+            "use_beam_search is not supported; leave it out or set it to false.", "use_beam_search"
+        )
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise VLLMValidationError(
+            f"best_of other than n is not supported (n is {request.n or 1}, best_of {request.best_of}).", "best_of"
+        )
+    if request.logits_processors:
+        raise VLLMValidationError("logits_processors are not supported.", "logits_processors")
+    for name in _STRUCTURED:
+        if getattr(request, name) is not None:
+            raise VLLMValidationError(f"{name} is not supported: output is free text.", name)
+    _check_response_format(request.response_format)
+    if request.cache_salt is not None and not 1 <= len(request.cache_salt) <= MAX_CACHE_SALT_CHARS:
+        raise VLLMValidationError(
+            f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters, got {len(request.cache_salt)}.", "cache_salt"
+        )
+    if request.request_id is not None and not 1 <= len(request.request_id) <= MAX_REQUEST_ID_CHARS:
+        raise VLLMValidationError(
+            f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters, got {len(request.request_id)}.", "request_id"
+        )
+    if request.priority is not None:
+        check_int("priority", request.priority, -(2**31), 2**31 - 1)
+
+
+def _check_response_format(value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        raise VLLMValidationError(
+            f'response_format must be an object with a "type", such as {{"type": "text"}}, got {snippet(value)}.',
+            "response_format",
+        )
+    if value["type"] != "text":
+        raise VLLMValidationError(
+            f'response_format supports only {{"type": "text"}}, got type {snippet(value["type"])}.', "response_format"
+        )
+
+
+def check_chat(request: ChatCompletionRequest) -> None:
+    """Refuses chat fields whose feature does not exist here."""
+    check_generation(request)
+    if request.modalities is not None and request.modalities != ["text"]:
+        raise VLLMValidationError(
+            f'modalities supports only ["text"], got {snippet(request.modalities)}.', "modalities"
+        )
+    if request.continue_final_message and request.add_generation_prompt:
+        raise VLLMValidationError(
+            "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
+        )
+    choice = request.tool_choice
+    if choice == "none":
+        return
+    if choice is None and not request.tools:
+        return
+    if not request.tools:
+        raise VLLMValidationError("tool_choice needs tools to be set.", "tool_choice")
+    if choice in (None, "auto"):
+        raise VLLMValidationError(
+            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set, which this server '
+            'does not support yet; send tool_choice "none" to show the tools to the model and read its answer as text.',
+            "tool_choice",
+        )
+    if choice == "required" or (isinstance(choice, dict) and choice.get("type") == "function"):
+        raise VLLMValidationError(
+            'tool_choice "required" and named functions are not supported; only "none" is.', "tool_choice"
+        )
+    raise VLLMValidationError(f'tool_choice must be "none", got {snippet(choice)}.', "tool_choice")
+
+
+def check_completion(request: CompletionRequest) -> None:
+    """Refuses text-completion fields whose feature does not exist here."""
+    check_generation(request)
+    if request.suffix:
+        raise VLLMValidationError("suffix is not supported.", "suffix")
+    if request.prompt_embeds is not None:
+        raise VLLMValidationError("prompt_embeds is not supported; send prompt.", "prompt_embeds")
+    if request.logprobs is not None:
+        check_int("logprobs", request.logprobs, 0, 2**31 - 1)
+    if request.stream and request.echo and request.logprobs is not None:
+        raise VLLMValidationError("echo with logprobs is not available when stream is true.", "echo")

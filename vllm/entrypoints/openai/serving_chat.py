@@ -1,0 +1,230 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.logprobs import chat_logprobs_json
+from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, prompt_logprobs_json, random_id, usage
+from vllm.entrypoints.openai.sampling import chat_logprobs, chat_max_tokens, check_chat, sampling_params
+from vllm.entrypoints.openai.serving_models import ServingModels
+from vllm.entrypoints.openai.streaming import DONE, EventStream, sse
+from vllm.outputs import CompletionOutput, RequestOutput
+
+
+@dataclass
+class _Call:
+    """One request on its way: what its answer is made of.
+
+    Attributes:
+        top_logprobs: Most likely tokens to show at each position; None for no log-probabilities.
+        echoed: Text of the request's last message that the answer repeats first.
+    """
+
+    id: str
+    model: str
+    request: ChatCompletionRequest
+    outputs: AsyncGenerator[RequestOutput, None]
+    num_choices: int
+    top_logprobs: int | None
+    as_token_ids: bool
+    role: str
+    echoed: str
+    created: int = field(default_factory=now)
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+
+class ServingChat:
+    """Answers chat requests.
+
+    Args:
+        response_role: `role` of answers that open a new turn.
+        as_token_ids: Name tokens in log-probabilities by id unless the request says otherwise.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncLLMEngine,
+        models: ServingModels,
+        prompts: PromptReader,
+        response_role: str = "assistant",
+        as_token_ids: bool = False,
+    ) -> None:
+        self._engine = engine
+        self._models = models
+        self._prompts = prompts
+        self._response_role = response_role
+        self._as_token_ids = as_token_ids
+        self._defaults = engine.vllm_config.model.generation_defaults
+
+    async def create(self, request: ChatCompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
+        """The answer, or the stream of it once its first token is there.
+
+        Args:
+            request_id: What the client calls the request (`X-Request-Id`), or None.
+
+        Raises:
+            VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
+        """
+        call = await self._start(request, request_id)
+        if request.stream:
+            return await EventStream.start(self._events(call))
+        return await self._answer(call)
+
+    async def _start(self, request: ChatCompletionRequest, request_id: str | None) -> _Call:
+        model = self._models.resolve(request.model)
+        check_chat(request)
+        max_tokens = chat_max_tokens(request, self._defaults)
+        top_logprobs = chat_logprobs(request)
+        params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
+        options = ChatOptions(
+            tools=request.tools,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs,
+            reasoning_effort=request.reasoning_effort,
+        )
+        must_fit = request.truncate_prompt_tokens is None
+        rendered = await self._prompts.chat(request.messages, options, must_fit=must_fit)
+        public_id = f"chatcmpl-{request_id or request.request_id or random_id()}"
+        last = request.messages[-1]
+        continues = request.continue_final_message or request.add_generation_prompt is False
+        role = last["role"] if continues else self._response_role
+        as_token_ids = request.return_tokens_as_token_ids
+        return _Call(
+            id=public_id,
+            model=model,
+            request=request,
+            # Clients may repeat an id; the engine's must be unique.
+            outputs=self._engine.generate(
+                rendered.prompt_token_ids,
+                params,
+                f"{public_id}-{random_id()[:12]}",
+                num_system_tokens=rendered.num_system_tokens,
+                cache_salt=request.cache_salt,
+                priority=request.priority or 0,
+            ),
+            num_choices=params.n,
+            top_logprobs=top_logprobs,
+            as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,
+            role=role,
+            echoed=_last_text(last) if request.echo and last["role"] == role else "",
+        )
+
+    def _logprobs(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
+        if call.top_logprobs is None or not output.token_ids:
+            return None
+        return chat_logprobs_json(
+            output.token_ids, output.logprobs, call.top_logprobs, self._engine.tokenizer, call.as_token_ids
+        )
+
+    async def _answer(self, call: _Call) -> dict[str, Any]:
+        final: RequestOutput | None = None
+        outputs: dict[int, CompletionOutput] = {}
+        async with aclosing(call.outputs) as items:
+            async for final in items:
+                outputs.update((output.index, output) for output in final.outputs)
+        if final is None:
+            raise RuntimeError(f"the engine gave no output for {call.id}")
+        completion_tokens = sum(len(output.token_ids) for output in outputs.values())
+        return call.head("chat.completion") | {
+            "choices": [self._choice(call, outputs[index]) for index in sorted(outputs)],
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": usage(len(final.prompt_token_ids), completion_tokens, final.num_cached_tokens),
+            "prompt_logprobs": prompt_logprobs_json(final.prompt_logprobs),
+            "prompt_token_ids": final.prompt_token_ids if call.request.return_token_ids else None,
+            "kv_transfer_params": None,
+        }
+
+    def _choice(self, call: _Call, output: CompletionOutput) -> dict[str, Any]:
+        return {
+            "index": output.index,
+            "message": {
+                "role": call.role,
+                "content": call.echoed + output.text,
+                "refusal": None,
+                "annotations": None,
+                "audio": None,
+                "function_call": None,
+                "tool_calls": [],
+                "reasoning": None,
+                "reasoning_content": None,
+            },
+            "logprobs": self._logprobs(call, output),
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+            "token_ids": list(output.token_ids) if call.request.return_token_ids else None,
+        }
+
+    async def _events(self, call: _Call) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: a chunk with the role for each choice, the deltas, and usage if it was asked for."""
+        options = call.request.stream_options
+        every_usage = bool(options and options.include_usage and options.continuous_usage_stats)
+        head = call.head("chat.completion.chunk")
+        item: RequestOutput | None = None
+        prompt_tokens = cached_tokens = 0
+        generated = [0] * call.num_choices
+
+        def chunk(choice: dict[str, Any], completion_tokens: int) -> dict[str, Any]:
+            made = head | {"choices": [choice]}
+            if every_usage:
+                made["usage"] = usage(prompt_tokens, completion_tokens, cached_tokens)
+            return made
+
+        async with aclosing(call.outputs) as items:
+            async for item in items:
+                if not prompt_tokens:
+                    prompt_tokens = len(item.prompt_token_ids)
+                    cached_tokens = item.num_cached_tokens
+                    for index in range(call.num_choices):
+                        first = chunk(_delta(index, {"role": call.role, "content": ""}), 0)
+                        if call.request.return_token_ids:
+                            first["prompt_token_ids"] = item.prompt_token_ids
+                        yield sse(first)
+                        if call.echoed:
+                            yield sse(chunk(_delta(index, {"content": call.echoed}), 0))
+                for output in item.outputs:
+                    generated[output.index] += len(output.token_ids)
+                    choice = self._delta_choice(call, output)
+                    if choice is not None:
+                        yield sse(chunk(choice, generated[output.index]))
+        if item is None:
+            raise RuntimeError(f"the engine gave no output for {call.id}")
+        if options and options.include_usage:
+            yield sse(head | {"choices": [], "usage": usage(prompt_tokens, sum(generated), cached_tokens)})
+        yield DONE
+
+    def _delta_choice(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
+        """The choice of a chunk; None while there is nothing to tell, as when a character is not complete yet."""
+        logprobs = self._logprobs(call, output)
+        finished = output.finish_reason is not None
+        if not output.text and logprobs is None and not finished and not call.request.return_token_ids:
+            return None
+        choice = _delta(output.index, {"content": output.text})
+        choice["logprobs"] = logprobs
+        if call.request.return_token_ids:
+            choice["token_ids"] = list(output.token_ids)
+        if finished:
+            choice["finish_reason"] = output.finish_reason
+            choice["stop_reason"] = output.stop_reason
+        return choice
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _last_text(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""

@@ -1,0 +1,255 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.logprobs import completion_logprobs_json
+from vllm.entrypoints.openai.prompts import PromptReader, split_prompts
+from vllm.entrypoints.openai.protocol import CompletionRequest, now, prompt_logprobs_json, random_id, usage
+from vllm.entrypoints.openai.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, sampling_params
+from vllm.entrypoints.openai.serving_models import ServingModels
+from vllm.entrypoints.openai.streaming import DONE, EventStream, merge, sse
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+
+
+@dataclass
+class _Call:
+    """One request on its way: its prompts, each an engine request of its own, and what the answer is made of.
+
+    Attributes:
+        texts: The prompts given as text, None for the others.
+        prompt_only: `echo` with `max_tokens` 0: the prompt alone is the answer.
+    """
+
+    id: str
+    model: str
+    request: CompletionRequest
+    streams: list[AsyncGenerator[RequestOutput, None]]
+    n: int
+    texts: list[str | None]
+    prompt_only: bool
+    as_token_ids: bool
+    created: int = field(default_factory=now)
+
+    def head(self) -> dict[str, Any]:
+        return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.model}
+
+
+class ServingCompletion:
+    """Answers text completions.
+
+    Args:
+        as_token_ids: Name tokens in log-probabilities by id unless the request says otherwise.
+    """
+
+    def __init__(
+        self, engine: AsyncLLMEngine, models: ServingModels, prompts: PromptReader, as_token_ids: bool = False
+    ) -> None:
+        self._engine = engine
+        self._models = models
+        self._prompts = prompts
+        self._as_token_ids = as_token_ids
+        self._defaults = engine.vllm_config.model.generation_defaults
+
+    async def create(self, request: CompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
+        """The answer, or the stream of it once its first token is there.
+
+        Args:
+            request_id: What the client calls the request (`X-Request-Id`), or None.
+
+        Raises:
+            VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
+        """
+        call = await self._start(request, request_id)
+        if request.stream:
+            return await EventStream.start(self._events(call))
+        return await self._answer(call)
+
+    async def _start(self, request: CompletionRequest, request_id: str | None) -> _Call:
+        model = self._models.resolve(request.model)
+        check_completion(request)
+        prompt_only = bool(request.echo) and request.max_tokens == 0
+        if prompt_only:
+            # The engine always draws a token; one is the least it can do.
+            max_tokens = 1
+        elif request.max_tokens is None:
+            max_tokens = int(self._defaults.get("max_tokens", DEFAULT_COMPLETION_TOKENS))
+        else:
+            max_tokens = request.max_tokens
+        params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=request.logprobs)
+        if request.echo and request.logprobs is not None and params.prompt_logprobs is None:
+            params.prompt_logprobs = request.logprobs
+        prompts = split_prompts(request.prompt, params.n)
+        token_ids = [await self._token_ids(request, prompt) for prompt in prompts]
+        public_id = f"cmpl-{request_id or request.request_id or random_id()}"
+        # Clients may repeat an id; the engine's must be unique.
+        engine_id = f"{public_id}-{random_id()[:12]}"
+        as_token_ids = request.return_tokens_as_token_ids
+        return _Call(
+            id=public_id,
+            model=model,
+            request=request,
+            streams=[
+                self._engine.generate(
+                    ids,
+                    params,
+                    f"{engine_id}-{i}",
+                    cache_salt=request.cache_salt,
+                    priority=request.priority or 0,
+                )
+                for i, ids in enumerate(token_ids)
+            ],
+            n=params.n,
+            texts=[prompt if isinstance(prompt, str) else None for prompt in prompts],
+            prompt_only=prompt_only,
+            as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,
+        )
+
+    async def _token_ids(self, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        token_ids = await self._prompts.text(
+            prompt,
+            "prompt",
+            add_special_tokens=request.add_special_tokens is not False,
+            must_fit=request.truncate_prompt_tokens is None,
+        )
+        if not token_ids:
+            raise VLLMValidationError("prompt must not be empty.", "prompt")
+        return token_ids
+
+    def _echoed(self, call: _Call, prompt_index: int, item: RequestOutput) -> str:
+        """The text of a prompt that its answers repeat first; "" without `echo`."""
+        request = call.request
+        if not request.echo:
+            return ""
+        text = call.texts[prompt_index]
+        if text is not None and request.truncate_prompt_tokens is None:
+            return text
+        return self._engine.tokenizer.decode(item.prompt_token_ids, request.skip_special_tokens is not False)
+
+    async def _answer(self, call: _Call) -> dict[str, Any]:
+        last: dict[int, RequestOutput] = {}
+        outputs: dict[int, CompletionOutput] = {}
+        async with aclosing(merge(call.streams)) as items:
+            async for prompt_index, item in items:
+                last[prompt_index] = item
+                outputs.update((prompt_index * call.n + output.index, output) for output in item.outputs)
+        choices = [self._choice(call, index, outputs[index], last[index // call.n]) for index in sorted(outputs)]
+        completion_tokens = 0 if call.prompt_only else sum(len(output.token_ids) for output in outputs.values())
+        return call.head() | {
+            "choices": choices,
+            "service_tier": None,
+            "system_fingerprint": None,
+            "usage": usage(
+                sum(len(item.prompt_token_ids) for item in last.values()),
+                completion_tokens,
+                sum(item.num_cached_tokens for item in last.values()),
+            ),
+            "kv_transfer_params": None,
+        }
+
+    def _choice(self, call: _Call, index: int, output: CompletionOutput, item: RequestOutput) -> dict[str, Any]:
+        request = call.request
+        echoed = self._echoed(call, index // call.n, item)
+        generated = CompletionOutput(index, "", [], finish_reason="length") if call.prompt_only else output
+        logprobs = None
+        if request.logprobs is not None:
+            token_ids = list(generated.token_ids)
+            rows: list[TokenLogprobs | None] = [*(generated.logprobs or ())]
+            if request.echo:
+                token_ids = item.prompt_token_ids + token_ids
+                rows = [*(item.prompt_logprobs or [None] * len(item.prompt_token_ids)), *rows]
+            logprobs = completion_logprobs_json(token_ids, rows, self._engine.tokenizer, call.as_token_ids)
+        return {
+            "index": index,
+            "text": echoed + generated.text,
+            "logprobs": logprobs,
+            "finish_reason": generated.finish_reason,
+            "stop_reason": generated.stop_reason,
+            "token_ids": list(generated.token_ids) if request.return_token_ids else None,
+            "prompt_logprobs": None if request.prompt_logprobs is None else prompt_logprobs_json(item.prompt_logprobs),
+            "prompt_token_ids": item.prompt_token_ids if request.return_token_ids else None,
+        }
+
+    async def _events(self, call: _Call) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: the deltas of all prompts as they come, and usage if it was asked for."""
+        options = call.request.stream_options
+        every_usage = bool(options and options.include_usage and options.continuous_usage_stats)
+        head = call.head()
+        prompt_tokens: dict[int, int] = {}
+        cached_tokens: dict[int, int] = {}
+        generated = [0] * (len(call.streams) * call.n)
+        told = [0] * len(generated)
+        async with aclosing(merge(call.streams)) as items:
+            async for prompt_index, item in items:
+                starts = prompt_index not in prompt_tokens
+                if starts:
+                    prompt_tokens[prompt_index] = len(item.prompt_token_ids)
+                    cached_tokens[prompt_index] = item.num_cached_tokens
+                choices = []
+                if starts and (call.request.echo or call.request.return_token_ids):
+                    choices += [self._first_choice(call, prompt_index, i, item) for i in range(call.n)]
+                for output in item.outputs:
+                    index = prompt_index * call.n + output.index
+                    generated[index] += len(output.token_ids)
+                    choice = self._delta_choice(call, index, output, told[index])
+                    told[index] += len(output.text)
+                    if choice is not None:
+                        choices.append(choice)
+                for choice in choices:
+                    chunk = head | {"choices": [choice]}
+                    if every_usage:
+                        chunk["usage"] = usage(
+                            prompt_tokens[prompt_index], generated[choice["index"]], cached_tokens[prompt_index]
+                        )
+                    yield sse(chunk)
+        if options and options.include_usage:
+            completion_tokens = 0 if call.prompt_only else sum(generated)
+            total = usage(sum(prompt_tokens.values()), completion_tokens, sum(cached_tokens.values()))
+            yield sse(head | {"choices": [], "usage": total})
+        yield DONE
+
+    def _first_choice(self, call: _Call, prompt_index: int, i: int, item: RequestOutput) -> dict[str, Any]:
+        """Repeats the prompt, as text with `echo` and as token ids if they were asked for."""
+        choice = _text_choice(prompt_index * call.n + i, self._echoed(call, prompt_index, item))
+        if call.request.return_token_ids:
+            choice |= {"prompt_token_ids": item.prompt_token_ids, "token_ids": []}
+        return choice
+
+    def _delta_choice(
+        self, call: _Call, index: int, output: CompletionOutput, text_offset: int
+    ) -> dict[str, Any] | None:
+        """The choice of a chunk; None while there is nothing to tell, as when a character is not complete yet."""
+        request = call.request
+        if call.prompt_only:
+            return _text_choice(index, "", "length") if output.finish_reason is not None else None
+        wants_tokens = bool(output.token_ids) and (request.logprobs is not None or bool(request.return_token_ids))
+        if not output.text and not wants_tokens and output.finish_reason is None:
+            return None
+        choice = _text_choice(index, output.text, output.finish_reason, output.stop_reason)
+        if request.logprobs is not None and output.token_ids:
+            choice["logprobs"] = completion_logprobs_json(
+                output.token_ids, output.logprobs, self._engine.tokenizer, call.as_token_ids, text_offset
+            )
+        if request.return_token_ids:
+            choice["token_ids"] = list(output.token_ids)
+        return choice
+
+
+def _text_choice(
+    index: int, text: str, finish_reason: str | None = None, stop_reason: int | str | None = None
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "text": text,
+        "logprobs": None,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }

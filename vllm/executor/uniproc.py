@@ -1,0 +1,25 @@
+"""One rank, inside the engine's own process."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.executor.base import Executor
+from vllm.step import StepPlan, StepResult
+from vllm.worker.worker import Worker
+
+
+class UniprocExecutor(Executor):
+    def __init__(self, config: VllmConfig) -> None:
+        self._worker = Worker(config)
+
+    def kv_memory(self) -> tuple[int, int]:
+        return self._worker.available_kv_bytes(), self._worker.bytes_per_block
+
+    def initialize_cache(self, num_blocks: int) -> None:
+        self._worker.initialize_cache(num_blocks)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self._worker.execute(plan)
+
+    def shutdown(self) -> None:
+        self._worker.runner = None

@@ -1,0 +1,18 @@
+"""Forms in which a prompt may be given to `LLM.generate` and the engines."""
+
+from typing import TypedDict
+
+
+class TextPrompt(TypedDict):
+    """A prompt as text; the tokenizer's special tokens are added."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, taken as they are."""
+
+    prompt_token_ids: list[int]
+
+
+PromptType = str | list[int] | TextPrompt | TokensPrompt

@@ -1,0 +1,1 @@
+"""Networks: layers, models, and how their weights are read."""

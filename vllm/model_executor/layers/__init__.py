@@ -1,0 +1,1 @@
+"""Layers that know which part of a weight their rank holds."""

@@ -1,0 +1,79 @@
+"""Linear layers split over tensor-parallel ranks.
+
+A layer's `load_shard` takes a whole tensor of the checkpoint and keeps this rank's part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from vllm.distributed.communication import all_reduce
+from vllm.distributed.parallel_state import TensorParallelGroup
+
+
+class LinearBase(nn.Module):
+    """`x Wᵀ + b`; weight [out_features, in_features] of this rank."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallelGroup) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(LinearBase):
+    """Several linear layers over one input, computed as one and split by output rows (heads, channels).
+
+    Args:
+        parts: Output features of each, before the split, by name.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, tp: TensorParallelGroup) -> None:
+        self.part_sizes = {name: tp.divide(size, name) for name, size in parts.items()}
+        super().__init__(in_features, sum(self.part_sizes.values()), bias, tp)
+
+    def load_shard(self, part: str, kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `weight` or `bias` (`kind`) of one part."""
+        size = self.part_sizes[part]
+        offset = 0
+        for name, other in self.part_sizes.items():
+            if name == part:
+                break
+            offset += other
+        source = tensor.narrow(0, self.tp.rank * size, size)
+        copy_checked(getattr(self, kind)[offset : offset + size], source, f"{part}.{kind}")
+
+
+class RowParallelLinear(LinearBase):
+    """A linear layer split by input columns; the ranks' results are summed."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallelGroup) -> None:
+        super().__init__(tp.divide(in_features, "input features"), out_features, bias, tp)
+
+    def load_shard(self, kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `weight` or `bias` (`kind`)."""
+        if kind == "weight":
+            size = self.weight.shape[1]
+            tensor = tensor.narrow(1, self.tp.rank * size, size)
+        copy_checked(getattr(self, kind), tensor, kind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Only one rank adds the bias, or the sum would hold it world_size times.
+        bias = self.bias if self.tp.rank == 0 else None
+        return all_reduce(functional.linear(x, self.weight, bias), self.tp)
+
+
+def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
+    """Copies a checkpoint tensor into a parameter.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if target.shape != source.shape:
+        raise ValueError(f"{name} has shape {tuple(source.shape)}, expected {tuple(target.shape)}")
+    target.copy_(source)

@@ -1,0 +1,290 @@
+"""Draws the next token of every sequence of a batch at once.
+
+Parameters live in arrays with a row for each running sequence, written when a sequence starts, so that a step gathers
+them and loops over nothing. What only few requests use (logit_bias, bad_words, …) is kept per row and touched only when
+such a row is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm.sampling_params import SamplingParams
+from vllm.step import PositionLogprobs, SequenceStart
+
+# Below this many candidates a partial sort is cheaper than sorting the vocabulary.
+_MAX_PARTIAL_SORT = 1024
+
+
+def uniform(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    """One number in [0, 1) for each (seed, counter), whatever else is asked for beside it.
+
+    Two rounds of the SplitMix64 finaliser (Steele, Lea and Flood, 2014) over the seed and the counter.
+
+    Args:
+        seeds: uint64 [R].
+        counters: Index of the drawn token in its output; [R].
+
+    Returns float64 [R].
+    """
+    with np.errstate(over="ignore"):
+        x = _mix(seeds.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        x = _mix(x + (counters.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class RareParams:
+    """What only few requests ask for.
+
+    Attributes:
+        bias: (token ids, values) added to the logits.
+        allowed: Tokens that may be drawn, or None for all.
+        stop_token_ids / min_tokens: Tokens that may not be drawn before so many.
+        bad_words: Token sequences that may not be completed.
+    """
+
+    bias: tuple[torch.Tensor, torch.Tensor] | None
+    allowed: torch.Tensor | None
+    stop_token_ids: torch.Tensor | None
+    min_tokens: int
+    bad_words: list[list[int]]
+
+
+class Sampler:
+    """Sampling state of the running sequences, and the draw.
+
+    Args:
+        max_num_seqs: Rows.
+        vocab_size: Columns of the logits.
+        device: Of the logits.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        self._max_num_seqs = max_num_seqs
+        self._temperature = np.zeros(max_num_seqs, np.float32)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float32)
+        self._min_p = np.zeros(max_num_seqs, np.float32)
+        self._presence = np.zeros(max_num_seqs, np.float32)
+        self._frequency = np.zeros(max_num_seqs, np.float32)
+        self._repetition = np.ones(max_num_seqs, np.float32)
+        self._seed = np.zeros(max_num_seqs, np.uint64)
+        self._num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self._penalised = np.zeros(max_num_seqs, bool)
+        self._rare: dict[int, RareParams] = {}
+        # Made when the first request asks for a penalty: [rows, vocabulary] each.
+        self._output_counts: torch.Tensor | None = None
+        self._in_prompt: torch.Tensor | None = None
+
+    def start(self, seq: SequenceStart) -> None:
+        """Writes a sequence's parameters into its row."""
+        row, params = seq.row, seq.sampling_params
+        self._temperature[row] = params.temperature
+        self._top_k[row] = params.top_k if params.top_k < self.vocab_size else 0
+        self._top_p[row] = params.top_p
+        self._min_p[row] = params.min_p
+        self._presence[row] = params.presence_penalty
+        self._frequency[row] = params.frequency_penalty
+        self._repetition[row] = params.repetition_penalty
+        self._seed[row] = seq.seed & (2**64 - 1)
+        self._num_prompt_tokens[row] = seq.num_prompt_tokens
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._penalised[row] = bool(
+            params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+        )
+        if self._penalised[row]:
+            self._count_tokens(seq)
+        rare = self._rare_params(params, seq.stop_token_ids)
+        if rare is None:
+            self._rare.pop(row, None)
+        else:
+            self._rare[row] = rare
+
+    def _count_tokens(self, seq: SequenceStart) -> None:
+        if self._output_counts is None or self._in_prompt is None:
+            shape = (self._max_num_seqs, self.vocab_size)
+            self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
+            self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        prompt, output = seq.token_ids[: seq.num_prompt_tokens], seq.token_ids[seq.num_prompt_tokens :]
+        self._in_prompt[seq.row] = False
+        self._in_prompt[seq.row, torch.tensor(prompt, device=self.device)] = True
+        counts = torch.zeros(self.vocab_size, dtype=torch.int32)
+        for token, n in Counter(output).items():
+            counts[token] = n
+        self._output_counts[seq.row] = counts
+
+    def _rare_params(self, params: SamplingParams, stop_token_ids: tuple[int, ...]) -> RareParams | None:
+        def ids(tokens: list[int]) -> torch.Tensor:
+            return torch.tensor(tokens, dtype=torch.int64, device=self.device)
+
+        bias = None
+        if params.logit_bias:
+            values = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self.device)
+            bias = (ids(list(params.logit_bias)), values)
+        allowed = None if params.allowed_token_ids is None else ids(params.allowed_token_ids)
+        stops = ids(list(stop_token_ids)) if params.min_tokens and stop_token_ids else None
+        bad_words = params.bad_words_token_ids or []
+        if bias is None and allowed is None and stops is None and not bad_words:
+            return None
+        return RareParams(bias, allowed, stops, params.min_tokens, bad_words)
+
+    def sample(
+        self, logits: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, list[PositionLogprobs | None]]:
+        """Draws a token for each row of `logits`.
+
+        Args:
+            logits: float32 [R, vocab_size]; overwritten.
+            rows: Row of each sequence; int64 [R].
+            num_tokens: Tokens each sequence has so far, prompt and output; int64 [R].
+            token_ids: Tokens of all rows; int64 [rows, positions].
+
+        Returns the tokens, int64 [R] on the device, and the log-probabilities where asked for (of the model's own
+        distribution, before any parameter changed it).
+        """
+        wants = self._num_logprobs[rows]
+        raw = torch.log_softmax(logits, dim=-1) if (wants >= 0).any() else None
+        num_outputs = num_tokens - self._num_prompt_tokens[rows]
+        if self._rare:
+            self._apply_rare(logits, rows, num_tokens, num_outputs, token_ids)
+        penalised = np.flatnonzero(self._penalised[rows])
+        if len(penalised):
+            self._apply_penalties(logits, penalised, rows[penalised])
+        drawn = logits.argmax(dim=-1)
+        random = self._temperature[rows] > 0
+        if random.any():
+            self._draw(logits, drawn, rows, num_outputs, random)
+        if len(penalised) and self._output_counts is not None:
+            index = torch.from_numpy(rows[penalised]).to(self.device)
+            ones = torch.ones(len(penalised), dtype=torch.int32, device=self.device)
+            self._output_counts.index_put_((index, drawn[penalised]), ones, accumulate=True)
+        return drawn, [] if raw is None else self._logprobs(raw, drawn, wants)
+
+    def _draw(
+        self, logits: torch.Tensor, drawn: torch.Tensor, rows: np.ndarray, num_outputs: np.ndarray, random: np.ndarray
+    ) -> None:
+        """Overwrites `drawn` where a random draw is asked for, by inversion of the cumulative distribution.
+
+        Rows with a filter are drawn over sorted candidates and rows without over the vocabulary, each by its own
+        parameters alone, so that a seeded draw does not depend on its neighbours in the batch.
+        """
+        filtered = random & ((self._top_k[rows] > 0) | (self._top_p[rows] < 1.0) | (self._min_p[rows] > 0))
+        noise = np.minimum(uniform(self._seed[rows], num_outputs), 1.0 - 2.0**-40)
+        for subset, sort in ((random & ~filtered, False), (filtered, True)):
+            picked = np.flatnonzero(subset)
+            if not len(picked):
+                continue
+            index = torch.from_numpy(picked).to(self.device)
+            temperature = self._column(self._temperature[rows[picked]])
+            scores = logits[index] / temperature
+            if sort:
+                scores, candidates = self._candidates(scores, rows[picked])
+            probs = torch.softmax(scores, dim=-1, dtype=torch.float64)
+            cumulative = probs.cumsum(dim=-1)
+            target = torch.from_numpy(noise[picked]).to(self.device).unsqueeze(-1) * cumulative[:, -1:]
+            choice = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[-1] - 1)
+            drawn[index] = (candidates.gather(-1, choice) if sort else choice).squeeze(-1)
+
+    def _candidates(self, scores: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores in falling order, those outside top_k, top_p and min_p set to -inf, and their token ids."""
+        top_k = self._top_k[rows]
+        most = int(top_k.max())
+        if top_k.min() > 0 and most <= _MAX_PARTIAL_SORT:
+            scores, candidates = scores.topk(most, dim=-1)
+        else:
+            scores, candidates = scores.sort(dim=-1, descending=True, stable=True)
+        ranks = torch.arange(scores.shape[-1], device=self.device)
+        limit = torch.from_numpy(np.where(top_k > 0, top_k, self.vocab_size)).to(self.device)
+        scores = scores.masked_fill(ranks >= limit.unsqueeze(-1), float("-inf"))
+        probs = torch.softmax(scores, dim=-1)
+        before = probs.cumsum(dim=-1) - probs
+        # The first candidate always stays: the mass before it is 0, and top_p is above 0.
+        outside = before >= self._column(self._top_p[rows])
+        outside |= probs < self._column(self._min_p[rows]) * probs[:, :1]
+        outside[:, 0] = False
+        return scores.masked_fill(outside, float("-inf")), candidates
+
+    def _column(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device).unsqueeze(-1)
+
+    def _apply_rare(
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        num_tokens: np.ndarray,
+        num_outputs: np.ndarray,
+        token_ids: torch.Tensor,
+    ) -> None:
+        for i, row in enumerate(rows.tolist()):
+            rare = self._rare.get(row)
+            if rare is None:
+                continue
+            if rare.allowed is not None:
+                kept = logits[i, rare.allowed]
+                logits[i] = float("-inf")
+                logits[i, rare.allowed] = kept
+            if rare.bias is not None:
+                logits[i].index_add_(0, *rare.bias)
+            if rare.stop_token_ids is not None and num_outputs[i] < rare.min_tokens:
+                logits[i, rare.stop_token_ids] = float("-inf")
+            for word in rare.bad_words:
+                head = len(word) - 1
+                if head <= num_outputs[i]:
+                    end = int(num_tokens[i])
+                    if token_ids[row, end - head : end].tolist() == word[:-1]:
+                        logits[i, word[-1]] = float("-inf")
+
+    def _apply_penalties(self, logits: torch.Tensor, picked: np.ndarray, rows: np.ndarray) -> None:
+        """Presence and frequency as OpenAI defines them over the output; repetition over prompt and output
+        (Keskar et al., 2019)."""
+        if self._output_counts is None or self._in_prompt is None:
+            raise RuntimeError("a penalised row was never started")
+        index, table = torch.from_numpy(picked).to(self.device), torch.from_numpy(rows).to(self.device)
+        scores, counts = logits[index], self._output_counts[table]
+        seen = counts > 0
+        repetition = self._column(self._repetition[rows])
+        divided = torch.where(scores > 0, scores / repetition, scores * repetition)
+        scores = torch.where(seen | self._in_prompt[table], divided, scores)
+        scores -= counts * self._column(self._frequency[rows]) + seen * self._column(self._presence[rows])
+        logits[index] = scores
+
+    @staticmethod
+    def _logprobs(raw: torch.Tensor, drawn: torch.Tensor, wants: np.ndarray) -> list[PositionLogprobs | None]:
+        picked = np.flatnonzero(wants >= 0)
+        index = torch.from_numpy(picked).to(raw.device)
+        rows = position_logprobs(raw[index], drawn[index], wants[picked].tolist())
+        found: list[PositionLogprobs | None] = [None] * len(wants)
+        for i, row in zip(picked.tolist(), rows, strict=True):
+            found[i] = row
+        return found
+
+
+def position_logprobs(logprobs: torch.Tensor, tokens: torch.Tensor, wants: list[int]) -> list[PositionLogprobs]:
+    """The chosen token's log-probability and rank, and the `wants[i]` most likely ones, of each position.
+
+    Args:
+        logprobs: [R, vocab_size], overwritten never.
+        tokens: The chosen tokens; int64 [R].
+    """
+    chosen = logprobs.gather(-1, tokens.unsqueeze(-1))
+    ranks = (logprobs > chosen).sum(dim=-1).add_(1).tolist()
+    top, top_ids = logprobs.topk(max(1, *wants) if wants else 1, dim=-1)
+    tops, ids = top.tolist(), top_ids.tolist()
+    return [
+        PositionLogprobs([[token, *ids[i][:k]]], [[value, *tops[i][:k]]], [ranks[i]])
+        for i, (token, value, k) in enumerate(zip(tokens.tolist(), chosen.squeeze(-1).tolist(), wants, strict=True))
+    ]

@@ -1,0 +1,51 @@
+"""Makes a network on a device and fills it with weights."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.config import ModelConfig
+from vllm.distributed.parallel_state import TensorParallelGroup
+from vllm.exceptions import StartupError
+from vllm.model_executor.model_loader import iterate_weights
+from vllm.model_executor.models import MODELS
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+_DUMMY_STD = 0.02
+
+
+def load_model(config: ModelConfig, tp: TensorParallelGroup, device: torch.device) -> LlamaForCausalLM:
+    """Returns the network in `config.dtype` on `device`, ready to run.
+
+    Raises:
+        StartupError: the architecture is not supported, or the checkpoint does not fit its configuration.
+    """
+    architecture = (config.hf_config.architectures or ["?"])[0]
+    if architecture not in MODELS:
+        raise StartupError(f"{architecture} is not supported; supported architectures: {', '.join(MODELS)}.")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, config.dtype))
+    try:
+        with torch.device(device):
+            model = MODELS[architecture](config.hf_config, config.max_model_len, tp)
+    except ValueError as error:
+        raise StartupError(f"{config.model} cannot be built: {error}.") from None
+    finally:
+        torch.set_default_dtype(before)
+    model.to(device)
+    with torch.no_grad():
+        if config.load_format == "dummy":
+            _fill_with_noise(model, config.seed or 0, device)
+        else:
+            model.load_weights(iterate_weights(config.model_path, config.load_format, config.hf_config))
+    return model.eval()
+
+
+def _fill_with_noise(model: LlamaForCausalLM, seed: int, device: torch.device) -> None:
+    """Random weights of a usual scale, made on the device: matrices normal, norms one."""
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, _DUMMY_STD, generator=generator)

@@ -1,0 +1,1 @@
+"""Everything that comes from outside in a checkpoint's own format: configuration, tokenizer, chat template."""

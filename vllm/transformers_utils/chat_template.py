@@ -1,0 +1,356 @@
+"""Turns chat messages into a prompt's token ids and finds where its system part ends."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from datetime import date
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+from vllm.transformers_utils.control_tokens import ControlTokens
+from vllm.transformers_utils.tokenizer import Tokenizer
+
+logger = init_logger(__name__)
+
+_SYSTEM_ROLES = ("system", "developer")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PROBES = ("a", "\n7", " \u00e9")
+"""User texts that begin so differently (letter; newline and digit; space and a letter beyond ASCII) that a token merged
+across the end of the system part differs between at least two of them, also in templates that strip what users say."""
+
+_MAX_BOUNDARIES = 1024
+_MAX_BOUNDARY_TOKENS = 4_000_000
+_MAX_TEMPLATES = 32
+_MAX_REASON_CHARS = 500
+_RESERVED_KWARGS = frozenset(
+    {"messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"}
+    | set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+) - {"documents", "kwargs"}
+"""Template variables that a request sets by fields of its own, and arguments of transformers' function."""
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """A chat as the model reads it.
+
+    Attributes:
+        prompt_token_ids: Token ids of the whole prompt.
+        num_system_tokens: How many of them, from the first on, belong to the system part; None if there is no system
+            part or its end is not certain.
+        text: What the chat template wrote.
+    """
+
+    prompt_token_ids: list[int]
+    num_system_tokens: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class _Template:
+    """What is known about a chat template.
+
+    Attributes:
+        takes_text: Shows content that is a string.
+        takes_parts: Shows content that is a list of text parts.
+        tells_date: Its output depends on the day.
+    """
+
+    source: str
+    controls: ControlTokens
+    takes_text: bool
+    takes_parts: bool
+    tells_date: bool
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """All that a rendering depends on."""
+
+    template: _Template
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    kwargs: dict[str, Any]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    add_special_tokens: bool
+
+
+class ChatRenderer:
+    """Renders chats by a tokenizer's chat template. Safe to use from several threads.
+
+    The system part of a chat is its leading system and developer messages with the tools and template variables. Where
+    it ends is found by rendering it with several different user texts: the token ids that all of these prompts start
+    with do not depend on the user. A prompt has these as its system part if it starts with exactly them.
+
+    Args:
+        tokenizer: Encodes the rendered text.
+        chat_template: Template source to use instead of the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._boundaries = _BoundaryCache()
+        self._inspect: Callable[[str], _Template] = lru_cache(maxsize=_MAX_TEMPLATES)(self._inspect_template)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_special_tokens: bool = False,
+    ) -> RenderedChat:
+        """Renders and encodes a chat.
+
+        Args:
+            messages: Role, content (a string or text parts) and whatever else the template reads.
+            tools: Function definitions, as in the OpenAI API.
+            add_generation_prompt: End with the header of the assistant's next message.
+            continue_final_message: Leave the last message open instead.
+            template_kwargs: Further variables of the template.
+            chat_template: Template source for this chat alone.
+            add_special_tokens: Also add what the tokenizer adds to plain text; templates write it themselves.
+
+        Raises:
+            VLLMValidationError: there is no template, the messages are malformed, or the template refuses them.
+        """
+        kwargs = template_kwargs or {}
+        reserved = _RESERVED_KWARGS & kwargs.keys()
+        if reserved:
+            raise VLLMValidationError(
+                f"chat_template_kwargs must not hold {min(reserved)!r}; it is set by a field of the request itself.",
+                "chat_template_kwargs",
+            )
+        template = self._inspect(self._choose_template(chat_template, tools))
+        chat = _Chat(
+            template=template,
+            messages=[_normalise(message, template) for message in _checked(messages)],
+            tools=tools or None,
+            kwargs=kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            add_special_tokens=add_special_tokens,
+        )
+        text, ids = self._encode(chat)
+        return RenderedChat(ids, self._num_system_tokens(chat, ids), text)
+
+    def _choose_template(self, chat_template: str | None, tools: list[dict[str, Any]] | None) -> str:
+        given = chat_template or self._chat_template
+        if given:
+            return given
+        try:
+            # A checkpoint may have several, one of them for tools.
+            return self._tokenizer.hf.get_chat_template(None, tools or None)
+        except ValueError:
+            raise VLLMValidationError(
+                "This model has no chat template, so it takes no chat messages. Start the server with --chat-template "
+                "FILE to give it one, or use /v1/completions.",
+                "messages",
+            ) from None
+
+    def _encode(self, chat: _Chat) -> tuple[str, list[int]]:
+        """Text and token ids; spellings of control tokens in the inputs stay text."""
+        controls = chat.template.controls
+        try:
+            marked = controls.mark(chat.messages, chat.tools, chat.kwargs)
+        except RecursionError:
+            raise VLLMValidationError("The messages or tools are nested too deeply.", "messages") from None
+        if marked is None:
+            text = self._render_text(chat)
+            return text, self._tokenizer.encode(text, add_special_tokens=chat.add_special_tokens)
+        marks, messages, (tools, kwargs) = marked
+        try:
+            text = self._render_text(replace(chat, messages=messages, tools=tools, kwargs=kwargs))
+        except VLLMValidationError as error:
+            raise VLLMValidationError(marks.strip(str(error)), error.param) from error
+        return marks.strip(text), controls.encode_marked(text, marks, chat.add_special_tokens)
+
+    def _render_text(self, chat: _Chat) -> str:
+        hf: Any = self._tokenizer.hf  # declared to return many things, of which these arguments choose a string
+        try:
+            return hf.apply_chat_template(
+                chat.messages,
+                tools=chat.tools,
+                chat_template=chat.template.source,
+                add_generation_prompt=chat.add_generation_prompt,
+                continue_final_message=chat.continue_final_message,
+                tokenize=False,
+                **chat.kwargs,
+            )
+        except Exception as error:  # a template is a program: it raises what it likes
+            reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
+            raise VLLMValidationError(f"The chat template refused these messages: {reason}", "messages") from error
+
+    def _num_system_tokens(self, chat: _Chat, ids: list[int]) -> int | None:
+        count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
+        if count == 0 and not chat.tools:
+            return None
+        head = replace(chat, messages=chat.messages[:count], add_generation_prompt=True, continue_final_message=False)
+        try:
+            key = _digest(head)
+        except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
+            return None
+        boundary = self._boundaries.get(key, lambda: self._probe(head))
+        size = len(boundary)
+        if not 0 < size < len(ids) or array("q", ids[:size]) != boundary:
+            return None
+        return size
+
+    def _probe(self, head: _Chat) -> array[int]:
+        """Token ids that the prompts of a system part start with, whatever the user says; empty if that is unknown."""
+        prompts = []
+        for probe in _PROBES:
+            user = _normalise({"role": "user", "content": probe}, head.template)
+            try:
+                prompts.append(self._encode(replace(head, messages=[*head.messages, user]))[1])
+            except VLLMValidationError as error:
+                logger.debug("No boundary of a system prompt: %s", error)
+                return array("q")
+        if any(prompt == prompts[0] for prompt in prompts[1:]):  # the template drops what the user says
+            return array("q")
+        size = 0
+        for column in zip(*prompts, strict=False):
+            if len(set(column)) > 1:
+                break
+            size += 1
+        return array("q", prompts[0][:size])
+
+    def _inspect_template(self, source: str) -> _Template:
+        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, "strftime_now" in source)
+
+        def shows(content: Any) -> bool:
+            chat = _Chat(template, [{"role": "user", "content": content}], None, {}, True, False, False)
+            try:
+                text = self._render_text(chat)
+            except VLLMValidationError:
+                return False
+            return "Content" in text and "'type'" not in text and '"type"' not in text
+
+        takes_parts = shows([{"type": "text", "text": "Content"}])
+        return replace(template, takes_text=shows("Content") or not takes_parts, takes_parts=takes_parts)
+
+
+class _BoundaryCache:
+    """Boundaries by the digest of their system part; the least recently used go when there are too many tokens."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._num_tokens = 0
+        self._computing: dict[bytes, Future[array[int]]] = {}
+
+    def get(self, key: bytes, compute: Callable[[], array[int]]) -> array[int]:
+        """Returns the entry; computes it once, however many threads ask for it at the same time."""
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+            pending = self._computing.get(key)
+            if pending is None:
+                own: Future[array[int]] = Future()
+                self._computing[key] = own
+        if pending is not None:
+            return pending.result()
+        boundary: array[int] = array("q")
+        try:
+            boundary = compute()
+        finally:
+            with self._lock:
+                del self._computing[key]
+                self._store(key, boundary)
+            own.set_result(boundary)
+        return boundary
+
+    def _store(self, key: bytes, boundary: array[int]) -> None:
+        self._entries[key] = boundary
+        self._num_tokens += len(boundary)
+        while len(self._entries) > _MAX_BOUNDARIES or self._num_tokens > _MAX_BOUNDARY_TOKENS:
+            _, dropped = self._entries.popitem(last=False)
+            self._num_tokens -= len(dropped)
+
+
+def _digest(head: _Chat) -> bytes:
+    # Keys keep their order: templates write tools as they come, so another order is another prompt.
+    today = str(date.today()) if head.template.tells_date else ""
+    parts = [head.messages, head.tools, head.kwargs, head.template.source, head.add_special_tokens, today]
+    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()
+
+
+def _checked(messages: Any) -> list[dict[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise VLLMValidationError("messages must be a list of at least one message.", "messages")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise VLLMValidationError(f"messages[{i}] must be an object with a role that is a string.", "messages")
+    return messages
+
+
+def _normalise(message: dict[str, Any], template: _Template) -> dict[str, Any]:
+    """The message in the shape that the template reads; fields that are null are left out."""
+    shaped = {key: value for key, value in message.items() if value is not None}
+    shaped["content"] = _content(message.get("content"), template)
+    if shaped.get("tool_calls"):
+        if not isinstance(shaped["tool_calls"], list):
+            raise VLLMValidationError("tool_calls must be a list.", "messages")
+        shaped["tool_calls"] = [_tool_call(call) for call in shaped["tool_calls"]]
+    return shaped
+
+
+def _content(content: Any, template: _Template) -> str | list[dict[str, str]]:
+    if content is None:
+        content = ""
+    if isinstance(content, str):
+        return content if template.takes_text else [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        raise VLLMValidationError(f"content must be a string or text parts, got {content!r:.100}.", "messages")
+    texts = [_part_text(part) for part in content]
+    if template.takes_parts:
+        return [{"type": "text", "text": text} for text in texts]
+    return "\n".join(texts)
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    text = part.get("text") if kind in _TEXT_PARTS else part.get("refusal") if kind == "refusal" else None
+    if not isinstance(text, str):
+        raise VLLMValidationError(
+            f"content parts must be {{'type': 'text', 'text': …}}; got one of type {kind!r:.100}.", "messages"
+        )
+    return text
+
+
+def _tool_call(call: Any) -> Any:
+    """Gives the template the arguments as an object: the API has them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise VLLMValidationError("tool_calls must hold objects with a function.", "messages")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise VLLMValidationError(
+            f"The arguments of a tool call must be the JSON text of an object, got {arguments!r:.100}.", "messages"
+        )
+    return {**call, "function": {**function, "arguments": parsed}}

@@ -1,0 +1,195 @@
+"""Finds a checkpoint and reads what it says about itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig, PretrainedConfig
+
+from vllm.exceptions import StartupError
+from vllm.logger import init_logger
+from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
+from vllm.transformers_utils.gguf import GGUFFile, gguf_config
+from vllm.transformers_utils.tokenizer import Tokenizer
+
+logger = init_logger(__name__)
+
+SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SAMPLING_KEYS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Key of generation_config.json → name of the sampling parameter."""
+
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+_DIGEST_BYTES = 1 << 20
+
+
+def resolve_model(model: str | None, revision: str | None = None, require_weights: bool = True) -> tuple[str, str]:
+    """Finds a model on this machine, fetching it if it is a hub id or the default.
+
+    Args:
+        model: A `.gguf` file, a Hugging Face directory, a hub id, or None for the default model.
+        revision: Branch, tag or commit of a hub id.
+        require_weights: Also refuse a directory without weights.
+
+    Returns:
+        (name to show, local path of the directory or `.gguf` file).
+
+    Raises:
+        StartupError: it is not there, cannot be fetched, or lacks config.json or weights.
+    """
+    if model is None or (model == DEFAULT_MODEL_NAME and not Path(model).exists()):
+        return DEFAULT_MODEL_NAME, str(ensure_default_model())
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise StartupError(f"{model} is a file but no .gguf; give a .gguf file, a directory or a hub id.")
+        return model, str(path)
+    if not path.exists():
+        if _HUB_ID.fullmatch(model) is None or model.endswith(".gguf") or model.startswith("."):
+            raise StartupError(f"The model {model} does not exist.")
+        path = _download(model, revision)
+    _check_directory(path, require_weights)
+    return model, str(path)
+
+
+def load_hf_config(model_path: str) -> PretrainedConfig:
+    """Shape of the network of a directory or `.gguf` file that `resolve_model` returned.
+
+    Raises:
+        StartupError: damaged, or an architecture that is not supported.
+    """
+    path = Path(model_path)
+    if path.is_file():
+        return gguf_config(GGUFFile(path))
+    values = _read_json(path / "config.json")
+    architectures = values.get("architectures") or []
+    if values.get("model_type") != "llama" or not set(architectures) <= set(SUPPORTED_ARCHITECTURES):
+        found = ", ".join(map(str, architectures)) or f"model type {values.get('model_type')!r}"
+        raise StartupError(f"{path} holds {found}; supported is {', '.join(SUPPORTED_ARCHITECTURES)}.")
+    if values.get("quantization_config"):
+        method = values["quantization_config"].get("quant_method", "unknown")
+        raise StartupError(f"{path} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
+    try:
+        return LlamaConfig.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # transformers checks values in its own ways
+        raise StartupError(f"{path / 'config.json'} is not valid: {_first_line(error)}") from error
+
+
+def load_generation_config(model_path: str) -> dict[str, float]:
+    """Sampling values that the checkpoint recommends, by the names of `SamplingParams`; empty if it has none.
+
+    Raises:
+        StartupError: generation_config.json is damaged or holds a value that is no number.
+    """
+    path = Path(model_path) / "generation_config.json"
+    if not path.is_file():
+        return {}
+    values = _read_json(path)
+    known = {name: values[key] for key, name in _SAMPLING_KEYS.items() if values.get(key) is not None}
+    for name, value in known.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise StartupError(f"{path} has {value!r} for {name}, which must be a number.")
+    return known
+
+
+def eos_token_ids(model_path: str, hf_config: PretrainedConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """All tokens that end an answer, ascending.
+
+    They are what the tokenizer, the configuration and the generation configuration name as end of sequence; for GGUF
+    also its end-of-turn tokens, and those of well-known name that its chat template uses.
+    """
+    found = {tokenizer.eos_token_id, *_as_ids(hf_config.eos_token_id)}
+    path = Path(model_path)
+    if path.is_file():
+        file = GGUFFile(path)
+        found |= {file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
+        template = str(file.get("tokenizer.chat_template", ""))
+        found |= {tokenizer.backend.token_to_id(token) for token in _END_OF_TURN if token in template}
+    elif (path / "generation_config.json").is_file():
+        found |= set(_as_ids(_read_json(path / "generation_config.json").get("eos_token_id")))
+    return tuple(sorted(i for i in found if i is not None and 0 <= i < tokenizer.vocab_size))
+
+
+def weights_digest(model_path: str) -> str:
+    """SHA-256 (hex) that changes when the weights do, without reading all of them.
+
+    Covers the configuration, and of each weight file its name, size, modification time and first and last MiB.
+    """
+    path = Path(model_path)
+    digest = hashlib.sha256()
+
+    def add(*parts: bytes) -> None:
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+
+    if path.is_file():
+        files = [path]
+    else:
+        add((path / "config.json").read_bytes())
+        files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        status = file.stat()
+        add(file.name.encode(), str(status.st_size).encode(), str(status.st_mtime_ns).encode())
+        with open(file, "rb") as data:
+            add(data.read(_DIGEST_BYTES))
+            data.seek(max(0, status.st_size - _DIGEST_BYTES))
+            add(data.read(_DIGEST_BYTES))
+    return digest.hexdigest()
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # not needed for what is on disk
+
+    logger.info("Looking up %s on the model hub (or in its cache)", model)
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub client and the HTTP library below it raise many kinds
+        raise StartupError(
+            f"The model {model} is not a path on this machine and cannot be fetched from the model hub: "
+            f"{_first_line(error)} Check the name and the network; gated models need HF_TOKEN."
+        ) from error
+
+
+def _check_directory(path: Path, require_weights: bool) -> None:
+    if not (path / "config.json").is_file():
+        ggufs = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f" It holds {ggufs[0]}: give the path of that file." if ggufs else ""
+        raise StartupError(f"{path} has no config.json, so it is no Hugging Face model directory.{hint}")
+    weights = [*path.glob("*.safetensors"), *path.glob("*.safetensors.index.json")]
+    if require_weights and not weights:
+        others = any(path.glob("*.bin")) or any(path.glob("*.pt"))
+        hint = " PyTorch files are not read; convert them to safetensors." if others else ""
+        raise StartupError(f"{path} has no weights (*.safetensors).{hint}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{path} cannot be read: {_first_line(error)}") from error
+    if not isinstance(values, dict):
+        raise StartupError(f"{path} must hold a JSON object.")
+    return values
+
+
+def _as_ids(value: Any) -> Iterable[int]:
+    values = value if isinstance(value, list) else [value]
+    return [i for i in values if isinstance(i, int)]
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().partition("\n")[0].strip() or type(error).__name__
+    return line if line.endswith((".", "!", "?")) else line + "."

@@ -1,0 +1,196 @@
+"""Carries out plans: builds a batch's inputs, runs the network, draws tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as List
+
+import numpy as np
+import torch
+
+from vllm.attention.backends.base import AttentionBackend
+from vllm.attention.layer import ForwardContext
+from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.model_executor.layers.sampler import Sampler, position_logprobs
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.step import PositionLogprobs, PrefixExtent, StepPlan, StepResult, SystemPromptChunk
+from vllm.worker.cache_engine import CacheEngine
+
+# Log-softmax over the vocabulary is done for so many prompt positions at a time, to bound its memory.
+_PROMPT_LOGPROB_ROWS = 64
+
+
+class ModelRunner:
+    """The running sequences of a rank, a row each, and the forward pass over them.
+
+    Drawn tokens are written into `token_ids` on the device, where the next step reads them.
+
+    Args:
+        model: The network, weights loaded.
+        cache: KV memory.
+        backend: Attention.
+        max_num_seqs: Rows.
+        max_model_len: Columns of `token_ids`.
+    """
+
+    def __init__(
+        self,
+        model: LlamaForCausalLM,
+        cache: CacheEngine,
+        backend: AttentionBackend,
+        vocab_size: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.backend = backend
+        self.device = device
+        self.sampler = Sampler(max_num_seqs, vocab_size, device)
+        self.token_ids = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
+        self._prefix: list[tuple[PrefixExtent, ...]] = [()] * max_num_seqs
+        self._prefix_len = np.zeros(max_num_seqs, np.int64)
+        self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Runs one step; see `StepPlan` for the order of things."""
+        self.cache.copy(plan.moves)
+        self.cache.copy(plan.copies)
+        for freed in plan.freed:
+            self.cache.free(freed)
+        for row, first, blocks in plan.new_blocks:
+            self.cache.set_blocks(row, first, blocks)
+        for seq in plan.started:
+            self.token_ids[seq.row, : len(seq.token_ids)] = torch.tensor(seq.token_ids, device=self.device)
+            self.cache.set_blocks(seq.row, 0, seq.block_table)
+            self._prefix[seq.row] = seq.prefix
+            self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
+            self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
+            self.sampler.start(seq)
+        if plan.chunk is not None:
+            self._run_chunk(plan.chunk)
+        if not plan.rows:
+            return StepResult([], [], [])
+        return self._run_batch(plan)
+
+    def _run_chunk(self, chunk: SystemPromptChunk) -> None:
+        """Computes the next tokens of a system prompt into its extent, in a pass of their own: the shapes depend on the
+        prompt alone, so its KV is the same bits whoever else is served."""
+        count = len(chunk.token_ids)
+        positions = torch.arange(chunk.start, chunk.start + count, device=self.device)
+        first_slot = chunk.start_block * self.cache.block_size
+        num_blocks = -(-count // self.cache.block_size)
+        first_block = chunk.start_block + chunk.start // self.cache.block_size
+        metadata = AttentionMetadata(
+            slot_mapping=first_slot + positions,
+            block_tables=torch.arange(first_block, first_block + num_blocks, device=self.device).unsqueeze(0),
+            query_lens=[count],
+            context_lens=[count],
+            groups=[PrefixGroup(0, count, first_slot, chunk.start)] if chunk.start else [],
+            block_size=self.cache.block_size,
+        )
+        self._forward(torch.tensor(chunk.token_ids, device=self.device), positions, metadata)
+
+    def _run_batch(self, plan: StepPlan) -> StepResult:
+        rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
+        ends = counts.cumsum()
+        token_rows = np.repeat(rows, counts)
+        token_positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+        row_index, positions = self._to_device(token_rows), self._to_device(token_positions)
+        own = self._to_device(token_positions - self._prefix_len[token_rows])
+        block_size = self.cache.block_size
+        slot_mapping = self.cache.block_tables[row_index, own // block_size] * block_size + own % block_size
+        context_lens = starts + counts - self._prefix_len[rows]
+        num_columns = -(-int(context_lens.max()) // block_size)
+        metadata = AttentionMetadata(
+            slot_mapping=slot_mapping,
+            block_tables=self.cache.block_tables[self._to_device(rows), :num_columns],
+            query_lens=plan.counts,
+            context_lens=context_lens.tolist(),
+            groups=self._groups(plan.rows, plan.counts),
+            block_size=block_size,
+        )
+        hidden = self._forward(self.token_ids[row_index, positions], positions, metadata)
+        prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
+        return self._sample(plan, hidden, rows, starts + counts, ends, prompt_logprobs)
+
+    def _groups(self, rows: List[int], counts: List[int]) -> list[PrefixGroup]:
+        """Runs of neighbouring tokens that read the same extent."""
+        groups: list[PrefixGroup] = []
+        token = 0
+        for row, count in zip(rows, counts, strict=True):
+            for extent in self._prefix[row]:
+                slot = extent.start_block * self.cache.block_size
+                last = groups[-1] if groups else None
+                if last and last.first_slot == slot and last.first_token + last.num_tokens == token:
+                    groups[-1] = PrefixGroup(last.first_token, last.num_tokens + count, slot, extent.num_tokens)
+                else:
+                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens))
+            token += count
+        return groups
+
+    def _forward(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        context = ForwardContext(
+            backend=self.backend,
+            prepared=self.backend.prepare(metadata),
+            slot_mapping=metadata.slot_mapping,
+            k_caches=self.cache.k_caches,
+            v_caches=self.cache.v_caches,
+        )
+        return self.model(token_ids, positions, context)
+
+    def _sample(
+        self,
+        plan: StepPlan,
+        hidden: torch.Tensor,
+        rows: np.ndarray,
+        num_tokens: np.ndarray,
+        ends: np.ndarray,
+        prompt_logprobs: list[PositionLogprobs | None],
+    ) -> StepResult:
+        tokens = [-1] * len(rows)
+        logprobs: list[PositionLogprobs | None] = []
+        picked = np.flatnonzero(plan.samples)
+        if len(picked):
+            logits = self.model.logits(hidden[self._to_device(ends[picked] - 1)])
+            rows, num_tokens = rows[picked], num_tokens[picked]
+            drawn, found = self.sampler.sample(logits, rows, num_tokens, self.token_ids)
+            self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
+            for i, token in zip(picked.tolist(), drawn.tolist(), strict=True):
+                tokens[i] = token
+            if found:
+                logprobs = [None] * len(tokens)
+                for i, entry in zip(picked.tolist(), found, strict=True):
+                    logprobs[i] = entry
+        return StepResult(tokens, logprobs, prompt_logprobs)
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, hidden: torch.Tensor, ends: np.ndarray
+    ) -> list[PositionLogprobs | None]:
+        if not any(plan.wants_prompt_logprobs):
+            return []
+        found: list[PositionLogprobs | None] = [None] * len(plan.rows)
+        for i, wanted in enumerate(plan.wants_prompt_logprobs):
+            if not wanted:
+                continue
+            row, start, count, end = plan.rows[i], plan.starts[i], plan.counts[i], int(ends[i])
+            # The last prompt position predicts the first output token, which is no prompt token.
+            count -= int(plan.samples[i])
+            entry = PositionLogprobs([], [], [])
+            for a in range(0, count, _PROMPT_LOGPROB_ROWS):
+                b = min(count, a + _PROMPT_LOGPROB_ROWS)
+                first = end - plan.counts[i]
+                logprobs = torch.log_softmax(self.model.logits(hidden[first + a : first + b]), dim=-1)
+                tokens = self.token_ids[row, start + a + 1 : start + b + 1]
+                for one in position_logprobs(logprobs, tokens, [int(self._num_prompt_logprobs[row])] * (b - a)):
+                    entry.token_ids += one.token_ids
+                    entry.logprobs += one.logprobs
+                    entry.ranks += one.ranks
+            found[i] = entry
+        return found
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(self.device, non_blocking=True)

@@ -1,0 +1,101 @@
+"""One rank of the engine: owns the device, the weights and the KV memory."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from vllm.attention.backends import get_backend
+from vllm.config import VllmConfig
+from vllm.distributed.parallel_state import TensorParallelGroup
+from vllm.exceptions import StartupError
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.load import load_model
+from vllm.platforms import current_platform
+from vllm.step import StepPlan, StepResult
+from vllm.worker.cache_engine import CacheEngine
+from vllm.worker.model_runner import ModelRunner
+
+logger = init_logger(__name__)
+
+
+class Worker:
+    """Loads the model at construction; `initialize_cache` makes it ready to execute plans.
+
+    Raises:
+        StartupError: the checkpoint does not fit its configuration, or the machine is too small.
+    """
+
+    def __init__(self, config: VllmConfig, tp: TensorParallelGroup | None = None) -> None:
+        self.config = config
+        self.tp = tp or TensorParallelGroup()
+        self.platform = current_platform(config.device)
+        self.device = torch.device(config.device)
+        self.dtype = getattr(torch, config.model.dtype)
+        if self.device.type == "cpu":
+            torch.set_num_threads(self.platform.num_threads())
+        started = time.perf_counter()
+        try:
+            self.model = load_model(config.model, self.tp, self.device)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise StartupError(
+                f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
+            ) from None
+        logger.info("Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device)
+        self.runner: ModelRunner | None = None
+
+    @property
+    def bytes_per_block(self) -> int:
+        model = self.config.model
+        return CacheEngine.bytes_per_block(
+            self.config.cache.block_size,
+            model.num_layers,
+            self.tp.divide(model.num_kv_heads, "KV heads"),
+            model.head_dim,
+            self.dtype.itemsize,
+        )
+
+    def available_kv_bytes(self) -> int:
+        """Bytes that the KV cache may take on this rank, weights loaded."""
+        return self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
+
+    def initialize_cache(self, num_blocks: int) -> None:
+        """Makes the K/V tensors.
+
+        Raises:
+            StartupError: they do not fit.
+        """
+        model, cache = self.config.model, self.config.cache
+        try:
+            kv = CacheEngine(
+                num_layers=model.num_layers,
+                num_blocks=num_blocks,
+                block_size=cache.block_size,
+                num_kv_heads=self.tp.divide(model.num_kv_heads, "KV heads"),
+                head_dim=model.head_dim,
+                max_num_seqs=self.config.scheduler.max_num_seqs,
+                max_blocks_per_seq=-(-model.max_model_len // cache.block_size) + 1,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        except (MemoryError, RuntimeError) as error:
+            gib = num_blocks * self.bytes_per_block / 2**30
+            raise StartupError(
+                f"A KV cache of {gib:.1f} GiB does not fit in memory; lower --kv-cache-memory-bytes, "
+                f"--gpu-memory-utilization or --num-gpu-blocks-override ({str(error).splitlines()[0]})."
+            ) from None
+        self.runner = ModelRunner(
+            self.model,
+            kv,
+            get_backend(self.config.attention_backend),
+            model.vocab_size,
+            self.config.scheduler.max_num_seqs,
+            model.max_model_len,
+            self.device,
+        )
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        if self.runner is None:
+            raise RuntimeError("initialize_cache() has not been called")
+        return self.runner.execute(plan)
