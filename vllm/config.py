@@ -69,9 +69,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        return int(
-            getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // self.num_attention_heads
-        )
+        return int(getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // self.num_attention_heads)
 
 
 @dataclass(frozen=True)

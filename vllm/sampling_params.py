@@ -161,9 +161,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None and value > max_logprobs:
-                raise VLLMValidationError(
-                    f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name
-                )
+                raise VLLMValidationError(f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name)
 
 
 def check_int(name: str, value: Any, low: int, high: int, note: str = "") -> None:

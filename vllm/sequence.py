@@ -1,4 +1,4 @@
-"""One token sequence on its way through the engine: state of a request's output, or of a system prompt's own prefill."""
+"""One token sequence on its way through the engine: an output of a request, or a system prompt's own prefill."""
 
 from __future__ import annotations
 

@@ -283,4 +283,6 @@ def _read_template(template: str | None) -> str | None:
         with open(template, encoding="utf-8") as file:
             return file.read()
     except OSError as error:
-        raise StartupError(f"--chat-template: {template} is neither a template nor a readable file ({error}).") from None
+        raise StartupError(
+            f"--chat-template: {template} is neither a template nor a readable file ({error})."
+        ) from None

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 from prometheus_client import CollectorRegistry
+from transformers import PreTrainedTokenizerFast
 
 from vllm import envs
 from vllm.config import VllmConfig
@@ -29,7 +30,7 @@ from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, Engine
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.output_processor import OutputProcessor
 from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
-from vllm.inputs import PromptType
+from vllm.inputs import PromptType, TokensPrompt
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput, SystemPromptInfo
 from vllm.sampling_params import SamplingParams
@@ -123,7 +124,7 @@ class AsyncLLMEngine:
     def _wait_until_ready(self) -> EngineReady:
         timeout = envs.engine_ready_timeout_s()
         deadline = time.monotonic() + timeout
-        socket = zmq.Socket.shadow(self._outputs.underlying)
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._outputs.underlying)
         while not socket.poll(100):
             if self._process.poll() is not None:
                 raise StartupError(
@@ -229,7 +230,7 @@ class AsyncLLMEngine:
         num_system_tokens: int | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request as they come. Closing the iterator early aborts the request.
 
         Raises:
@@ -239,7 +240,7 @@ class AsyncLLMEngine:
         self._ensure_reading()
         arrival_time = time.time()
         if isinstance(prompt, str):
-            prompt = {"prompt_token_ids": await self.encode(prompt), "prompt": prompt}
+            prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
         request, text = self.input_processor.request(
             request_id,
             prompt,
@@ -292,7 +293,7 @@ class AsyncLLMEngine:
     async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
 
-    def get_tokenizer(self):  # noqa: ANN201 - transformers' own type, as vLLM users know it
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
         return self.tokenizer.hf
 
     # System prompts --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -61,7 +62,7 @@ class CoreProcess:
         self._encoder = msgspec.msgpack.Encoder()
         self._results: list[UtilityResult] = []
         self._until_computed: list[tuple[int, PinnedPrompt]] = []
-        self._methods = {
+        self._methods: dict[str, Callable[..., Any]] = {
             "add_system_prompt": self._add_system_prompt,
             "remove_system_prompt": self._remove_system_prompt,
             "list_system_prompts": self._list_system_prompts,

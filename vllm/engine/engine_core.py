@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
@@ -131,7 +130,9 @@ class EngineCore:
 
     # System prompts --------------------------------------------------------------------------------------------
 
-    def add_system_prompt(self, token_ids: list[int], name: str | None = None, ttl: float | None = None) -> PinnedPrompt:
+    def add_system_prompt(
+        self, token_ids: list[int], name: str | None = None, ttl: float | None = None
+    ) -> PinnedPrompt:
         """Declares a system prompt; it is computed in the coming steps.
 
         Raises:

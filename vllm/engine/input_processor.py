@@ -64,9 +64,10 @@ class InputProcessor:
             VLLMValidationError: it is none of these, or holds ids that are no tokens.
         """
         if isinstance(prompt, dict):
+            text = prompt.get("prompt")
             if "prompt_token_ids" in prompt:
-                return ProcessedPrompt(self._checked_ids(prompt["prompt_token_ids"]), prompt.get("prompt"))
-            prompt = prompt.get("prompt", "")
+                return ProcessedPrompt(self._checked_ids(prompt.get("prompt_token_ids")), text)
+            prompt = text or ""
         if isinstance(prompt, str):
             return ProcessedPrompt(self.encode(prompt), prompt)
         return ProcessedPrompt(self._checked_ids(prompt), None)
@@ -153,7 +154,7 @@ class InputProcessor:
         if not 0 < len(token_ids) < self.config.max_model_len - 1:
             raise VLLMValidationError(
                 f"The system prompt has {len(token_ids)} tokens; it must have from 1 to "
-                f"{self.config.max_model_len - 2} (this model takes at most {self.config.max_model_len} tokens in all).",
+                f"{self.config.max_model_len - 2}, since the whole context has {self.config.max_model_len}.",
                 "prompt",
             )
         return token_ids
@@ -167,7 +168,8 @@ class InputProcessor:
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
                 raise VLLMValidationError(
-                    f"The prompt holds {token_id!r}; token ids of this model are integers from 0 to {size - 1}.", "prompt"
+                    f"The prompt holds {token_id!r}; token ids of this model are integers from 0 to {size - 1}.",
+                    "prompt",
                 )
         return list(token_ids)
 

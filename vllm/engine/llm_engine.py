@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from transformers import PreTrainedTokenizerFast
+
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.engine_core import EngineCore
@@ -101,7 +103,7 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         return len(self._processor.requests)
 
-    def get_tokenizer(self):  # noqa: ANN201 - transformers' own type, as vLLM users know it
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
         return self.tokenizer.hf
 
     def add_system_prompt(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.metrics import MetricWrapperBase
 
 from vllm.config import VllmConfig
 from vllm.engine.messages import EngineStats
@@ -79,7 +78,10 @@ class EngineMetrics(RequestObserver):
         self._request_n = hist("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
 
         self._pool_tokens = Gauge(
-            "vllm:system_prompt_pool_tokens", "Tokens of the pool by state.", (*_LABELS, "state"), registry=self.registry
+            "vllm:system_prompt_pool_tokens",
+            "Tokens of the pool by state.",
+            (*_LABELS, "state"),
+            registry=self.registry,
         )
         self._pool_budget = gauge("system_prompt_pool_budget_tokens", "Tokens that may be pinned.")
         self._pool_pinned = gauge("system_prompt_pinned", "System prompts in the pool.")
@@ -113,9 +115,7 @@ class EngineMetrics(RequestObserver):
             "cache_dtype": config.model.dtype,
             "engine": 0,
         }
-        info: MetricWrapperBase = Gauge(
-            "vllm:cache_config_info", "Settings of the KV cache.", tuple(values), registry=self.registry
-        )
+        info = Gauge("vllm:cache_config_info", "Settings of the KV cache.", tuple(values), registry=self.registry)
         info.labels(**{k: str(v) for k, v in values.items()}).set(1)
 
     def on_stats(self, stats: EngineStats) -> None:
@@ -133,7 +133,9 @@ class EngineMetrics(RequestObserver):
         self._preemptions.inc(self._news("num_preemptions", stats.num_preemptions))
         if stats.iteration_tokens:
             self._iteration_tokens.observe(stats.iteration_tokens)
-        tokens = dict(zip(_POOL_STATES, (stats.pinned_tokens, stats.pool_budget_tokens - stats.pinned_tokens), strict=True))
+        tokens = dict(
+            zip(_POOL_STATES, (stats.pinned_tokens, stats.pool_budget_tokens - stats.pinned_tokens), strict=True)
+        )
         for state, value in tokens.items():
             self._pool_tokens.labels(**self._values, state=state).set(value)
         self._pool_budget.set(stats.pool_budget_tokens)

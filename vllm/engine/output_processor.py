@@ -239,8 +239,7 @@ class OutputProcessor:
             out = state.outputs[news.index]
             if out.finish_reason is not None:
                 continue
-            self._take(state, out, news, now)
-            if out.finish_reason is not None and news.finish_reason is None:
+            if self._take(state, out, news, now) and news.finish_reason is None:
                 to_abort.append((news.request_id, news.index))
             if state.finished:
                 state.metrics.finished_time = now
@@ -251,7 +250,8 @@ class OutputProcessor:
                 state.deliver(result)
         return to_abort
 
-    def _take(self, state: RequestState, out: OutputState, news: EngineOutput, now: float) -> None:
+    def _take(self, state: RequestState, out: OutputState, news: EngineOutput, now: float) -> bool:
+        """Takes in the news of one output; returns whether a stop string ended it."""
         if news.num_cached_tokens is not None and news.index == 0:
             state.num_cached_tokens = news.num_cached_tokens
             state.metrics.first_scheduled_time = news.first_scheduled_time
@@ -271,9 +271,10 @@ class OutputProcessor:
             state.metrics.last_token_time = out.last_token_time = now
             if out.text.stop_string is not None:
                 out.finish_reason, out.stop_reason = "stop", out.text.stop_string
-                return
+                return True
         if news.finish_reason is not None:
             out.finish_reason, out.stop_reason = news.finish_reason, news.stop_reason
+        return False
 
     def _logprobs(self, positions: PositionLogprobs) -> list[TokenLogprobs]:
         """One mapping a position: the chosen token, then the most likely ones by rank."""

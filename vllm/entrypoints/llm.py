@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import PromptType
+from vllm.inputs import PromptType, TokensPrompt
 from vllm.outputs import RequestOutput, SystemPromptInfo
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -35,7 +36,7 @@ class LLM:
         self.llm_engine = LLMEngine.from_engine_args(EngineArgs(model=model, **engine_args))
         self._request_ids = map(str, itertools.count())
 
-    def get_tokenizer(self):  # noqa: ANN201 - transformers' own type, as vLLM users know it
+    def get_tokenizer(self) -> PreTrainedTokenizerFast:
         return self.llm_engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
@@ -90,7 +91,7 @@ class LLM:
                 template_kwargs=chat_template_kwargs,
                 chat_template=chat_template,
             )
-            prompt: PromptType = {"prompt_token_ids": rendered.prompt_token_ids, "prompt": rendered.text}
+            prompt = TokensPrompt(prompt_token_ids=rendered.prompt_token_ids, prompt=rendered.text)
             requests.append((prompt, rendered.num_system_tokens))
         return self._run(requests, sampling_params, use_tqdm)
 
@@ -121,7 +122,8 @@ class LLM:
             all_params = list(sampling_params)
         if len(all_params) != len(requests):
             raise VLLMValidationError(
-                f"{len(requests)} prompts came with {len(all_params)} sampling parameters; give one for all or one each.",
+                f"{len(requests)} prompts came with {len(all_params)} sampling parameters; give one for all "
+                "or one each.",
                 "sampling_params",
             )
         ids: list[str] = []
@@ -154,6 +156,6 @@ class LLM:
 
 def _as_prompts(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:
     """A single prompt (text, dict, or list of token ids) as a list of one."""
-    if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str) or isinstance(prompts, dict) or (prompts and isinstance(prompts[0], int)):  # noqa: SIM101
+        return [cast(PromptType, prompts)]
+    return list(cast(Sequence[PromptType], prompts))

@@ -150,6 +150,29 @@ class ChatRenderer:
         text, ids = self._encode(chat)
         return RenderedChat(ids, self._num_system_tokens(chat, ids), text)
 
+    def system_prefix(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+    ) -> list[int] | None:
+        """Token ids of the system part of all chats that begin with these messages; None if there is no such part.
+
+        Raises:
+            VLLMValidationError: there is no template, or the messages are malformed.
+        """
+        template = self._inspect(self._choose_template(None, tools))
+        normal = [_normalise(message, template) for message in _checked(messages)]
+        boundary = self._boundary(_Chat(template, normal, tools or None, template_kwargs or {}, True, False, False))
+        return list(boundary) if boundary else None
+
+    def text_prefix(self, text: str) -> list[int]:
+        """Token ids that plain prompts starting with `text` start with, whatever follows it.
+
+        The last tokens of `text` alone may merge with what follows; those are left out.
+        """
+        return list(_common_prefix([self._tokenizer.encode(text + probe) for probe in _PROBES]))
+
     def _choose_template(self, chat_template: str | None, tools: list[dict[str, Any]] | None) -> str:
         given = chat_template or self._chat_template
         if given:
@@ -198,19 +221,23 @@ class ChatRenderer:
             raise VLLMValidationError(f"The chat template refused these messages: {reason}", "messages") from error
 
     def _num_system_tokens(self, chat: _Chat, ids: list[int]) -> int | None:
-        count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
-        if count == 0 and not chat.tools:
-            return None
-        head = replace(chat, messages=chat.messages[:count], add_generation_prompt=True, continue_final_message=False)
-        try:
-            key = _digest(head)
-        except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
-            return None
-        boundary = self._boundaries.get(key, lambda: self._probe(head))
+        boundary = self._boundary(chat)
         size = len(boundary)
         if not 0 < size < len(ids) or array("q", ids[:size]) != boundary:
             return None
         return size
+
+    def _boundary(self, chat: _Chat) -> array[int]:
+        """Token ids of a chat's system part; empty if there is none or its end is not certain."""
+        count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
+        if count == 0 and not chat.tools:
+            return array("q")
+        head = replace(chat, messages=chat.messages[:count], add_generation_prompt=True, continue_final_message=False)
+        try:
+            key = _digest(head)
+        except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
+            return array("q")
+        return self._boundaries.get(key, lambda: self._probe(head))
 
     def _probe(self, head: _Chat) -> array[int]:
         """Token ids that the prompts of a system part start with, whatever the user says; empty if that is unknown."""
@@ -224,12 +251,7 @@ class ChatRenderer:
                 return array("q")
         if any(prompt == prompts[0] for prompt in prompts[1:]):  # the template drops what the user says
             return array("q")
-        size = 0
-        for column in zip(*prompts, strict=False):
-            if len(set(column)) > 1:
-                break
-            size += 1
-        return array("q", prompts[0][:size])
+        return _common_prefix(prompts)
 
     def _inspect_template(self, source: str) -> _Template:
         template = _Template(source, ControlTokens(self._tokenizer, source), True, False, "strftime_now" in source)
@@ -274,7 +296,7 @@ class _BoundaryCache:
             with self._lock:
                 del self._computing[key]
                 self._store(key, boundary)
-            own.set_result(boundary)
+            own.set_result(boundary)  # also when computing failed: nobody may be left waiting
         return boundary
 
     def _store(self, key: bytes, boundary: array[int]) -> None:
@@ -283,6 +305,16 @@ class _BoundaryCache:
         while len(self._entries) > _MAX_BOUNDARIES or self._num_tokens > _MAX_BOUNDARY_TOKENS:
             _, dropped = self._entries.popitem(last=False)
             self._num_tokens -= len(dropped)
+
+
+def _common_prefix(prompts: list[list[int]]) -> array[int]:
+    """The token ids that all of `prompts` start with."""
+    size = 0
+    for column in zip(*prompts, strict=False):
+        if len(set(column)) > 1:
+            break
+        size += 1
+    return array("q", prompts[0][:size])
 
 
 def _digest(head: _Chat) -> bytes:

@@ -116,8 +116,11 @@ class PinnedBlockPool:
 class HasRow(Protocol):
     """What `CacheEngine.free` needs to know of a sequence."""
 
-    row: int
-    is_system_prompt: bool
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def is_system_prompt(self) -> bool: ...
 
 
 class CacheEngine:

@@ -130,9 +130,7 @@ class ModelRunner:
             token += count
         return groups
 
-    def _forward(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata
-    ) -> torch.Tensor:
+    def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         context = ForwardContext(
             backend=self.backend,
             prepared=self.backend.prepare(metadata),
@@ -167,9 +165,7 @@ class ModelRunner:
                     logprobs[i] = entry
         return StepResult(tokens, logprobs, prompt_logprobs)
 
-    def _prompt_logprobs(
-        self, plan: StepPlan, hidden: torch.Tensor, ends: np.ndarray
-    ) -> list[PositionLogprobs | None]:
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, ends: np.ndarray) -> list[PositionLogprobs | None]:
         if not any(plan.wants_prompt_logprobs):
             return []
         found: list[PositionLogprobs | None] = [None] * len(plan.rows)

@@ -42,7 +42,9 @@ class Worker:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
             ) from None
-        logger.info("Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device)
+        logger.info(
+            "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
+        )
         self.runner: ModelRunner | None = None
 
     @property

@@ -217,3 +217,9 @@ def test_deep_nesting_is_refused_or_served_but_no_server_error(client):
         body = json.dumps({"messages": [USER], "max_tokens": 1, "tool_choice": "none", field: value}).encode()
         response = client.post("/v1/chat/completions", content=body, headers=JSON)
         assert response.status_code in (200, 400), (field, response.text)
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "stop", "allowed_token_ids", "bad_words", "tools"])
+def test_a_million_wrong_entries_make_one_short_error(client, field):
+    body = json.dumps({"messages": [USER], field: [None] * 1_000_000}).encode()
+    assert refused(client.post("/v1/chat/completions", content=body, headers=JSON))["param"] == field

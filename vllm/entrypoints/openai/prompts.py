@@ -87,13 +87,8 @@ class PromptReader:
             chat_template=options.chat_template,
             add_special_tokens=bool(options.add_special_tokens),
         )
-        num_tokens = len(rendered.prompt_token_ids)
-        if must_fit and num_tokens >= self._max_model_len:
-            raise VLLMValidationError(
-                f"The messages have {num_tokens} tokens; this model takes at most {self._max_model_len} tokens, "
-                "messages and answer together. Shorten the messages.",
-                "messages",
-            )
+        if must_fit:
+            self.check_tokens(len(rendered.prompt_token_ids), "messages")
         return rendered
 
     async def text(self, text: str, param: str, *, add_special_tokens: bool = True, must_fit: bool = True) -> list[int]:
@@ -103,12 +98,21 @@ class PromptReader:
             return await self._engine.encode(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self._engine.tokenizer.encode, text, add_special_tokens)
 
+    def check_tokens(self, num_tokens: int, param: str) -> None:
+        """Raises VLLMValidationError for a prompt that leaves no room for an answer; `param` is its request field."""
+        if num_tokens >= self._max_model_len:
+            raise VLLMValidationError(
+                f"{param} is too long: {num_tokens} tokens, where this model takes at most {self._max_model_len}, "
+                "prompt and answer together, and at least one must be left for the answer.",
+                param,
+            )
+
     def _check_chars(self, chars: int, param: str, must_fit: bool) -> None:
         fewest_tokens = -(-chars // self._max_chars_per_token)
         if must_fit and fewest_tokens > self._max_model_len:
             raise VLLMValidationError(
-                f"The model's context holds {self._max_model_len} tokens; {param} with {chars} characters "
-                f"are at least {fewest_tokens} tokens. Shorten them.",
+                f"{param} is too long: {chars} characters, at least {fewest_tokens} tokens, where this model takes at "
+                f"most {self._max_model_len}, prompt and answer together.",
                 param,
             )
         if chars > MAX_TOKENIZE_CHARS:

@@ -1,18 +1,30 @@
 """Requests of the HTTP API, and the small shapes that several responses share.
 
-Fields carry the names of the OpenAI API and vLLM's additions. None means that the request is silent about it; the
-ranges of sampling values are checked by `SamplingParams`, so that the Python API and the HTTP API agree on them.
+Fields carry the names of the OpenAI API and vLLM's additions. None means that the request is silent about it. Fields of
+type Any are checked elsewhere, or accepted without effect. The ranges of sampling values are checked by
+`SamplingParams`, so that the Python API and the HTTP API agree on them.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast
 
 from vllm.outputs import Logprob, TokenLogprobs
+
+
+class _FirstErrorOnly(FailFast):
+    """Judges a list by its first wrong entry: a million of them must not make a million errors."""
+
+    # As part of a union it must have a hash, which pydantic's own has not.
+    __hash__ = object.__hash__
+
+
+_T = TypeVar("_T")
+_List = Annotated[list[_T], _FirstErrorOnly()]
 
 
 class ApiModel(BaseModel):
@@ -32,7 +44,7 @@ class GenerationRequest(ApiModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Any = None
     request_id: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
@@ -47,17 +59,17 @@ class GenerationRequest(ApiModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    length_penalty: float | None = None
+    length_penalty: Any = None
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | _List[str] | None = None
+    stop_token_ids: _List[int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    logit_bias: dict[int, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: dict[str, Any] | None = None
+    allowed_token_ids: _List[int] | None = None
+    bad_words: _List[str] | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
@@ -73,11 +85,11 @@ class GenerationRequest(ApiModel):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    guided_decoding_backend: str | None = None
-    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: Any = None
+    guided_whitespace_pattern: Any = None
     logits_processors: Any = None
-    vllm_xargs: dict[str, Any] | None = None
-    kv_transfer_params: dict[str, Any] | None = None
+    vllm_xargs: Any = None
+    kv_transfer_params: Any = None
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -87,23 +99,23 @@ class ChatCompletionRequest(GenerationRequest):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
-    modalities: list[str] | None = None
+    parallel_tool_calls: Any = None
+    modalities: _List[str] | None = None
     reasoning_effort: str | None = None
-    include_reasoning: bool | None = None
+    include_reasoning: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: _List[dict[str, Any]] | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    mm_processor_kwargs: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
 
 
 class CompletionRequest(GenerationRequest):
@@ -121,7 +133,7 @@ class TokenizeRequest(ApiModel):
     model: str | None = None
     prompt: str | None = None
     messages: list[Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _List[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
@@ -134,17 +146,17 @@ class DetokenizeRequest(ApiModel):
     """`POST /detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: _List[int]
 
 
 class SystemPromptRequest(ApiModel):
     """`POST /v1/system_prompts`: one of `messages` (with `tools`), `prompt` and `prompt_token_ids`."""
 
     messages: list[Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _List[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     prompt: str | None = None
-    prompt_token_ids: list[int] | None = None
+    prompt_token_ids: _List[int] | None = None
     name: str | None = None
     ttl: float | None = None
 

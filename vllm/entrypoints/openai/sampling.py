@@ -9,7 +9,7 @@ from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import RequestOutputKind, SamplingParams, check_int
+from vllm.sampling_params import MAX_LOGIT_BIAS, RequestOutputKind, SamplingParams, check_count, check_int
 
 MAX_CACHE_SALT_CHARS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
@@ -30,7 +30,6 @@ _SAME_NAME = (
     "stop_token_ids",
     "include_stop_str_in_output",
     "ignore_eos",
-    "logit_bias",
     "allowed_token_ids",
     "bad_words",
     "skip_special_tokens",
@@ -59,12 +58,28 @@ def sampling_params(
             values[name] = value
     return SamplingParams(
         **values,
+        logit_bias=_logit_bias(request.logit_bias),
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _logit_bias(given: dict[str, Any] | None) -> dict[int, float] | None:
+    """Biases by token id; JSON has only text as keys."""
+    if given is None:
+        return None
+    check_count("logit_bias", given, MAX_LOGIT_BIAS)
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        if not key.isdecimal() or len(key) > 10:
+            raise VLLMValidationError(f"logit_bias must have token ids as keys, got {snippet(key)}.", "logit_bias")
+        if isinstance(bias, bool) or not isinstance(bias, int | float):
+            raise VLLMValidationError(f"logit_bias[{key}] must be a number, got {snippet(bias)}.", "logit_bias")
+        biases[int(key)] = float(bias)
+    return biases
 
 
 def chat_max_tokens(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> int | None:

@@ -112,13 +112,16 @@ class ServingCompletion:
         )
 
     async def _token_ids(self, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+        must_fit = request.truncate_prompt_tokens is None
         if not isinstance(prompt, str):
+            if must_fit:
+                self._prompts.check_tokens(len(prompt), "prompt")
             return prompt
         token_ids = await self._prompts.text(
             prompt,
             "prompt",
             add_special_tokens=request.add_special_tokens is not False,
-            must_fit=request.truncate_prompt_tokens is None,
+            must_fit=must_fit,
         )
         if not token_ids:
             raise VLLMValidationError("prompt must not be empty.", "prompt")

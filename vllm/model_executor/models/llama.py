@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -94,9 +94,8 @@ class LlamaForCausalLM(nn.Module):
             raise StartupError(f"The model asks for activation {config.hidden_act!r}; Llama checkpoints use silu.")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.layers = nn.ModuleList(
-            LlamaLayer(config, i, head_dim, tp) for i in range(config.num_hidden_layers)
-        )
+        layers = [LlamaLayer(config, i, head_dim, tp) for i in range(config.num_hidden_layers)]
+        self.layers: Sequence[LlamaLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config, head_dim, max_positions)
         self.tied = bool(getattr(config, "tie_word_embeddings", False))
