@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import vllm  # noqa: F401 - first, since it sets how torch's threads wait
 from server_process import ServerProcess
 
 if TYPE_CHECKING:

@@ -6,10 +6,16 @@ Importing the package is cheap: what it exports is loaded when it is first asked
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.install_check import check_installation
 from vllm.version import __version__
+
+# Read once, when torch loads its threading library. Threads that spin while they wait take the processor from whoever
+# they wait for, as soon as anything else runs on the machine: with two busy neighbours on 2 cores, a decode step of the
+# default model took 737 ms with the library's default and 55 ms with this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs

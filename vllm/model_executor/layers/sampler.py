@@ -16,8 +16,8 @@ import torch
 from vllm.sampling_params import SamplingParams
 from vllm.step import PositionLogprobs, SequenceStart
 
-# Below this many candidates a partial sort is cheaper than sorting the vocabulary.
-_MAX_PARTIAL_SORT = 1024
+# So many most likely tokens are looked at first; sorting the whole vocabulary takes several times as long.
+_PARTIAL_SORT = 1024
 
 
 def uniform(seeds: np.ndarray, counters: np.ndarray) -> np.ndarray:
@@ -41,6 +41,20 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def draw_by_inversion(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The first column at which the cumulative distribution of `softmax(scores)` exceeds `noise`.
+
+    Args:
+        scores: [R, columns]; -inf is never drawn.
+        noise: In [0, 1); float64 [R].
+
+    Returns int64 [R].
+    """
+    cumulative = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = noise.unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[-1] - 1).squeeze(-1)
 
 
 @dataclass(frozen=True)
@@ -184,39 +198,57 @@ class Sampler:
         """
         filtered = random & ((self._top_k[rows] > 0) | (self._top_p[rows] < 1.0) | (self._min_p[rows] > 0))
         noise = np.minimum(uniform(self._seed[rows], num_outputs), 1.0 - 2.0**-40)
-        for subset, sort in ((random & ~filtered, False), (filtered, True)):
+        for subset in (random & ~filtered, filtered):
             picked = np.flatnonzero(subset)
             if not len(picked):
                 continue
             index = torch.from_numpy(picked).to(self.device)
-            temperature = self._column(self._temperature[rows[picked]])
-            scores = logits[index] / temperature
-            if sort:
-                scores, candidates = self._candidates(scores, rows[picked])
-            probs = torch.softmax(scores, dim=-1, dtype=torch.float64)
-            cumulative = probs.cumsum(dim=-1)
-            target = torch.from_numpy(noise[picked]).to(self.device).unsqueeze(-1) * cumulative[:, -1:]
-            choice = torch.searchsorted(cumulative, target, right=True).clamp_(max=scores.shape[-1] - 1)
-            drawn[index] = (candidates.gather(-1, choice) if sort else choice).squeeze(-1)
+            scores = logits[index] / self._column(self._temperature[rows[picked]])
+            targets = torch.from_numpy(noise[picked]).to(self.device)
+            if subset is filtered:
+                drawn[index] = self._draw_filtered(scores, rows[picked], targets)
+            else:
+                drawn[index] = draw_by_inversion(scores, targets)
 
-    def _candidates(self, scores: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores in falling order, those outside top_k, top_p and min_p set to -inf, and their token ids."""
-        top_k = self._top_k[rows]
-        most = int(top_k.max())
-        if top_k.min() > 0 and most <= _MAX_PARTIAL_SORT:
-            scores, candidates = scores.topk(most, dim=-1)
-        else:
-            scores, candidates = scores.sort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(scores.shape[-1], device=self.device)
-        limit = torch.from_numpy(np.where(top_k > 0, top_k, self.vocab_size)).to(self.device)
-        scores = scores.masked_fill(ranks >= limit.unsqueeze(-1), float("-inf"))
-        probs = torch.softmax(scores, dim=-1)
+    def _draw_filtered(self, scores: torch.Tensor, rows: np.ndarray, noise: torch.Tensor) -> torch.Tensor:
+        """Draws among what top_k, top_p and min_p leave; looks at the whole vocabulary only for those rows of which the
+        most likely tokens do not decide it."""
+        total = torch.logsumexp(scores, dim=-1, keepdim=True)
+        drawn = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        pending = np.arange(len(rows))
+        for width in (min(_PARTIAL_SORT, self.vocab_size), self.vocab_size):
+            index = torch.from_numpy(pending).to(self.device)
+            top, candidates = scores[index].topk(width, dim=-1)
+            kept, complete = self._filter(top, total[index], rows[pending])
+            choice = draw_by_inversion(kept, noise[index])
+            drawn[index] = candidates.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+            pending = pending[~complete.cpu().numpy()]
+            if width == self.vocab_size or not len(pending):
+                break
+        return drawn
+
+    def _filter(self, top: torch.Tensor, total: torch.Tensor, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sets the scores outside top_k, top_p and min_p to -inf, in this order, each over what the one before left.
+
+        Args:
+            top: The highest scores of each row, falling; [R, width].
+            total: Log-sum-exp of all scores of each row; [R, 1].
+
+        Returns the scores, and whether each row's filter ends within `width`; bool [R].
+        """
+        width = top.shape[-1]
+        top_k = torch.from_numpy(self._top_k[rows]).to(self.device).unsqueeze(-1)
+        limit = torch.where(top_k > 0, top_k, self.vocab_size)
+        top = top.masked_fill(torch.arange(width, device=self.device) >= limit, float("-inf"))
+        total = torch.where(top_k > 0, torch.logsumexp(top, dim=-1, keepdim=True), total)
+        probs = torch.exp(top - total)
         before = probs.cumsum(dim=-1) - probs
-        # The first candidate always stays: the mass before it is 0, and top_p is above 0.
         outside = before >= self._column(self._top_p[rows])
         outside |= probs < self._column(self._min_p[rows]) * probs[:, :1]
+        # The most likely token always stays, however the parameters round.
         outside[:, 0] = False
-        return scores.masked_fill(outside, float("-inf")), candidates
+        complete = (limit.squeeze(-1) <= width) | outside[:, -1]
+        return top.masked_fill(outside, float("-inf")), complete
 
     def _column(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device).unsqueeze(-1)
