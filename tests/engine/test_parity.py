@@ -13,6 +13,7 @@ from vllm.engine.llm_engine import LLMEngine
 
 NUM_TOKENS = 64
 SHORT = 24
+ALONE = 10
 
 TEXT = """The lighthouse keeper counted the ships that passed before the storm, and wrote each name in a book with a blue
 cover. Nobody had asked him to do it. In spring the harbour filled with boats from the south, carrying oranges, salt and
@@ -93,8 +94,8 @@ def test_transformers_gives_the_same_tokens(
 
 def test_one_by_one(engine: LLMEngine, requests: list[Request], expected: list[list[int]]) -> None:
     engine.reset_prefix_cache()
-    alone = [tokens(run(engine, [request], greedy(SHORT)))[0] for request in requests]
-    assert alone == cut(expected, SHORT)
+    alone = [tokens(run(engine, [request], greedy(ALONE)))[0] for request in requests]
+    assert alone == cut(expected, ALONE)
     assert engine.core.pool.num_prefills == 3
     assert_nothing_held(engine)
 

@@ -239,22 +239,22 @@ class EngineArgs:
         if self.dtype not in _DTYPES:
             raise StartupError(f"--dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}.")
         limits: dict[str, tuple[float, float]] = {
-            "max_model_len": (2, 2**31),
+            "max_model_len": (2, 2**31 - 1),
             "max_logprobs": (0, 1000),
-            "num_gpu_blocks_override": (1, 2**31),
+            "num_gpu_blocks_override": (1, 2**31 - 1),
             "kv_cache_memory_bytes": (1, 2**60),
             "max_num_seqs": (1, _MAX_SEQS),
-            "max_num_batched_tokens": (1, 2**31),
+            "max_num_batched_tokens": (1, 2**31 - 1),
             "system_prompt_cache_tokens": (0, 2**40),
             "system_prompt_cache_fraction": (0.0, 1.0),
-            "system_prompt_min_tokens": (1, 2**31),
+            "system_prompt_min_tokens": (1, 2**31 - 1),
             "system_prompt_ttl": (0.001, 1e10),
             "gpu_memory_utilization": (0.01, 1.0),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise StartupError(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}, got {value}.")
+                raise StartupError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}.")
 
 
 AsyncEngineArgs = EngineArgs

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from transformers import PreTrainedTokenizerFast
 
 from vllm.config import VllmConfig
+from vllm.core.system_prompt_pool import Outcome, PromptState, SystemPromptRefusedError
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.engine_core import EngineCore
 from vllm.engine.input_processor import InputProcessor
@@ -124,6 +125,10 @@ class LLMEngine:
         prompt = self.core.add_system_prompt(self.input_processor.system_prompt(prompt_or_ids), name, ttl)
         while not self.core.is_computed(prompt):
             self._advance()
+        if prompt.state == PromptState.REMOVED:
+            raise SystemPromptRefusedError(
+                Outcome.BUSY, f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
+            )
         return prompt.info()
 
     def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:

@@ -32,6 +32,7 @@ class Worker:
         self.tp = tp or TensorParallelGroup()
         self.platform = current_platform(config.device)
         self.device = torch.device(config.device)
+        self.backend = get_backend(config.attention_backend)
         self.dtype = getattr(torch, config.model.dtype)
         if self.device.type == "cpu":
             torch.set_num_threads(self.platform.num_threads())
@@ -69,6 +70,10 @@ class Worker:
             StartupError: they do not fit.
         """
         model, cache = self.config.model, self.config.cache
+        needed, left = num_blocks * self.bytes_per_block, self.platform.available_memory_bytes()
+        if needed > left:
+            # A CPU would hand out the memory and be killed for using it.
+            raise self._too_large(needed, f"{left / 2**30:.1f} GiB are left")
         try:
             kv = CacheEngine(
                 num_layers=model.num_layers,
@@ -82,19 +87,22 @@ class Worker:
                 device=self.device,
             )
         except (MemoryError, RuntimeError) as error:
-            gib = num_blocks * self.bytes_per_block / 2**30
-            raise StartupError(
-                f"A KV cache of {gib:.1f} GiB does not fit in memory; lower --kv-cache-memory-bytes, "
-                f"--gpu-memory-utilization or --num-gpu-blocks-override ({str(error).splitlines()[0]})."
-            ) from None
+            raise self._too_large(needed, str(error).splitlines()[0]) from None
         self.runner = ModelRunner(
             self.model,
             kv,
-            get_backend(self.config.attention_backend),
+            self.backend,
             model.vocab_size,
             self.config.scheduler.max_num_seqs,
             model.max_model_len,
             self.device,
+        )
+
+    @staticmethod
+    def _too_large(num_bytes: int, why: str) -> StartupError:
+        return StartupError(
+            f"A KV cache of {num_bytes / 2**30:.1f} GiB does not fit in memory ({why}); lower --kv-cache-memory-bytes, "
+            "--num-gpu-blocks-override or --gpu-memory-utilization."
         )
 
     def execute(self, plan: StepPlan) -> StepResult:

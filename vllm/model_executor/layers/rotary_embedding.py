@@ -38,7 +38,8 @@ def inverse_frequencies(config: PretrainedConfig, head_dim: int) -> tuple[torch.
         raise StartupError(
             f"The model asks for RoPE scaling {kind!r}; supported are default, {', '.join(_STATIC_SCALINGS)}."
         )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    with torch.device("cpu"):  # not the device that the network is being made on
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     return frequencies, float(factor)
 
 

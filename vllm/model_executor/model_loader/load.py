@@ -10,6 +10,7 @@ from vllm.exceptions import StartupError
 from vllm.model_executor.model_loader import iterate_weights
 from vllm.model_executor.models import MODELS
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.platforms import current_platform
 
 _DUMMY_STD = 0.02
 
@@ -26,6 +27,9 @@ def load_model(config: ModelConfig, tp: TensorParallelGroup, device: torch.devic
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, config.dtype))
     try:
+        with torch.device("meta"):
+            sketch = MODELS[architecture](config.hf_config, config.max_model_len, tp)
+        _check_memory(sketch, config, device)
         with torch.device(device):
             model = MODELS[architecture](config.hf_config, config.max_model_len, tp)
     except ValueError as error:
@@ -39,6 +43,17 @@ def load_model(config: ModelConfig, tp: TensorParallelGroup, device: torch.devic
         else:
             model.load_weights(iterate_weights(config.model_path, config.load_format, config.hf_config))
     return model.eval()
+
+
+def _check_memory(sketch: LlamaForCausalLM, config: ModelConfig, device: torch.device) -> None:
+    """Refuses weights that do not fit before they are read: a CPU would hand out the memory and be killed for it."""
+    needed = sum(p.numel() * p.element_size() for p in sketch.parameters())
+    left = current_platform(device.type).available_memory_bytes()
+    if needed > left:
+        raise StartupError(
+            f"The weights of {config.model} take {needed / 2**30:.1f} GiB in {config.dtype}, but only "
+            f"{left / 2**30:.1f} GiB of memory are left; use a smaller model or a smaller --dtype."
+        )
 
 
 def _fill_with_noise(model: LlamaForCausalLM, seed: int, device: torch.device) -> None:

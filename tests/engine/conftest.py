@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.helpers import make_engine
+from vllm.engine.llm_engine import LLMEngine
+
+
+@pytest.fixture
+def make_tiny(tiny_model_dir: Path) -> Iterator[Callable[..., LLMEngine]]:
+    """`make_tiny(**flags)` returns an engine of the tiny model, shut down after the test."""
+    engines: list[LLMEngine] = []
+
+    def make(**args: Any) -> LLMEngine:
+        engines.append(make_engine(tiny_model_dir, **args))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.shutdown()
