@@ -42,7 +42,9 @@ class Sequence:
         is_system_prompt: The sequence is the prefill of a system prompt itself. Its blocks are a pinned extent, which
             `free()` never releases.
         system_prompt: The pinned prompt this sequence reads, or None.
-        num_computed_tokens: Tokens from 0 whose KV exists, the system prompt's included.
+        num_computed_tokens: Tokens from 0 whose KV exists once the steps planned so far have run, the system prompt's
+            included.
+        num_in_flight: Tokens that planned steps will draw and whose values are not known yet.
         row: Slot of the running sequence in the ranks' buffers, or -1.
         num_cached_tokens: Prompt tokens this sequence did not have to compute; None until it is first scheduled.
         paid_system_prompt: This sequence's request is the one whose arrival caused the system prompt's prefill.
@@ -63,6 +65,7 @@ class Sequence:
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
+        "num_in_flight",
         "num_prompt_tokens",
         "order",
         "paid_system_prompt",
@@ -108,6 +111,7 @@ class Sequence:
         self.block_keys: list[bytes] = []
         self.num_committed_blocks = 0
         self.num_computed_tokens = 0
+        self.num_in_flight = 0
         self.num_cached_tokens: int | None = None
         self.first_scheduled_time: float | None = None
         self.row = -1
@@ -122,11 +126,13 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Tokens there are, those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        """Output tokens there are, those in flight included."""
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def prefix_len(self) -> int:

@@ -22,44 +22,62 @@ from vllm.worker.cache_engine import PinnedBlockPool
 BLOCK = 4
 MAX_LEN = 64
 PROMPTS = [[p] * n for p, n in ((1, 3), (2, 8), (3, 17), (4, 31), (5, 44), (6, 12), (7, 4))]
+SUFFIXES = [[11] * 4, [11] * 8, [11] * 9, [12] * 12]
 
 
-class Memory:
-    """What a device would hold: slot (block, offset) → (token, position); follows plans as a rank would."""
+class Device:
+    """A rank in numbers: what every KV slot holds, and which tokens and blocks each row has, as its plans say."""
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], tuple[int, int]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.prefix: dict[int, tuple] = {}
 
-    def copy(self, pairs):
-        old = dict(self.slots)
-        for source, destination in pairs:
-            for offset in range(BLOCK):
-                self.slots.pop((destination, offset), None)
-                if (source, offset) in old:
-                    self.slots[destination, offset] = old[source, offset]
-
-    def run(self, plan, scheduled):
-        self.copy(plan.moves)
-        self.copy(plan.copies)
+    def run(self, plan, token) -> list[int]:
+        """Carries out a plan; every sequence that draws gets `token`."""
+        for pairs in (plan.moves, plan.copies):
+            old = dict(self.slots)
+            for source, destination in pairs:
+                for offset in range(BLOCK):
+                    self.slots.pop((destination, offset), None)
+                    if (source, offset) in old:
+                        self.slots[destination, offset] = old[source, offset]
+        for freed in plan.freed:
+            self.tables.pop(freed.row, None)
+        for row, first, blocks in plan.new_blocks:
+            if row in self.tables:
+                self.tables[row][first : first + len(blocks)] = blocks
+        for seq in plan.started:
+            assert seq.row not in self.tables, "a row is freed before it is used again"
+            self.tokens[seq.row] = list(seq.token_ids)
+            self.tables[seq.row] = list(seq.block_table)
+            self.prefix[seq.row] = seq.prefix
         if plan.chunk is not None:
-            for i, token in enumerate(plan.chunk.token_ids, start=plan.chunk.start):
-                self.slots[plan.chunk.start_block + i // BLOCK, i % BLOCK] = (token, i)
-        for seq, start, count in zip(scheduled, plan.starts, plan.counts, strict=True):
+            for i, known in enumerate(plan.chunk.token_ids, start=plan.chunk.start):
+                self.slots[plan.chunk.start_block + i // BLOCK, i % BLOCK] = (known, i)
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for i in range(start, start + count):
-                own = i - seq.prefix_len
-                self.slots[seq.block_table[own // BLOCK], own % BLOCK] = (seq.token_ids[i], i)
-        for seq in scheduled:
-            self.check(seq, seq.num_computed_tokens)
+                self.slots[self.slot(row, i)] = (self.tokens[row][i], i)
+        drawn = []
+        for row, start, count, samples in zip(plan.rows, plan.starts, plan.counts, plan.samples, strict=True):
+            for i in range(start + count):
+                seen = self.slots.get(self.slot(row, i))
+                assert seen == (self.tokens[row][i], i), (row, i, seen, "KV of another context")
+            assert count >= 1
+            drawn.append(token if samples else -1)
+            if samples:
+                assert len(self.tokens[row]) == start + count
+                self.tokens[row].append(token)
+                assert len(self.tokens[row]) <= MAX_LEN
+        return drawn
 
-    def check(self, seq, count):
-        """Every token before the step's last reads the KV of exactly its own context."""
-        for i in range(count):
-            own = i - seq.prefix_len
-            if own < 0:
-                slot = (seq.system_prompt.extent.start + i // BLOCK, i % BLOCK)
-            else:
-                slot = (seq.block_table[own // BLOCK], own % BLOCK)
-            assert self.slots.get(slot) == (seq.token_ids[i], i), (seq, i, slot)
+    def slot(self, row: int, position: int) -> tuple[int, int]:
+        for extent in self.prefix[row]:
+            if position < extent.num_tokens:
+                return extent.start_block + position // BLOCK, position % BLOCK
+            position -= extent.num_tokens
+        return self.tables[row][position // BLOCK], position % BLOCK
 
 
 class Machine(RuleBasedStateMachine):
@@ -71,8 +89,9 @@ class Machine(RuleBasedStateMachine):
         batched=st.integers(5, 40),
         mode=st.sampled_from(["auto", "auto", "auto", "declared", "off"]),
         chunk=st.sampled_from([4, 8, 16]),
+        depth=st.sampled_from([1, 2]),
     )
-    def start(self, extra, budget, caching, seqs, batched, mode, chunk):
+    def start(self, extra, budget, caching, seqs, batched, mode, chunk, depth):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
         self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
@@ -86,14 +105,16 @@ class Machine(RuleBasedStateMachine):
         )
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=max(batched, seqs))
         self.scheduler = Scheduler(config, self.blocks, self.pool, MAX_LEN, eos_token_ids=(99,))
-        self.memory = Memory()
+        self.device = Device()
+        self.depth = depth
+        self.drawn: list[list[int]] = []
         self.next_id = 0
         self.requests: dict[str, int] = {}
         self.computed: dict[str, int] = {}
 
     @rule(
         prompt=st.sampled_from([*PROMPTS, None]),
-        suffix=st.lists(st.integers(10, 12), min_size=1, max_size=14),
+        suffix=st.lists(st.integers(10, 12), min_size=1, max_size=14) | st.sampled_from(SUFFIXES),
         max_tokens=st.integers(1, 12),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         namespace=st.sampled_from([b"", b"a"]),
@@ -148,24 +169,25 @@ class Machine(RuleBasedStateMachine):
     def one_step(self, token):
         before = {p.id: p.extent for p in self.pool.prompts() if p.state == "pinned"}
         plan = self.scheduler.schedule()
-        scheduled = self.scheduler.scheduled
         assert sum(plan.counts) <= self.scheduler.config.max_num_batched_tokens + len(plan.counts)
         assert len(plan.rows) == len(set(plan.rows)) <= self.scheduler.config.max_num_seqs
         for prompt in self.pool.prompts():
             if prompt.id in before:
                 assert prompt.extent == before[prompt.id], "a pinned extent never moves"
-        self.memory.run(plan, scheduled)
         if plan.chunk is not None:
             key = plan.chunk.prompt_id
             done = self.computed.get(key, 0)
             assert plan.chunk.start in (done, 0), "no system-prompt token is computed twice while it is known"
             self.computed[key] = plan.chunk.start + len(plan.chunk.token_ids)
-        self.scheduler.postprocess([token if s else -1 for s in plan.samples])
+        if not plan.is_empty:
+            self.drawn.append(self.device.run(plan, token))
+        assert self.scheduler.num_in_flight == len(self.drawn)
+        if self.drawn and (plan.is_empty or len(self.drawn) >= self.depth):
+            self.scheduler.postprocess(self.drawn.pop(0))
         alive = {p.id for p in self.pool.prompts()}
         self.computed = {k: v for k, v in self.computed.items() if k in alive}
         running = {s.request_id for s in self.scheduler.unfinished()}
         self.requests = {k: v for k, v in self.requests.items() if k in running}
-        return plan
 
     @invariant()
     def books_balance(self):
@@ -191,7 +213,7 @@ class Machine(RuleBasedStateMachine):
 
 
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
-_settings = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+_settings = {"print_blob": False, "deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 class TestScheduler(Machine.TestCase):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.engine.helpers import make_engine
 from vllm.engine.llm_engine import LLMEngine
+from vllm.platforms.cpu import CpuPlatform
 
 
 @pytest.fixture
@@ -22,3 +23,10 @@ def make_tiny(tiny_model_dir: Path) -> Iterator[Callable[..., LLMEngine]]:
     yield make
     for engine in engines:
         engine.shutdown()
+
+
+@pytest.fixture(params=[1, 2], ids=["one_step_in_flight", "two_steps_in_flight"])
+def pipeline_depth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The test runs as on a device that needs the host, and as on one where the next step is planned meanwhile."""
+    monkeypatch.setattr(CpuPlatform, "pipeline_depth", request.param)
+    return request.param

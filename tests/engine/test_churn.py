@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import pytest
+
 from tests.engine.helpers import Request, add, assert_nothing_held, greedy, run, tokens
 from vllm.engine.llm_engine import LLMEngine
 
 NUM_REQUESTS, NUM_PROMPTS = 1000, 40
 
 
+@pytest.mark.usefixtures("pipeline_depth")
 def test_a_thousand_requests_with_random_aborts(make_tiny: Callable[..., LLMEngine]) -> None:
     rng = random.Random(0)
 

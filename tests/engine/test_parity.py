@@ -15,21 +15,23 @@ NUM_TOKENS = 64
 SHORT = 24
 ALONE = 10
 
-TEXT = """The lighthouse keeper counted the ships that passed before the storm, and wrote each name in a book with a blue
-cover. Nobody had asked him to do it. In spring the harbour filled with boats from the south, carrying oranges, salt and
-news of places he would never see. He traded lamp oil for stories. One evening a woman came up the stairs and asked for the
-page of the twelfth of March, eleven years ago. He found it at once, because he remembered every page; on it stood nine
-names, and the last one was crossed out. She read it twice, closed the book and looked at the sea for a long time. Then she
-told him what had happened to the ship, why it had turned back, and who had paid for the lamp that did not burn that night.
+TEXT = """\
+The lighthouse keeper counted the ships that passed before the storm, and wrote each name in a book with a blue cover.
+Nobody had asked him to do it. In spring the harbour filled with boats from the south, carrying oranges, salt and news
+of places he would never see. He traded lamp oil for stories. One evening a woman came up the stairs and asked for the
+page of the twelfth of March, eleven years ago. He found it at once, because he remembered every page; on it stood
+nine names, and the last one was crossed out. She read it twice, closed the book and looked at the sea for a long
+time. Then she told him what had happened to the ship, why it had turned back, and who had paid for the lamp that did
+not burn that night.
 """
 
 SYSTEM = (
     "You are a helpful assistant. Answer in one sentence.",
-    "You work for the municipal library. Opening hours: Monday to Friday from 9 to 19, Saturday from 10 to 14. Loans last "
-    "four weeks and may be extended twice. Reminders cost one euro for each item and week. Answer politely, and never "
-    "invent a title that the library does not hold.",
-    "You write short summaries of stories. Keep the names, the places and the order of events. Here is a story that you "
-    "know well:\n" + TEXT,
+    "You work for the municipal library. Opening hours: Monday to Friday from 9 to 19, Saturday from 10 to 14. Loans "
+    "last four weeks and may be extended twice. Reminders cost one euro for each item and week. Answer politely, and "
+    "never invent a title that the library does not hold.",
+    "You write short summaries of stories. Keep the names, the places and the order of events. Here is a story that "
+    "you know well:\n" + TEXT,
 )
 QUESTIONS = (
     "Hello!",
@@ -79,7 +81,7 @@ def cut(outputs: list[list[int]], count: int) -> list[list[int]]:
 def test_transformers_gives_the_same_tokens(
     requests: list[Request], expected: list[list[int]], hf_model_dir: Path
 ) -> None:
-    # One pass over prompt and output at a time: the output is greedy if every token is the argmax after what precedes it.
+    # One pass over prompt and output: the output is greedy if every token is the argmax after what precedes it.
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(hf_model_dir, dtype=torch.float32)

@@ -10,7 +10,7 @@ import torch
 
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
 from vllm.engine.llm_engine import LLMEngine
-from vllm.step import StepPlan
+from vllm.step import StepPlan, StepResult
 
 MakeEngine = Callable[..., LLMEngine]
 
@@ -28,13 +28,13 @@ def asking(system: list[int], seed: int, count: int = 10) -> Request:
 def recorded_plans(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
     """The plans that the engine executes from now on."""
     plans: list[StepPlan] = []
-    execute = engine.core.executor.execute
+    submit = engine.core.executor.submit
 
-    def record(plan: StepPlan):  # noqa: ANN202
+    def record(plan: StepPlan) -> Callable[[], StepResult]:
         plans.append(plan)
-        return execute(plan)
+        return submit(plan)
 
-    monkeypatch.setattr(engine.core.executor, "execute", record)
+    monkeypatch.setattr(engine.core.executor, "submit", record)
     return plans
 
 

@@ -17,16 +17,18 @@ from vllm.sampling_params import SamplingParams
 MakeEngine = Callable[..., LLMEngine]
 
 PROMPT = Request([464, 3290, 318, 257, 845, 1263, 5044])
-# So flat that another number drawn gives another token.
-HOT = {"temperature": 3.0, "max_tokens": 24, "ignore_eos": True}
+# Few candidates, each with a chance: where thousands are almost impossible, the rounding of another batch shape may
+# move a border between two of them over the number that was drawn.
+HOT = {"temperature": 0.4, "max_tokens": 24, "ignore_eos": True}
 SEEDED = [
-    SamplingParams(seed=1, **HOT),
+    SamplingParams(temperature=0.3, seed=1, max_tokens=8, ignore_eos=True),
     SamplingParams(seed=2, top_k=50, **HOT),
     SamplingParams(seed=3, top_p=0.9, **HOT),
     SamplingParams(seed=4, min_p=0.01, presence_penalty=1.0, **HOT),
-    SamplingParams(seed=5, repetition_penalty=1.2, frequency_penalty=0.5, top_k=1000, **HOT),
-    SamplingParams(seed=-6, logit_bias={77: 5.0}, **HOT),
+    SamplingParams(seed=5, repetition_penalty=1.2, frequency_penalty=0.5, top_k=30, **HOT),
+    SamplingParams(seed=-6, logit_bias={77: 5.0}, top_k=10, top_p=0.95, **HOT),
 ]
+SAMPLED = {"top_k": 30, **HOT}
 
 
 def ids(seed: int, count: int) -> list[int]:
@@ -34,6 +36,7 @@ def ids(seed: int, count: int) -> list[int]:
     return [rng.randrange(100, 40_000) for _ in range(count)]
 
 
+@pytest.mark.usefixtures("pipeline_depth")
 def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_preemption(make_tiny: MakeEngine) -> None:
     engine = make_tiny()
     alone = [tokens(run(engine, [PROMPT], params))[0] for params in SEEDED]
@@ -53,7 +56,7 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_preemption(make
 
 
 def test_without_a_seed_requests_differ_and_the_engine_seed_repeats_them(make_tiny: MakeEngine) -> None:
-    params = SamplingParams(**HOT)
+    params = SamplingParams(**SAMPLED)
     first, second = (tokens(run(make_tiny(seed=11), [PROMPT] * 4, params)) for _ in range(2))
     assert first == second
     assert len({tuple(t) for t in first}) == 4
@@ -62,26 +65,26 @@ def test_without_a_seed_requests_differ_and_the_engine_seed_repeats_them(make_ti
     assert fresh[0] != fresh[1]
 
 
-@pytest.mark.parametrize("system_len", [None, 5])
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize(
+    ("length", "system_len"), [(1, None), (15, None), (16, None), (17, None), (40, None), (6, 5), (21, 5), (22, 5)]
+)
 def test_n_outputs_are_those_of_n_seeds(make_tiny: MakeEngine, length: int, system_len: int | None) -> None:
-    if system_len is not None and system_len >= length:
-        pytest.skip("no room for a system prompt")
     engine = make_tiny()
     request = Request(ids(1, length), system_len)
-    alone = [tokens(run(engine, [request], SamplingParams(seed=100 + i, **HOT)))[0] for i in range(5)]
+    alone = [tokens(run(engine, [request], SamplingParams(seed=100 + i, **SAMPLED)))[0] for i in range(5)]
     engine.reset_prefix_cache()
-    (output,) = run(engine, [request], SamplingParams(n=5, seed=100, **HOT))
+    (output,) = run(engine, [request], SamplingParams(n=5, seed=100, **SAMPLED))
     assert [o.index for o in output.outputs] == list(range(5))
     assert [list(o.token_ids) for o in output.outputs] == alone
     assert len({tuple(t) for t in alone}) == 5
     assert_nothing_held(engine)
 
 
+@pytest.mark.usefixtures("pipeline_depth")
 def test_n_outputs_under_memory_pressure(make_tiny: MakeEngine) -> None:
-    want = [list(o.token_ids) for o in run(make_tiny(), [PROMPT], SamplingParams(n=8, seed=1, **HOT))[0].outputs]
+    want = [list(o.token_ids) for o in run(make_tiny(), [PROMPT], SamplingParams(n=8, seed=1, **SAMPLED))[0].outputs]
     engine = make_tiny(max_model_len=64, num_gpu_blocks_override=5)
-    (output,) = run(engine, [PROMPT], SamplingParams(n=8, seed=1, **HOT))
+    (output,) = run(engine, [PROMPT], SamplingParams(n=8, seed=1, **SAMPLED))
     assert [list(o.token_ids) for o in output.outputs] == want
     assert engine.core.scheduler.num_preemptions > 0
     assert_nothing_held(engine)
@@ -117,16 +120,15 @@ def assert_are_logprobs(entries: list[TokenLogprobs], token_ids: list[int], want
     """`entries[i]` tells of `token_ids[i]` and of the `top` most likely ones, as `want[i]` has them."""
     assert len(entries) == len(token_ids) == len(want)
     for entry, token, row in zip(entries, token_ids, want, strict=True):
-        ranks = {int(t): r for r, t in enumerate(row.argsort(descending=True), start=1)}
-        best = sorted(ranks, key=ranks.__getitem__)[:top]
-        assert set(entry) == {token, *best}
         assert next(iter(entry)) == token
+        assert set(entry) == {token, *row.topk(top).indices.tolist()}
         for t, found in entry.items():
             assert found.logprob == pytest.approx(float(row[t]), abs=1e-4)
-            assert found.rank == ranks[t]
+            assert found.rank == int((row > row[t]).sum()) + 1
             assert found.decoded_token is not None
 
 
+@pytest.mark.usefixtures("pipeline_depth")
 @pytest.mark.parametrize("limits", [{}, {"max_num_batched_tokens": 16, "max_num_seqs": 4}], ids=["whole", "chunked"])
 def test_logprobs_equal_those_of_transformers(
     make_tiny: MakeEngine, reference: Callable[[list[int]], torch.Tensor], limits: dict[str, int]
@@ -175,6 +177,7 @@ def test_prompt_logprobs_are_computed_whatever_is_cached(
             assert tokens([output]) == tokens(usual)
 
 
+@pytest.mark.usefixtures("pipeline_depth")
 def test_prompt_logprobs_after_preemption(
     make_tiny: MakeEngine, reference: Callable[[list[int]], torch.Tensor]
 ) -> None:
@@ -192,6 +195,6 @@ def test_prompt_logprobs_after_preemption(
 
 
 def test_prompt_logprobs_of_n_outputs_come_once(make_tiny: MakeEngine) -> None:
-    (output,) = run(make_tiny(), [PROMPT], SamplingParams(n=3, seed=1, prompt_logprobs=0, logprobs=0, **HOT))
+    (output,) = run(make_tiny(), [PROMPT], SamplingParams(n=3, seed=1, prompt_logprobs=0, logprobs=0, **SAMPLED))
     assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(PROMPT.token_ids)
     assert [len(o.logprobs or []) for o in output.outputs] == [24] * 3

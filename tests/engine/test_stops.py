@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("pipeline_depth")
 
 PROMPT = Request([464, 3290, 318, 257, 845, 1263, 5044])
 # Many different words, the same in each test.
@@ -152,7 +154,8 @@ def test_end_of_sequence(engine: LLMEngine) -> None:
     bias = {eos: 100.0}
 
     def output_of(**params: object) -> CompletionOutput:
-        return run(engine, [PROMPT], SamplingParams(temperature=0, max_tokens=6, logit_bias=bias, **params))[0].outputs[0]
+        asked = SamplingParams(temperature=0, max_tokens=6, logit_bias=bias, **params)
+        return run(engine, [PROMPT], asked)[0].outputs[0]
 
     output = output_of()
     assert (output.finish_reason, output.stop_reason, output.token_ids, output.text) == ("stop", None, [eos], "")
@@ -171,7 +174,7 @@ def test_max_tokens_are_cut_to_what_the_context_leaves(engine: LLMEngine) -> Non
         assert (len(output.token_ids), output.finish_reason) == (got, "length")
     assert len(tokens(run(engine, [Request(list(range(1000, 1127)))], greedy(5)))[0]) == 1
     for size in (128, 500):
-        with pytest.raises(VLLMValidationError, match=f"The prompt has {size} tokens; this model takes at most 128 tokens"):
+        with pytest.raises(VLLMValidationError, match=f"The prompt has {size} tokens; this model takes at most 128"):
             engine.add_request("long", list(range(1000, 1000 + size)), greedy(5))
     assert not engine.has_unfinished_requests()
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.model_executor.layers.sampler import Sampler, position_logprobs, uniform
+from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, uniform
 from vllm.sampling_params import SamplingParams
 from vllm.step import SequenceStart
 
@@ -303,20 +303,30 @@ def test_logprobs_are_those_of_the_model() -> None:
     bench.start(2, SamplingParams(logprobs=0, temperature=0))
     logits = torch.stack([LOGITS, LOGITS, LOGITS.flip(0)])
     rows = np.array([0, 1, 2])
-    drawn, found = bench.sampler.sample(logits.clone(), rows, bench.num_tokens[rows], bench.token_ids)
-    assert found[0] is None
+    drawn, asked = bench.sampler.sample(logits.clone(), rows, bench.num_tokens[rows], bench.token_ids)
+    assert asked is not None
+    found = asked.by_row()
+    assert found.keys() == {1, 2}
     want = logits.double().log_softmax(dim=-1)
     for i, top in ((1, 3), (2, 0)):
         entry, token = found[i], int(drawn[i])
-        assert entry is not None
         best = want[i].argsort(descending=True).tolist()
         assert entry.token_ids == [[token, *best[:top]]]
         assert entry.ranks == [best.index(token) + 1]
         np.testing.assert_allclose(entry.logprobs[0], want[i][entry.token_ids[0]].numpy(), atol=1e-5)
 
 
-def test_position_logprobs_with_nothing_more_than_the_chosen_token() -> None:
-    logprobs = LOGITS.log_softmax(dim=-1).unsqueeze(0)
-    (entry,) = position_logprobs(logprobs, torch.tensor([9]), [0])
-    assert entry.token_ids == [[9]] and entry.ranks == [3]
-    assert position_logprobs(logprobs[:0], torch.tensor([], dtype=torch.int64), []) == []
+def test_no_logprobs_unless_asked_for() -> None:
+    bench = Bench()
+    bench.start(0, SamplingParams())
+    rows = np.array([0])
+    assert bench.sampler.sample(LOGITS.unsqueeze(0), rows, bench.num_tokens[rows], bench.token_ids)[1] is None
+
+
+def test_logprobs_of_several_positions_of_a_row() -> None:
+    logprobs = torch.stack([LOGITS, LOGITS.flip(0), LOGITS]).log_softmax(dim=-1)
+    found = LogprobTensors.at(logprobs, torch.tensor([9, 3, 3]), [0, 2, 0], [4, 1, 4]).by_row()
+    assert found[4].token_ids == [[9], [3]] and found[4].ranks == [3, 1]
+    assert found[1].token_ids == [[3, 12, 11]] and found[1].ranks == [int((LOGITS > LOGITS[12]).sum()) + 1]
+    assert found[4].logprobs[1] == pytest.approx([float(logprobs[0, 3])])
+    assert LogprobTensors.at(logprobs[:0], torch.tensor([], dtype=torch.int64), [], []).by_row() == {}

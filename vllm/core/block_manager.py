@@ -120,10 +120,11 @@ class BlockManager:
         return copies
 
     def commit(self, seq: Sequence) -> None:
-        """Makes the full, computed blocks of `seq` findable."""
+        """Makes the full, computed blocks of `seq` findable, as far as their tokens are known."""
         if not self.enable_caching:
             return
-        full = (seq.num_computed_tokens - seq.prefix_len) // self.block_size
+        known = min(seq.num_computed_tokens, len(seq.token_ids))
+        full = (known - seq.prefix_len) // self.block_size
         if full <= seq.num_committed_blocks:
             return
         keys = seq.keys_of_full_blocks(full, self.block_size)

@@ -5,13 +5,24 @@ from __future__ import annotations
 import bisect
 import heapq
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from vllm.config import SchedulerConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.system_prompt_pool import PinnedPrompt, SystemPromptPool
 from vllm.sequence import Sequence, SequenceStatus
 from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan, SystemPromptChunk
+
+
+class PlannedBatch(NamedTuple):
+    """A plan in flight: its sequences, the first position that each one computed, and the system prompt whose last
+    chunk it computes."""
+
+    sequences: list[Sequence]
+    starts: list[int]
+    prefilled: PinnedPrompt | None
 
 
 class Scheduler:
@@ -49,9 +60,9 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._freed: list[FreedSequence] = []
-        self._scheduled: list[Sequence] = []
-        self._scheduled_counts: list[int] = []
-        self._chunk: tuple[PinnedPrompt, int] | None = None
+        self._scheduled: list[tuple[Sequence, int]] = []
+        self._prefilled: PinnedPrompt | None = None
+        self._in_flight: deque[PlannedBatch] = deque()
         self._next_order = 1
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
@@ -97,7 +108,7 @@ class Scheduler:
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED)
 
     def has_work(self) -> bool:
-        return bool(self._requests) or self.pool.has_prefill or bool(self._freed)
+        return bool(self._requests) or self.pool.has_prefill or bool(self._freed) or bool(self._in_flight)
 
     @property
     def num_waiting(self) -> int:
@@ -111,9 +122,13 @@ class Scheduler:
     # A step ----------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan:
-        """Plans the next step. Its results must be handed to `postprocess` before the next call."""
+        """Plans the next step.
+
+        The plan counts as carried out from now on: steps run in the order of their plans, so the next one may be
+        planned before the tokens of this one are known. `postprocess` takes them in later, in the same order.
+        """
         plan = StepPlan()
-        self._scheduled, self._scheduled_counts = [], []
+        self._scheduled, self._prefilled = [], None
         self.pool.expire()
         budget = self.config.max_num_batched_tokens
         held_up_from = self._plan_system_prompt(plan)
@@ -151,7 +166,13 @@ class Scheduler:
         if prompt.extent is None:
             raise RuntimeError(f"system prompt {prompt.id} is being computed without an extent")
         plan.chunk = SystemPromptChunk(prompt.id, prompt.extent.start, done, token_ids)
-        self._chunk = (prompt, len(token_ids))
+        prompt.sequence.num_computed_tokens += len(token_ids)
+        if prompt.sequence.num_computed_tokens == prompt.num_tokens:
+            self._freed.append(FreedSequence(row=-1, is_system_prompt=True))
+            self._prefilled = prompt
+            # A step computes the chunk before its batch, so the waiters may run in this very step.
+            for seq in self.pool.end_prefill():
+                heapq.heappush(self._waiting, seq)
         return None
 
     def _plan_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
@@ -164,7 +185,7 @@ class Scheduler:
         while i < len(self.running):
             seq = self.running[i]
             missing = seq.num_tokens - seq.num_computed_tokens
-            if missing > 1 and budget <= 0:
+            if (missing > 1 and budget <= 0) or self._ends_by_length(seq):
                 i += 1
                 continue
             count = min(missing, max(budget, 1))
@@ -178,7 +199,7 @@ class Scheduler:
                 return budget, True
             if new:
                 plan.new_blocks.append((seq.row, len(seq.block_table) - len(new), new))
-            self._take(seq, count)
+            self._scheduled.append((seq, count))
             budget -= count
             i += 1
         return budget, preempted
@@ -201,7 +222,7 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             bisect.insort(self.running, seq)
             count = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            self._take(seq, count)
+            self._scheduled.append((seq, count))
             budget -= count
             plan.started.append(
                 SequenceStart(
@@ -247,37 +268,43 @@ class Scheduler:
                 self.prefix_cache_hits += seq.num_cached_tokens
         return copies
 
-    def _take(self, seq: Sequence, count: int) -> None:
-        self._scheduled.append(seq)
-        self._scheduled_counts.append(count)
-
     def _fill_batch(self, plan: StepPlan) -> None:
         """Writes the batch, sequences of one group side by side so that its extent is read once."""
-        batch = sorted(
-            zip(self._scheduled, self._scheduled_counts, strict=True),
-            key=lambda entry: (entry[0].system_prompt.extent if entry[0].system_prompt else (-1, 0)) or (-1, 0),
-        )
-        self._scheduled = [seq for seq, _ in batch]
-        self._scheduled_counts = [count for _, count in batch]
-        for seq, count in batch:
+        self._scheduled.sort(key=_extent_start)
+        for seq, count in self._scheduled:
+            samples = seq.num_computed_tokens + count == seq.num_tokens
             plan.rows.append(seq.row)
             plan.starts.append(seq.num_computed_tokens)
             plan.counts.append(count)
-            plan.samples.append(seq.num_computed_tokens + count == seq.num_tokens)
+            plan.samples.append(samples)
             plan.wants_prompt_logprobs.append(
                 seq.sampling_params.prompt_logprobs is not None
                 and seq.index == 0
                 and seq.num_computed_tokens < seq.num_prompt_tokens
                 and seq.num_output_tokens == 0
             )
+            seq.num_computed_tokens += count
+            seq.num_in_flight += samples
+        if not plan.is_empty:
+            self._in_flight.append(PlannedBatch([seq for seq, _ in self._scheduled], plan.starts, self._prefilled))
+
+    def _ends_by_length(self, seq: Sequence) -> bool:
+        """Whether the last token that `seq` may have is drawn already, perhaps in flight."""
+        most = seq.sampling_params.max_tokens or self.max_model_len
+        return seq.num_output_tokens >= most or seq.num_tokens >= self.max_model_len
 
     @property
-    def scheduled(self) -> list[Sequence]:
-        """Sequences of the last plan, in the order of its batch."""
-        return self._scheduled
+    def num_in_flight(self) -> int:
+        """Plans whose tokens have not been taken in."""
+        return len(self._in_flight)
+
+    @property
+    def oldest_batch(self) -> PlannedBatch:
+        """The batch whose tokens `postprocess` takes in next."""
+        return self._in_flight[0]
 
     def postprocess(self, drawn: list[int]) -> list[tuple[Sequence, int, int | None]]:
-        """Takes in the step's tokens.
+        """Takes in the tokens of the oldest plan in flight.
 
         Args:
             drawn: A token for each entry of the plan's batch, -1 where none was drawn.
@@ -285,16 +312,21 @@ class Scheduler:
         Returns (sequence, new token, stop token id or None) for each sequence that got a token; a sequence whose
         answer ended has its status set and is gone from the scheduler.
         """
-        self._advance_system_prompt()
+        batch = self._in_flight.popleft()
+        if batch.prefilled is not None:
+            self.pool.note_prefill(batch.prefilled)
         news = []
-        for seq, count, token in zip(self._scheduled, self._scheduled_counts, drawn, strict=True):
-            if seq.status != SequenceStatus.RUNNING:
+        for seq, token in zip(batch.sequences, drawn, strict=True):
+            # A sequence that ended while this step was in flight (a stop token, an abort) has no use for its token.
+            if seq.is_finished:
                 continue
-            seq.num_computed_tokens += count
-            self.blocks.commit(seq)
+            if token >= 0:
+                seq.num_in_flight -= 1
+                seq.token_ids.append(token)
+            if seq.status == SequenceStatus.RUNNING:
+                self.blocks.commit(seq)
             if token < 0:
                 continue
-            seq.token_ids.append(token)
             self._release_forks(seq)
             status, stop_token = self._stop(seq, token)
             news.append((seq, token, stop_token))
@@ -302,34 +334,25 @@ class Scheduler:
                 self._finish(seq, status)
         return news
 
-    def _advance_system_prompt(self) -> None:
-        if self._chunk is None:
-            return
-        prompt, count = self._chunk
-        self._chunk = None
-        prompt.sequence.num_computed_tokens += count
-        if prompt.sequence.num_computed_tokens == prompt.num_tokens:
-            self._freed.append(FreedSequence(row=-1, is_system_prompt=True))
-            for seq in self.pool.end_prefill():
-                heapq.heappush(self._waiting, seq)
-
     def _release_forks(self, seq: Sequence) -> None:
         for child in seq.fork_children:
             if child.is_finished:
                 continue
             self.pool.attach_sibling(child, seq)
             child.fork_parent = seq
-            heapq.heappush(self._waiting, child)
+            if not self.pool.is_waiting(child):
+                heapq.heappush(self._waiting, child)
         seq.fork_children = []
 
     def _stop(self, seq: Sequence, token: int) -> tuple[SequenceStatus | None, int | None]:
         params = seq.sampling_params
-        if seq.num_output_tokens >= params.min_tokens:
+        num_outputs = len(seq.token_ids) - seq.num_prompt_tokens
+        if num_outputs >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return SequenceStatus.FINISHED_STOPPED, None
             if token in (params.stop_token_ids or ()):
                 return SequenceStatus.FINISHED_STOPPED, token
-        if seq.num_output_tokens >= (params.max_tokens or self.max_model_len) or seq.num_tokens >= self.max_model_len:
+        if num_outputs >= (params.max_tokens or self.max_model_len) or len(seq.token_ids) >= self.max_model_len:
             return SequenceStatus.FINISHED_LENGTH, None
         return None, None
 
@@ -398,3 +421,8 @@ class Scheduler:
         assert sorted(rows) == list(range(self.config.max_num_seqs)), rows
         assert self.running == sorted(self.running)
         assert self._num_waiting == sum(s.status != SequenceStatus.RUNNING for s in self.unfinished())
+
+
+def _extent_start(entry: tuple[Sequence, int]) -> int:
+    prompt = entry[0].system_prompt
+    return prompt.extent.start if prompt is not None and prompt.extent is not None else -1

@@ -218,6 +218,8 @@ class SystemPromptPool:
             seq.system_prompt = sibling.system_prompt
             seq.system_prompt.readers += 1
             self.num_readers += 1
+            if self.is_waiting(seq):
+                seq.system_prompt.waiters.append(seq)
 
     def _attach_longest(self, seq: Sequence) -> Outcome | None:
         """Attaches to the longest known prompt that `seq` starts with and that leaves a token to compute."""
@@ -361,7 +363,7 @@ class SystemPromptPool:
             self._no_expiry_before = 0.0
 
     def _release_if_done(self, prompt: PinnedPrompt) -> None:
-        if not prompt.doomed or prompt.readers or prompt.state == PromptState.COMPUTING:
+        if not prompt.doomed or prompt.readers or prompt.state in (PromptState.COMPUTING, PromptState.REMOVED):
             return
         self._forget(prompt)
         if prompt.extent is not None:
@@ -403,17 +405,21 @@ class SystemPromptPool:
         return prompt
 
     def end_prefill(self) -> list[Sequence]:
-        """The prompt under computation is pinned; returns the sequences that waited for it."""
+        """The last chunk of the prompt under computation is planned; returns the sequences that waited for it."""
         prompt = self.computing
         if prompt is None:
             raise RuntimeError("no system prompt is being computed")
         self.computing = None
-        self.prefill_seconds.append(time.perf_counter() - prompt.prefill_started)
         prompt.state = PromptState.PINNED
         prompt.last_used = self._clock()
         waiters, prompt.waiters = prompt.waiters, []
-        self._release_if_done(prompt)
         return waiters
+
+    def note_prefill(self, prompt: PinnedPrompt) -> None:
+        """The last chunk of a prompt has run. Keeps how long its prefill took; a prompt that was removed meanwhile goes
+        only now, since its blocks were being written."""
+        self._release_if_done(prompt)
+        self.prefill_seconds.append(time.perf_counter() - prompt.prefill_started)
 
     def refuse_pending(self) -> list[Sequence]:
         """The first pending prompt finds no contiguous room; returns its waiters, which run unpinned."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections import deque
+from collections.abc import Callable
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
-from vllm.core.scheduler import Scheduler
+from vllm.core.scheduler import PlannedBatch, Scheduler
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
 from vllm.exceptions import StartupError
@@ -52,6 +54,7 @@ class EngineCore:
         self._seeds_drawn = 0
         self._prompt_logprobs: dict[str, PositionLogprobs] = {}
         self._failed: list[EngineOutput] = []
+        self._in_flight: deque[tuple[int, Callable[[], StepResult]]] = deque()
 
     @property
     def num_blocks(self) -> int:
@@ -166,17 +169,24 @@ class EngineCore:
         return self.scheduler.has_work() or bool(self._failed)
 
     def step(self) -> StepOutputs:
-        """Schedules, executes, takes in the tokens; returns the news."""
+        """Plans a step and starts it; takes in the oldest one in flight and returns its news.
+
+        Where the device leaves the host free, the oldest is the step before: its tokens come back while the one that
+        was just started computes.
+        """
         plan = self.scheduler.schedule()
-        if plan.is_empty:
+        if not plan.is_empty:
+            self._in_flight.append((plan.num_tokens, self.executor.submit(plan)))
+        if not self._in_flight or (not plan.is_empty and len(self._in_flight) < self.executor.pipeline_depth):
             return StepOutputs(outputs=self._take_failed(), stats=self.stats(0))
-        result = self.executor.execute(plan)
-        batch = self.scheduler.scheduled
-        logprobs = {seq: found for seq, found in zip(batch, result.logprobs, strict=False) if found is not None}
+        num_tokens, wait = self._in_flight.popleft()
+        result = wait()
+        batch = self.scheduler.oldest_batch
+        logprobs = {seq: f for seq, f in zip(batch.sequences, result.logprobs, strict=False) if f is not None}
         self._collect_prompt_logprobs(batch, result)
         outputs = self._take_failed()
         for seq, token, stop_token in self.scheduler.postprocess(result.token_ids):
-            first = seq.num_output_tokens == 1
+            first = len(seq.token_ids) == seq.num_prompt_tokens + 1
             outputs.append(
                 EngineOutput(
                     seq.request_id,
@@ -190,18 +200,18 @@ class EngineCore:
                     first_scheduled_time=seq.first_scheduled_time if first else None,
                 )
             )
-        return StepOutputs(outputs=outputs, stats=self.stats(plan.num_tokens))
+        return StepOutputs(outputs=outputs, stats=self.stats(num_tokens))
 
     def _take_failed(self) -> list[EngineOutput]:
         failed, self._failed = self._failed, []
         return failed
 
-    def _collect_prompt_logprobs(self, batch: list[Sequence], result: StepResult) -> None:
+    def _collect_prompt_logprobs(self, batch: PlannedBatch, result: StepResult) -> None:
         """Gathers the chunks of a prompt's log-probabilities until its first token is drawn."""
-        for seq, found in zip(batch, result.prompt_logprobs, strict=False):
-            if found is None:
+        for seq, start, found in zip(batch.sequences, batch.starts, result.prompt_logprobs, strict=False):
+            if found is None or seq.is_finished:
                 continue
-            if seq.num_computed_tokens == 0:
+            if start == 0:
                 self._prompt_logprobs[seq.request_id] = found
                 continue
             so_far = self._prompt_logprobs[seq.request_id]

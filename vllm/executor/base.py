@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from vllm.step import StepPlan, StepResult
 
@@ -21,9 +22,17 @@ class Executor(ABC):
     def initialize_cache(self, num_blocks: int) -> None:
         """Makes the KV cache of `num_blocks` blocks on every rank."""
 
+    @property
     @abstractmethod
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Runs one step on every rank and returns what was drawn."""
+    def pipeline_depth(self) -> int:
+        """Plans that may be in flight: 1 where a step occupies the host, 2 where the next can be prepared meanwhile."""
+
+    @abstractmethod
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts one step on every rank. Steps run in the order in which they were submitted.
+
+        Returns a function that waits for the step and returns what was drawn; it is called once.
+        """
 
     @abstractmethod
     def shutdown(self) -> None:

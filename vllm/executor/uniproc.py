@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vllm.config import VllmConfig
 from vllm.executor.base import Executor
 from vllm.step import StepPlan, StepResult
@@ -18,8 +20,12 @@ class UniprocExecutor(Executor):
     def initialize_cache(self, num_blocks: int) -> None:
         self._worker.initialize_cache(num_blocks)
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        return self._worker.execute(plan)
+    @property
+    def pipeline_depth(self) -> int:
+        return self._worker.platform.pipeline_depth
+
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        return self._worker.submit(plan)
 
     def shutdown(self) -> None:
         self._worker.runner = None

@@ -11,9 +11,11 @@ class Platform(ABC):
 
     Attributes:
         device_type: Name of the torch device: `cpu` or `cuda`.
+        pipeline_depth: Steps that may be in flight: 2 where the host is free while the device computes.
     """
 
     device_type: ClassVar[str]
+    pipeline_depth: ClassVar[int]
 
     @abstractmethod
     def default_dtype(self, hf_dtype: object, is_quantised_gguf: bool = False) -> str:

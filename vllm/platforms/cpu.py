@@ -23,6 +23,7 @@ _ROOT = Path("/")
 
 class CpuPlatform(Platform):
     device_type = "cpu"
+    pipeline_depth = 1
 
     def default_dtype(self, hf_dtype: object, is_quantised_gguf: bool = False) -> str:
         # Measured on a 2-core AVX-512 machine without AMX, torch 2.13: float32 GEMM 300-325 GFLOP/s, bfloat16 162-168.

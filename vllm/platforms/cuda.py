@@ -8,6 +8,7 @@ from vllm.platforms.cpu import usable_cpus
 
 class CudaPlatform(Platform):
     device_type = "cuda"
+    pipeline_depth = 2
 
     @staticmethod
     def is_available() -> bool:

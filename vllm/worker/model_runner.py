@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.model_executor.layers.sampler import Sampler, position_logprobs
+from vllm.model_executor.layers.sampler import LogprobTensors, Sampler
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PositionLogprobs, PrefixExtent, StepPlan, StepResult, SystemPromptChunk
 from vllm.worker.cache_engine import CacheEngine
@@ -53,8 +53,8 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Runs one step; see `StepPlan` for the order of things."""
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts one step; see `StepPlan` for the order of things. Returns a function that waits for its tokens."""
         self.cache.copy(plan.moves)
         self.cache.copy(plan.copies)
         for freed in plan.freed:
@@ -71,7 +71,7 @@ class ModelRunner:
         if plan.chunk is not None:
             self._run_chunk(plan.chunk)
         if not plan.rows:
-            return StepResult([], [], [])
+            return lambda: StepResult([], [], [])
         return self._run_batch(plan)
 
     def _run_chunk(self, chunk: SystemPromptChunk) -> None:
@@ -92,7 +92,7 @@ class ModelRunner:
         )
         self._forward(torch.tensor(chunk.token_ids, device=self.device), positions, metadata)
 
-    def _run_batch(self, plan: StepPlan) -> StepResult:
+    def _run_batch(self, plan: StepPlan) -> Callable[[], StepResult]:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
         ends = counts.cumsum()
         token_rows = np.repeat(rows, counts)
@@ -112,10 +112,9 @@ class ModelRunner:
             block_size=block_size,
         )
         hidden = self._forward(self.token_ids[row_index, positions], positions, metadata)
-        prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
-        return self._sample(plan, hidden, rows, starts + counts, ends, prompt_logprobs)
+        return self._sample(plan, hidden, rows, starts + counts, ends)
 
-    def _groups(self, rows: List[int], counts: List[int]) -> list[PrefixGroup]:
+    def _groups(self, rows: list[int], counts: list[int]) -> list[PrefixGroup]:
         """Runs of neighbouring tokens that read the same extent."""
         groups: list[PrefixGroup] = []
         token = 0
@@ -141,52 +140,81 @@ class ModelRunner:
         return self.model(token_ids, positions, context)
 
     def _sample(
-        self,
-        plan: StepPlan,
-        hidden: torch.Tensor,
-        rows: np.ndarray,
-        num_tokens: np.ndarray,
-        ends: np.ndarray,
-        prompt_logprobs: list[PositionLogprobs | None],
-    ) -> StepResult:
-        tokens = [-1] * len(rows)
-        logprobs: list[PositionLogprobs | None] = []
+        self, plan: StepPlan, hidden: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, ends: np.ndarray
+    ) -> Callable[[], StepResult]:
+        """Draws, and returns a function that waits for what was drawn."""
+        prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
         picked = np.flatnonzero(plan.samples)
+        drawn = torch.empty(0, dtype=torch.int64)
+        logprobs: LogprobTensors | None = None
         if len(picked):
             logits = self.model.logits(hidden[self._to_device(ends[picked] - 1)])
             rows, num_tokens = rows[picked], num_tokens[picked]
-            drawn, found = self.sampler.sample(logits, rows, num_tokens, self.token_ids)
+            drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids)
             self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
-            for i, token in zip(picked.tolist(), drawn.tolist(), strict=True):
-                tokens[i] = token
-            if found:
-                logprobs = [None] * len(tokens)
-                for i, entry in zip(picked.tolist(), found, strict=True):
-                    logprobs[i] = entry
-        return StepResult(tokens, logprobs, prompt_logprobs)
+        fetch = self._fetch(drawn)
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor, ends: np.ndarray) -> list[PositionLogprobs | None]:
-        if not any(plan.wants_prompt_logprobs):
-            return []
-        found: list[PositionLogprobs | None] = [None] * len(plan.rows)
+        def wait() -> StepResult:
+            size = len(plan.rows)
+            tokens = [-1] * size
+            for i, token in zip(picked.tolist(), fetch(), strict=True):
+                tokens[i] = token
+            by_pick = logprobs.by_row() if logprobs is not None else {}
+            by_entry = {int(picked[k]): entry for k, entry in by_pick.items()}
+            joined = {i: _joined(parts) for i, parts in prompt_logprobs.items()}
+            return StepResult(
+                tokens,
+                [by_entry.get(i) for i in range(size)] if by_entry else [],
+                [joined.get(i) for i in range(size)] if joined else [],
+            )
+
+        return wait
+
+    def _fetch(self, drawn: torch.Tensor) -> Callable[[], list[int]]:
+        """Starts bringing the tokens to the host; returns a function that waits for them."""
+        if drawn.device.type == "cpu":
+            return drawn.tolist
+        host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
+        host.copy_(drawn, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def fetch() -> list[int]:
+            done.synchronize()
+            return host.tolist()
+
+        return fetch
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, hidden: torch.Tensor, ends: np.ndarray
+    ) -> dict[int, list[LogprobTensors]]:
+        """Log-probabilities of the prompt tokens that follow the computed positions, by entry of the batch."""
+        found: dict[int, list[LogprobTensors]] = {}
         for i, wanted in enumerate(plan.wants_prompt_logprobs):
             if not wanted:
                 continue
-            row, start, count, end = plan.rows[i], plan.starts[i], plan.counts[i], int(ends[i])
+            row, start = plan.rows[i], plan.starts[i]
+            first = int(ends[i]) - plan.counts[i]
             # The last prompt position predicts the first output token, which is no prompt token.
-            count -= int(plan.samples[i])
-            entry = PositionLogprobs([], [], [])
+            count = plan.counts[i] - int(plan.samples[i])
+            found[i] = []
             for a in range(0, count, _PROMPT_LOGPROB_ROWS):
                 b = min(count, a + _PROMPT_LOGPROB_ROWS)
-                first = end - plan.counts[i]
                 logprobs = torch.log_softmax(self.model.logits(hidden[first + a : first + b]), dim=-1)
                 tokens = self.token_ids[row, start + a + 1 : start + b + 1]
-                for one in position_logprobs(logprobs, tokens, [int(self._num_prompt_logprobs[row])] * (b - a)):
-                    entry.token_ids += one.token_ids
-                    entry.logprobs += one.logprobs
-                    entry.ranks += one.ranks
-            found[i] = entry
+                wants = [int(self._num_prompt_logprobs[row])] * (b - a)
+                found[i].append(LogprobTensors.at(logprobs, tokens, wants, [0] * (b - a)))
         return found
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(self.device, non_blocking=True)
+
+
+def _joined(parts: list[LogprobTensors]) -> PositionLogprobs:
+    joined = PositionLogprobs([], [], [])
+    for part in parts:
+        for entry in part.by_row().values():
+            joined.token_ids += entry.token_ids
+            joined.logprobs += entry.logprobs
+            joined.ranks += entry.ranks
+    return joined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -105,7 +106,8 @@ class Worker:
             "--num-gpu-blocks-override or --gpu-memory-utilization."
         )
 
-    def execute(self, plan: StepPlan) -> StepResult:
+    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts a step; see `Executor.submit`."""
         if self.runner is None:
             raise RuntimeError("initialize_cache() has not been called")
-        return self.runner.execute(plan)
+        return self.runner.submit(plan)

@@ -45,7 +45,7 @@ class MergedColumnParallelLinear(LinearBase):
             if name == part:
                 break
             offset += other
-        source = tensor.narrow(0, self.tp.rank * size, size)
+        source = shard(tensor, 0, size, self.tp, f"{part}.{kind}")
         copy_checked(getattr(self, kind)[offset : offset + size], source, f"{part}.{kind}")
 
 
@@ -58,14 +58,26 @@ class RowParallelLinear(LinearBase):
     def load_shard(self, kind: str, tensor: torch.Tensor) -> None:
         """Loads the `weight` or `bias` (`kind`)."""
         if kind == "weight":
-            size = self.weight.shape[1]
-            tensor = tensor.narrow(1, self.tp.rank * size, size)
+            tensor = shard(tensor, 1, self.weight.shape[1], self.tp, kind)
         copy_checked(getattr(self, kind), tensor, kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Only one rank adds the bias, or the sum would hold it world_size times.
         bias = self.bias if self.tp.rank == 0 else None
         return all_reduce(functional.linear(x, self.weight, bias), self.tp)
+
+
+def shard(tensor: torch.Tensor, dim: int, size: int, tp: TensorParallelGroup, name: str) -> torch.Tensor:
+    """This rank's `size` rows (`dim` 0) or columns (1) of a checkpoint tensor.
+
+    Raises:
+        ValueError: the ranks' shares are not the whole tensor.
+    """
+    whole = size * tp.world_size
+    if tensor.dim() <= dim or tensor.shape[dim] != whole:
+        what = "rows" if dim == 0 else "columns"
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {whole} {what}")
+    return tensor.narrow(dim, tp.rank * size, size)
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:

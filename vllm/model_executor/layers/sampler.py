@@ -58,6 +58,47 @@ def draw_by_inversion(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor
 
 
 @dataclass(frozen=True)
+class LogprobTensors:
+    """Log-probabilities at P positions, still on the device.
+
+    Attributes:
+        rows: Which row each position belongs to.
+        wants: Number of most likely tokens to report at each.
+        tokens, values, ranks: Of the chosen token; [P].
+        top_tokens, top_values: The most likely ones, falling; [P, max(wants)].
+    """
+
+    rows: list[int]
+    wants: list[int]
+    tokens: torch.Tensor
+    values: torch.Tensor
+    ranks: torch.Tensor
+    top_tokens: torch.Tensor
+    top_values: torch.Tensor
+
+    @classmethod
+    def at(cls, logprobs: torch.Tensor, tokens: torch.Tensor, wants: list[int], rows: list[int]) -> LogprobTensors:
+        """Picks from `logprobs`, [P, vocab_size], by the chosen `tokens`, int64 [P]."""
+        values = logprobs.gather(-1, tokens.unsqueeze(-1))
+        ranks = (logprobs > values).sum(dim=-1).add_(1)
+        top_values, top_tokens = logprobs.topk(max([1, *wants]), dim=-1)
+        return cls(rows, wants, tokens, values.squeeze(-1), ranks, top_tokens, top_values)
+
+    def by_row(self) -> dict[int, PositionLogprobs]:
+        """Waits for the device; the positions of each row, in order."""
+        found: dict[int, PositionLogprobs] = {}
+        columns = (self.tokens, self.values, self.ranks, self.top_tokens, self.top_values)
+        for row, k, token, value, rank, top_tokens, top_values in zip(
+            self.rows, self.wants, *(column.tolist() for column in columns), strict=True
+        ):
+            entry = found.setdefault(row, PositionLogprobs([], [], []))
+            entry.token_ids.append([token, *top_tokens[:k]])
+            entry.logprobs.append([value, *top_values[:k]])
+            entry.ranks.append(rank)
+        return found
+
+
+@dataclass(frozen=True)
 class RareParams:
     """What only few requests ask for.
 
@@ -158,7 +199,7 @@ class Sampler:
 
     def sample(
         self, logits: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, token_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, list[PositionLogprobs | None]]:
+    ) -> tuple[torch.Tensor, LogprobTensors | None]:
         """Draws a token for each row of `logits`.
 
         Args:
@@ -167,8 +208,8 @@ class Sampler:
             num_tokens: Tokens each sequence has so far, prompt and output; int64 [R].
             token_ids: Tokens of all rows; int64 [rows, positions].
 
-        Returns the tokens, int64 [R] on the device, and the log-probabilities where asked for (of the model's own
-        distribution, before any parameter changed it).
+        Returns the tokens, int64 [R] on the device, and the log-probabilities if any row asked for them (of the model's
+        own distribution, before any parameter changed it).
         """
         wants = self._num_logprobs[rows]
         raw = torch.log_softmax(logits, dim=-1) if (wants >= 0).any() else None
@@ -186,7 +227,11 @@ class Sampler:
             index = torch.from_numpy(rows[penalised]).to(self.device)
             ones = torch.ones(len(penalised), dtype=torch.int32, device=self.device)
             self._output_counts.index_put_((index, drawn[penalised]), ones, accumulate=True)
-        return drawn, [] if raw is None else self._logprobs(raw, drawn, wants)
+        if raw is None:
+            return drawn, None
+        picked = np.flatnonzero(wants >= 0)
+        index = torch.from_numpy(picked).to(self.device)
+        return drawn, LogprobTensors.at(raw[index], drawn[index], wants[picked].tolist(), picked.tolist())
 
     def _draw(
         self, logits: torch.Tensor, drawn: torch.Tensor, rows: np.ndarray, num_outputs: np.ndarray, random: np.ndarray
@@ -293,30 +338,3 @@ class Sampler:
         scores = torch.where(seen | self._in_prompt[table], divided, scores)
         scores -= counts * self._column(self._frequency[rows]) + seen * self._column(self._presence[rows])
         logits[index] = scores
-
-    @staticmethod
-    def _logprobs(raw: torch.Tensor, drawn: torch.Tensor, wants: np.ndarray) -> list[PositionLogprobs | None]:
-        picked = np.flatnonzero(wants >= 0)
-        index = torch.from_numpy(picked).to(raw.device)
-        rows = position_logprobs(raw[index], drawn[index], wants[picked].tolist())
-        found: list[PositionLogprobs | None] = [None] * len(wants)
-        for i, row in zip(picked.tolist(), rows, strict=True):
-            found[i] = row
-        return found
-
-
-def position_logprobs(logprobs: torch.Tensor, tokens: torch.Tensor, wants: list[int]) -> list[PositionLogprobs]:
-    """The chosen token's log-probability and rank, and the `wants[i]` most likely ones, of each position.
-
-    Args:
-        logprobs: [R, vocab_size], overwritten never.
-        tokens: The chosen tokens; int64 [R].
-    """
-    chosen = logprobs.gather(-1, tokens.unsqueeze(-1))
-    ranks = (logprobs > chosen).sum(dim=-1).add_(1).tolist()
-    top, top_ids = logprobs.topk(max(1, *wants) if wants else 1, dim=-1)
-    tops, ids = top.tolist(), top_ids.tolist()
-    return [
-        PositionLogprobs([[token, *ids[i][:k]]], [[value, *tops[i][:k]]], [ranks[i]])
-        for i, (token, value, k) in enumerate(zip(tokens.tolist(), chosen.squeeze(-1).tolist(), wants, strict=True))
-    ]

@@ -1,0 +1,1 @@
+"""Fused Triton kernels of the layers, each beside its torch reference."""

@@ -1,0 +1,1 @@
+"""Triton kernels over the KV cache."""
