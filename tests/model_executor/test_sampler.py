@@ -327,6 +327,6 @@ def test_logprobs_of_several_positions_of_a_row() -> None:
     logprobs = torch.stack([LOGITS, LOGITS.flip(0), LOGITS]).log_softmax(dim=-1)
     found = LogprobTensors.at(logprobs, torch.tensor([9, 3, 3]), [0, 2, 0], [4, 1, 4]).by_row()
     assert found[4].token_ids == [[9], [3]] and found[4].ranks == [3, 1]
-    assert found[1].token_ids == [[3, 12, 11]] and found[1].ranks == [int((LOGITS > LOGITS[12]).sum()) + 1]
+    assert found[1].token_ids == [[3, 12, 11]] and found[1].ranks == [1 + int(LOGITS.gt(LOGITS[12]).sum())]
     assert found[4].logprobs[1] == pytest.approx([float(logprobs[0, 3])])
     assert LogprobTensors.at(logprobs[:0], torch.tensor([], dtype=torch.int64), [], []).by_row() == {}

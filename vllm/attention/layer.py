@@ -18,12 +18,14 @@ class ForwardContext:
     Attributes:
         backend: Computes attention.
         prepared: The backend's own view of the batch.
+        positions: Position of each token; int64 [T].
         slot_mapping: Slot of each token; int64 [T].
         k_caches, v_caches: Per layer [num_slots, num_kv_heads, head_dim].
     """
 
     backend: AttentionBackend
     prepared: Any
+    positions: torch.Tensor
     slot_mapping: torch.Tensor
     k_caches: list[torch.Tensor]
     v_caches: list[torch.Tensor]
@@ -45,10 +47,11 @@ class Attention(nn.Module):
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """q [T, num_heads * head_dim], k and v [T, num_kv_heads * head_dim] → [T, num_heads * head_dim]."""
+    def forward(self, qkv: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """[T, (num_heads + 2 num_kv_heads) * head_dim] → [T, num_heads * head_dim]; `cos_sin` is the rotary table."""
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
-        k_cache[context.slot_mapping] = k.view(-1, self.num_kv_heads, self.head_dim)
-        v_cache[context.slot_mapping] = v.view(-1, self.num_kv_heads, self.head_dim)
-        q = q.view(-1, self.num_heads, self.head_dim)
-        return context.backend.forward(q, k_cache, v_cache, self.scale, context.prepared).flatten(1)
+        backend = context.backend
+        q = backend.rope_and_write(
+            qkv, context.positions, cos_sin, context.slot_mapping, k_cache, v_cache, self.num_heads
+        )
+        return backend.forward(q, k_cache, v_cache, self.scale, context.prepared).flatten(1)

@@ -157,6 +157,7 @@ class CacheEngine:
         self.k_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.v_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
+        self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device
 
     @staticmethod
@@ -169,11 +170,28 @@ class CacheEngine:
         first = start_block * self.block_size
         return slice(first, first + num_tokens)
 
-    def set_blocks(self, row: int, first: int, blocks: list[int]) -> None:
-        """Writes block ids into `block_tables[row, first:]`."""
+    def set_blocks(self, updates: list[tuple[int, int, list[int]]]) -> None:
+        """Writes block ids into the block tables, all at once.
+
+        Args:
+            updates: (row, first column, block ids); of two that touch the same entry, the later one counts.
+
+        Raises:
+            RuntimeError: an update leaves a gap in a row's table; the plan is not one for this rank.
+        """
+        if not updates:
+            return
         import torch
 
-        self.block_tables[row, first : first + len(blocks)] = torch.tensor(blocks, device=self._device)
+        entries: dict[tuple[int, int], int] = {}
+        for row, first, blocks in updates:
+            if first > self._num_blocks_of_row[row]:
+                raise RuntimeError(f"row {row} has {self._num_blocks_of_row[row]} blocks, cannot add at {first}")
+            self._num_blocks_of_row[row] = max(self._num_blocks_of_row[row], first + len(blocks))
+            entries.update(((row, first + i), block) for i, block in enumerate(blocks))
+        flat = torch.tensor([(row, column, block) for (row, column), block in entries.items()], dtype=torch.int64)
+        rows, columns, values = flat.T.contiguous().to(self._device)
+        self.block_tables[rows, columns] = values
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole blocks, all layers: `pairs` of (source, destination).
@@ -198,4 +216,4 @@ class CacheEngine:
         """
         if seq.is_system_prompt:
             return
-        self.block_tables[seq.row].zero_()
+        self._num_blocks_of_row[seq.row] = 0

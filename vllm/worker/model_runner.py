@@ -12,7 +12,7 @@ from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.step import PositionLogprobs, PrefixExtent, StepPlan, StepResult, SystemPromptChunk
+from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
 from vllm.worker.cache_engine import CacheEngine
 
 # Log-softmax over the vocabulary is done for so many prompt positions at a time, to bound its memory.
@@ -59,20 +59,29 @@ class ModelRunner:
         self.cache.copy(plan.copies)
         for freed in plan.freed:
             self.cache.free(freed)
-        for row, first, blocks in plan.new_blocks:
-            self.cache.set_blocks(row, first, blocks)
-        for seq in plan.started:
-            self.token_ids[seq.row, : len(seq.token_ids)] = torch.tensor(seq.token_ids, device=self.device)
-            self.cache.set_blocks(seq.row, 0, seq.block_table)
-            self._prefix[seq.row] = seq.prefix
-            self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
-            self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
-            self.sampler.start(seq)
+        self.cache.set_blocks([*plan.new_blocks, *((seq.row, 0, seq.block_table) for seq in plan.started)])
+        self._start(plan.started)
         if plan.chunk is not None:
             self._run_chunk(plan.chunk)
         if not plan.rows:
             return lambda: StepResult([], [], [])
         return self._run_batch(plan)
+
+    def _start(self, sequences: list[SequenceStart]) -> None:
+        """Writes what is known of sequences into their rows, the tokens of all of them in one go."""
+        if not sequences:
+            return
+        for seq in sequences:
+            self._prefix[seq.row] = seq.prefix
+            self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
+            self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
+            self.sampler.start(seq)
+        lengths = np.array([len(seq.token_ids) for seq in sequences])
+        rows = np.repeat([seq.row for seq in sequences], lengths)
+        columns = np.concatenate([np.arange(n) for n in lengths])
+        tokens = np.concatenate([np.array(seq.token_ids, np.int64) for seq in sequences])
+        where_row, where_column, values = self._to_device(np.stack((rows, columns, tokens)))
+        self.token_ids[where_row, where_column] = values
 
     def _run_chunk(self, chunk: SystemPromptChunk) -> None:
         """Computes the next tokens of a system prompt into its extent, in a pass of their own: the shapes depend on the
@@ -90,15 +99,15 @@ class ModelRunner:
             groups=[PrefixGroup(0, count, first_slot, chunk.start)] if chunk.start else [],
             block_size=self.cache.block_size,
         )
-        self._forward(torch.tensor(chunk.token_ids, device=self.device), positions, metadata)
+        self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata)
 
     def _run_batch(self, plan: StepPlan) -> Callable[[], StepResult]:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
         ends = counts.cumsum()
         token_rows = np.repeat(rows, counts)
         token_positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        row_index, positions = self._to_device(token_rows), self._to_device(token_positions)
-        own = self._to_device(token_positions - self._prefix_len[token_rows])
+        token_own = token_positions - self._prefix_len[token_rows]
+        row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
         slot_mapping = self.cache.block_tables[row_index, own // block_size] * block_size + own % block_size
         context_lens = starts + counts - self._prefix_len[rows]
@@ -133,11 +142,12 @@ class ModelRunner:
         context = ForwardContext(
             backend=self.backend,
             prepared=self.backend.prepare(metadata),
+            positions=positions,
             slot_mapping=metadata.slot_mapping,
             k_caches=self.cache.k_caches,
             v_caches=self.cache.v_caches,
         )
-        return self.model(token_ids, positions, context)
+        return self.model(token_ids, context)
 
     def _sample(
         self, plan: StepPlan, hidden: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, ends: np.ndarray
@@ -148,7 +158,7 @@ class ModelRunner:
         drawn = torch.empty(0, dtype=torch.int64)
         logprobs: LogprobTensors | None = None
         if len(picked):
-            logits = self.model.logits(hidden[self._to_device(ends[picked] - 1)])
+            logits = self.model.logits(hidden[self._to_device(ends[picked] - 1)]).float()
             rows, num_tokens = rows[picked], num_tokens[picked]
             drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids)
             self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
@@ -200,14 +210,18 @@ class ModelRunner:
             found[i] = []
             for a in range(0, count, _PROMPT_LOGPROB_ROWS):
                 b = min(count, a + _PROMPT_LOGPROB_ROWS)
-                logprobs = torch.log_softmax(self.model.logits(hidden[first + a : first + b]), dim=-1)
+                logprobs = torch.log_softmax(self.model.logits(hidden[first + a : first + b]).float(), dim=-1)
                 tokens = self.token_ids[row, start + a + 1 : start + b + 1]
                 wants = [int(self._num_prompt_logprobs[row])] * (b - a)
                 found[i].append(LogprobTensors.at(logprobs, tokens, wants, [0] * (b - a)))
         return found
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(self.device, non_blocking=True)
+        host = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            # From pageable memory the copy would wait for the device.
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
 
 
 def _joined(parts: list[LogprobTensors]) -> PositionLogprobs:

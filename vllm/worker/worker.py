@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from vllm.attention.backends import get_backend
+from vllm.attention.backends import AttentionShape, get_backend
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
@@ -33,8 +33,8 @@ class Worker:
         self.tp = tp or TensorParallelGroup()
         self.platform = current_platform(config.device)
         self.device = torch.device(config.device)
-        self.backend = get_backend(config.attention_backend)
         self.dtype = getattr(torch, config.model.dtype)
+        self.backend = get_backend(config.attention_backend, self._attention_shape(), self.device)
         if self.device.type == "cpu":
             torch.set_num_threads(self.platform.num_threads())
         started = time.perf_counter()
@@ -48,6 +48,15 @@ class Worker:
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
         self.runner: ModelRunner | None = None
+
+    def _attention_shape(self) -> AttentionShape:
+        model = self.config.model
+        return AttentionShape(
+            self.tp.divide(model.num_attention_heads, "attention heads"),
+            self.tp.divide(model.num_kv_heads, "KV heads"),
+            model.head_dim,
+            self.dtype,
+        )
 
     @property
     def bytes_per_block(self) -> int:

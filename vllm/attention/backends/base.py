@@ -22,6 +22,29 @@ class AttentionBackend(ABC):
         """Derives, once a step, what `forward` needs for every layer."""
 
     @abstractmethod
+    def rope_and_write(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        num_heads: int,
+    ) -> torch.Tensor:
+        """Turns q and k by their positions, writes K and V into their slots, returns q.
+
+        Args:
+            qkv: [T, (num_heads + 2 num_kv_heads) * head_dim].
+            positions: int64 [T].
+            cos_sin: float32 [max_positions, head_dim]: cosines of the half-rotated pairs, then their sines.
+            slot_mapping: int64 [T].
+            k_cache, v_cache: [num_slots, num_kv_heads, head_dim].
+
+        Returns [T, num_heads, head_dim].
+        """
+
+    @abstractmethod
     def forward(
         self,
         q: torch.Tensor,

@@ -9,6 +9,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops.partial import attention_with_lse, merge
+from vllm.attention.ops.rotary import rope_and_write
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,18 @@ class TorchAttentionBackend(AttentionBackend):
             )
         return buckets
 
+    def rope_and_write(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        num_heads: int,
+    ) -> torch.Tensor:
+        return rope_and_write(qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
+
     def forward(
         self,
         q: torch.Tensor,
@@ -79,7 +92,7 @@ class TorchAttentionBackend(AttentionBackend):
         scale: float,
         prepared: PreparedBatch,
     ) -> torch.Tensor:
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         for bucket in prepared.buckets:
             self._suffix(q, k_cache, v_cache, scale, bucket, out, lse)
@@ -124,7 +137,7 @@ class TorchAttentionBackend(AttentionBackend):
         slots = slice(group.first_slot, group.first_slot + group.length)
         t, (num_kv_heads, d) = group.num_tokens, k_cache.shape[1:]
         g = q.shape[1] // num_kv_heads
-        rows = q[tokens].view(t, num_kv_heads, g, d).transpose(0, 1).reshape(1, num_kv_heads, t * g, d)
+        rows = q[tokens].unflatten(1, (num_kv_heads, g)).transpose(0, 1).reshape(1, num_kv_heads, t * g, d)
         k = k_cache[slots].transpose(0, 1).unsqueeze(0)
         v = v_cache[slots].transpose(0, 1).unsqueeze(0)
         part, part_lse = attention_with_lse(rows, k, v, scale)

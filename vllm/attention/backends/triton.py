@@ -1,8 +1,8 @@
 """Attention by Triton kernels: dense over the pinned extents, paged over the own blocks, then a merge.
 
 A batch is described by work lists in device memory (see `plan_prefix`, `plan_suffix`). For a batch that is run once
-they are made by `TritonAttentionBackend.prepare`; for decode steps that are replayed as graphs `DecodeBuffers` owns them at
-fixed addresses and refills them with one copy a step.
+they are made by `TritonAttentionBackend.prepare`; for decode steps that are replayed as graphs `DecodeBuffers` owns
+them at fixed addresses and refills them with one copy a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_suffix, suffix_
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
-# Elements a batch's workspace of partial results aims at, in rows of one token; never less than the parts it needs.
+# Parts × tokens up to which a batch that is run once may be split further than its chain of extents asks for.
 _WORKSPACE_TOKENS = 2048
 
 
@@ -150,9 +150,9 @@ class TritonAttentionBackend(AttentionBackend):
         num_tokens = int(query_lens.sum())
         groups = group_array(metadata.groups)
         depth = _depth(groups, num_tokens)
-        # Own blocks keep a quarter of the parts, at least one.
         max_partials = max(min(64, _WORKSPACE_TOKENS // max(num_tokens, 1)), depth + 1)
         prefix_tiles = self.prefix_tiles(int(groups[:, 1].max()) if len(groups) else 1)
+        # Own blocks keep a quarter of the parts, at least one.
         prefix_parts = max(depth, max_partials - max(1, max_partials // 4))
         unbounded = 2**31 - 1
         prefix_work, counts = self.plan_groups(groups, num_tokens, prefix_tiles, prefix_parts, unbounded)

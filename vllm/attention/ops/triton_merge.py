@@ -15,7 +15,7 @@ import triton.language as tl
 from vllm.attention.ops.triton_common import LOG2E
 
 # Elements of a program's tile: parts × columns of the flattened heads.
-_TILE = 4096
+_TILE = 2048
 
 
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["counts_ptr"])
@@ -69,12 +69,11 @@ def merge_partials(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tenso
         out: [T, H, D], contiguous; written.
     """
     num_parts, num_tokens, num_heads, head_dim = partial.shape
-    block_p = min(16, triton.next_power_of_2(num_parts))
-    # Few tokens have many parts: small programs then, so that there are enough of them.
+    # Many tokens have few parts each; few tokens have many, which are read side by side, by small programs.
+    many = num_tokens >= 64
+    block_p = min(4 if many else 16, triton.next_power_of_2(num_parts))
     columns = num_heads * head_dim
-    block = min(_TILE // block_p, 2048, triton.next_power_of_2(columns))
-    if num_tokens * triton.cdiv(columns, block) < 256:
-        block = min(block, 128)
+    block = min(_TILE // block_p if many else 128, triton.next_power_of_2(columns))
     _merge_kernel[(num_tokens, triton.cdiv(columns, block))](
         partial,
         lse,

@@ -44,7 +44,10 @@ def inverse_frequencies(config: PretrainedConfig, head_dim: int) -> tuple[torch.
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns queries and keys by their positions.
+    """The table of cosines and sines by which queries and keys are turned.
+
+    Attributes:
+        cos_sin: float32 [max_positions, head_dim]: head_dim/2 cosines, then as many sines.
 
     Args:
         config: Checkpoint configuration.
@@ -60,15 +63,3 @@ class RotaryEmbedding(nn.Module):
         angles = torch.outer(positions, frequencies.to("cpu", torch.float32))
         table = torch.cat((angles.cos(), angles.sin()), dim=-1) * factor
         self.register_buffer("cos_sin", table, persistent=False)
-        self.head_dim = head_dim
-
-    def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin at `positions` (int64 [T]), each float32 [T, 1, head_dim / 2]; the same for every layer."""
-        cos, sin = self.cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
-        return cos, sin
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x [T, heads * head_dim] → same shape and dtype, turned."""
-        first, second = x.view(x.shape[0], -1, self.head_dim).float().chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.view_as(x).to(x.dtype)

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PretrainedConfig
 
 from vllm.attention.layer import Attention, ForwardContext
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
+from vllm.model_executor.layers.activation import silu_and_mul
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, copy_checked
@@ -36,8 +36,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias, tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(functional.silu(gate) * up)
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
 class LlamaAttention(nn.Module):
@@ -56,18 +55,9 @@ class LlamaAttention(nn.Module):
         self.attention = Attention(
             layer_index, tp.divide(num_heads, "attention heads"), tp.divide(num_kv_heads, "KV heads"), head_dim
         )
-        self.split = list(self.qkv_proj.part_sizes.values())
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotary: RotaryEmbedding,
-        cos_sin: tuple[torch.Tensor, torch.Tensor],
-        context: ForwardContext,
-    ) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).split(self.split, dim=-1)
-        q, k = rotary(q.contiguous(), *cos_sin), rotary(k.contiguous(), *cos_sin)
-        return self.o_proj(self.attention(q, k, v.contiguous(), context))
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        return self.o_proj(self.attention(self.qkv_proj(x), cos_sin, context))
 
 
 class LlamaLayer(nn.Module):
@@ -103,22 +93,21 @@ class LlamaForCausalLM(nn.Module):
             self.embed_tokens if self.tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         )
 
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """int64 [T], int64 [T] → hidden states [T, hidden_size]; writes K and V of every token."""
+    def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """int64 [T] → hidden states [T, hidden_size]; writes K and V of every token."""
         residual = self.embed_tokens(token_ids)
-        cos_sin = self.rotary.rows(positions)
         x = torch.zeros_like(residual)
         for layer in self.layers:
             x, residual = layer.input_layernorm.add(x, residual)
-            x = layer.self_attn(x, self.rotary, cos_sin, context)
+            x = layer.self_attn(x, self.rotary.cos_sin, context)
             x, residual = layer.post_attention_layernorm.add(x, residual)
             x = layer.mlp(x)
         x, _ = self.norm.add(x, residual)
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] → float32 [R, vocab_size]."""
-        return self.lm_head.logits(hidden).float()
+        """[R, hidden_size] → [R, vocab_size] in the dtype of the weights."""
+        return self.lm_head.logits(hidden)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes the checkpoint's tensors, by their Hugging Face names.

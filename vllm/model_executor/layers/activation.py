@@ -1,0 +1,16 @@
+"""Activation functions."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of [T, 2F], gate first → [T, F] (SwiGLU: Shazeer, 2020)."""
+    if gate_up.is_cuda:
+        from vllm.model_executor.layers.ops import triton_activation
+
+        return triton_activation.silu_and_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
