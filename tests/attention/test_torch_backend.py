@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm.attention.backends import get_backend
+from vllm.attention.backends import AttentionShape, get_backend
+from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.exceptions import StartupError
 
@@ -101,7 +102,7 @@ class Batch:
 
 
 def check(batch: Batch, dtype: torch.dtype, merged_groups: bool = True) -> None:
-    backend = get_backend("TORCH")
+    backend = TorchAttentionBackend()
     scale = batch.q.shape[2] ** -0.5
     prepared = backend.prepare(batch.metadata(merged_groups))
     out = backend.forward(batch.q, batch.k, batch.v, scale, prepared)
@@ -171,11 +172,11 @@ def test_random_batches(seed: int) -> None:
 def test_large_scores_do_not_overflow() -> None:
     batch = Batch(MIXED, 16, 6, 2, 64, torch.float32, seed=0)
     batch.q *= 100
-    backend = get_backend("torch")
+    backend = TorchAttentionBackend()
     out = backend.forward(batch.q, batch.k, batch.v, 0.125, backend.prepare(batch.metadata(True)))
     torch.testing.assert_close(out.double(), batch.reference(0.125), atol=2e-3, rtol=0)
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(StartupError, match=r"--attention-backend NONE is not available here; choose from .*TORCH"):
-        get_backend("NONE")
+    with pytest.raises(StartupError, match=r"--attention-backend NONE is not known; choose from .*TORCH"):
+        get_backend("NONE", AttentionShape(2, 1, 64, torch.float32), torch.device("cpu"))

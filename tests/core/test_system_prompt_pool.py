@@ -206,6 +206,8 @@ def test_removal_before_and_during_the_prefill() -> None:
     bench.pool.remove(computing.id)
     assert bench.pool.computing is computing, "a rank is writing into its extent"
     bench.pool.end_prefill()
+    assert bench.released == [], "its last chunk is planned, but has not run"
+    bench.pool.note_prefill(computing)
     assert bench.released == [Extent(17, 3)]
     bench.pool.check_integrity({})
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from vllm.attention.ops.rotary import rope_and_write
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
@@ -144,11 +145,17 @@ def test_rotary_embedding(scaling: dict[str, Any]) -> None:
     )
     positions = torch.tensor([0, 1, 5, 63, 64, 200, 255])
     x = random(len(positions), 2, 32)
-    ours = RotaryEmbedding(config, 32, 256)
-    found = ours(x.flatten(1), *ours.rows(positions))
+    table = RotaryEmbedding(config, 32, 256).cos_sin
+    slots, k_cache, v_cache = torch.arange(len(positions)), torch.empty(7, 1, 32), torch.empty(7, 1, 32)
+    # Two query heads, then a key and a value head that both are the first query head.
+    qkv = torch.cat((x, x[:, :1], x[:, :1]), dim=1).flatten(1)
+    found = rope_and_write(qkv, positions, table, slots, k_cache, v_cache, 2)
     cos, sin = LlamaRotaryEmbedding(config)(x, positions.unsqueeze(0))
     want, _ = apply_rotary_pos_emb(x.transpose(0, 1).unsqueeze(0), x.transpose(0, 1).unsqueeze(0), cos, sin)
-    torch.testing.assert_close(found.view(-1, 2, 32), want[0].transpose(0, 1), atol=2e-5, rtol=0)
+    want = want[0].transpose(0, 1)
+    torch.testing.assert_close(found, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(k_cache, want[:, :1], atol=2e-5, rtol=0)
+    assert torch.equal(v_cache, x[:, :1])
 
 
 def test_unsupported_scaling() -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
-from vllm.attention.backends import get_backend
+from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata
 from vllm.distributed.parallel_state import TensorParallelGroup
@@ -67,17 +67,18 @@ def logits_of(model: LlamaForCausalLM, token_ids: list[int], config: LlamaConfig
     slots = torch.tensor(blocks)[positions // BLOCK] * BLOCK + positions % BLOCK
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     shape = (len(blocks) * BLOCK, config.num_key_value_heads, head_dim)
-    backend = get_backend("TORCH")
+    backend = TorchAttentionBackend()
     metadata = AttentionMetadata(slots, torch.tensor([blocks]), [len(token_ids)], [len(token_ids)], [], BLOCK)
     context = ForwardContext(
         backend=backend,
         prepared=backend.prepare(metadata),
+        positions=positions,
         slot_mapping=slots,
         k_caches=[torch.zeros(shape) for _ in range(config.num_hidden_layers)],
         v_caches=[torch.zeros(shape) for _ in range(config.num_hidden_layers)],
     )
     with torch.inference_mode():
-        return model.logits(model(torch.tensor(token_ids), positions, context))
+        return model.logits(model(torch.tensor(token_ids), context))
 
 
 @pytest.mark.parametrize(

@@ -62,21 +62,24 @@ def test_copy_of_nothing(cache: CacheEngine) -> None:
 
 
 def test_free_forgets_a_block_table(cache: CacheEngine) -> None:
-    cache.set_blocks(0, 0, [1, 2])
-    cache.set_blocks(1, 0, [3])
-    cache.set_blocks(1, 1, [4, 5])
+    cache.set_blocks([(0, 0, [1, 2]), (1, 0, [3]), (1, 1, [4, 5]), (1, 0, [6])])
+    assert cache.block_tables[0, :2].tolist() == [1, 2]
+    assert cache.block_tables[1, :3].tolist() == [6, 4, 5], "of two updates of an entry the later one counts"
     cache.free(FreedSequence(row=0, is_system_prompt=False))
-    assert cache.block_tables[0].tolist() == [0] * 6
-    assert cache.block_tables[1].tolist() == [3, 4, 5, 0, 0, 0]
+    with pytest.raises(RuntimeError, match="row 0 has 0 blocks, cannot add at 2"):
+        cache.set_blocks([(0, 2, [7])])
+    cache.set_blocks([(1, 3, [7]), (0, 0, [2])])
+    assert cache.block_tables[1, :4].tolist() == [6, 4, 5, 7]
 
 
 def test_free_of_a_system_prompt_does_nothing(cache: CacheEngine) -> None:
     # A system prompt has row -1: a slip would clear the last row.
-    cache.set_blocks(3, 0, [6, 7])
+    cache.set_blocks([(3, 0, [6, 7])])
     before = contents(cache)
     cache.free(FreedSequence(row=-1, is_system_prompt=True))
     cache.free(FreedSequence(row=3, is_system_prompt=True))
-    assert cache.block_tables[3].tolist() == [6, 7, 0, 0, 0, 0]
+    cache.set_blocks([(3, 2, [5])])
+    assert cache.block_tables[3, :3].tolist() == [6, 7, 5]
     assert all(map(torch.equal, before, contents(cache)))
 
 

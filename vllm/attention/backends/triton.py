@@ -18,6 +18,7 @@ from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
 from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
 from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_suffix, suffix_attention, suffix_tiles
+from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
@@ -188,6 +189,19 @@ class TritonAttentionBackend(AttentionBackend):
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
+
+    def rope_and_write(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        num_heads: int,
+    ) -> torch.Tensor:
+        # Rows with a negative slot are the padding of a replayed batch; their K and V are dropped.
+        return rope_and_write(qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
 
     def forward(
         self,
