@@ -42,6 +42,9 @@ class CudaPlatform(Platform):
     def num_threads(self) -> int:
         return usable_cpus()
 
+    def attention_backend(self) -> str:
+        return "TRITON"
+
     def synchronize(self) -> None:
         import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from vllm.model_executor.layers.sampler import LogprobTensors, Sampler
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
 from vllm.worker.cache_engine import CacheEngine
+
+if TYPE_CHECKING:
+    from vllm.worker.graph_runner import GraphRunner
 
 # Log-softmax over the vocabulary is done for so many prompt positions at a time, to bound its memory.
 _PROMPT_LOGPROB_ROWS = 64
@@ -47,10 +51,20 @@ class ModelRunner:
         self.backend = backend
         self.device = device
         self.sampler = Sampler(max_num_seqs, vocab_size, device)
-        self.token_ids = torch.zeros((max_num_seqs, max_model_len + 1), dtype=torch.int64, device=device)
+        # One row more than sequences, for the padding of captured steps.
+        self.token_ids = torch.zeros((max_num_seqs + 1, max_model_len + 1), dtype=torch.int64, device=device)
         self._prefix: list[tuple[PrefixExtent, ...]] = [()] * max_num_seqs
         self._prefix_len = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
+        self.graphs: GraphRunner | None = None
+
+    def capture_graphs(self, max_num_seqs: int, vocab_size: int) -> None:
+        """Captures decode steps; from then on they are replayed. Needs a GPU and the Triton backend."""
+        from vllm.attention.backends.triton import TritonAttentionBackend
+        from vllm.worker.graph_runner import GraphRunner
+
+        if isinstance(self.backend, TritonAttentionBackend):
+            self.graphs = GraphRunner(self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -65,6 +79,8 @@ class ModelRunner:
             self._run_chunk(plan.chunk)
         if not plan.rows:
             return lambda: StepResult([], [], [])
+        if self.graphs is not None and max(plan.counts) == 1 and all(plan.samples):
+            return self._replay(self.graphs, plan)
         return self._run_batch(plan)
 
     def _start(self, sequences: list[SequenceStart]) -> None:
@@ -123,6 +139,17 @@ class ModelRunner:
         hidden = self._forward(self.token_ids[row_index, positions], positions, metadata)
         return self._sample(plan, hidden, rows, starts + counts, ends)
 
+    def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Callable[[], StepResult]:
+        """A step of decode alone, as a captured graph."""
+        rows, starts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64)
+        groups = self._groups(plan.rows, plan.counts)
+        logits, drawn = graphs.run(rows, starts, starts - self._prefix_len[rows], groups)
+        logprobs: LogprobTensors | None = None
+        if not self.sampler.takes_most_likely(rows):
+            drawn, logprobs = self.sampler.sample(logits.float(), rows, starts + 1, self.token_ids)
+            self.token_ids[self._to_device(rows), self._to_device(starts + 1)] = drawn
+        return self._results(plan, np.arange(len(rows)), drawn, logprobs, {})
+
     def _groups(self, rows: list[int], counts: list[int]) -> list[PrefixGroup]:
         """Runs of neighbouring tokens that read the same extent."""
         groups: list[PrefixGroup] = []
@@ -162,6 +189,17 @@ class ModelRunner:
             rows, num_tokens = rows[picked], num_tokens[picked]
             drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids)
             self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
+        return self._results(plan, picked, drawn, logprobs, prompt_logprobs)
+
+    def _results(
+        self,
+        plan: StepPlan,
+        picked: np.ndarray,
+        drawn: torch.Tensor,
+        logprobs: LogprobTensors | None,
+        prompt_logprobs: dict[int, list[LogprobTensors]],
+    ) -> Callable[[], StepResult]:
+        """A function that waits for what was drawn for the entries `picked` of the batch."""
         fetch = self._fetch(drawn)
 
         def wait() -> StepResult:

@@ -107,6 +107,8 @@ class Worker:
             model.max_model_len,
             self.device,
         )
+        if self.device.type == "cuda" and not self.config.enforce_eager:
+            self.runner.capture_graphs(self.config.scheduler.max_num_seqs, model.vocab_size)
 
     @staticmethod
     def _too_large(num_bytes: int, why: str) -> StartupError:

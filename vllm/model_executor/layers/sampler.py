@@ -197,6 +197,11 @@ class Sampler:
             return None
         return RareParams(bias, allowed, stops, params.min_tokens, bad_words)
 
+    def takes_most_likely(self, rows: np.ndarray) -> bool:
+        """Whether these rows ask for nothing but the most likely token."""
+        unusual = (self._temperature[rows] > 0) | self._penalised[rows] | (self._num_logprobs[rows] >= 0)
+        return not unusual.any() and (not self._rare or self._rare.keys().isdisjoint(rows.tolist()))
+
     def sample(
         self, logits: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, token_ids: torch.Tensor
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
