@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), LLAMA_8B)
         started = time.perf_counter()
-        options = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS, "dtype": "bfloat16"}
+        options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS, "dtype": "bfloat16"}
         options |= {"load_format": "dummy", "seed": 0} | args.engine_args
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(model=folder, **options))
         note("start-up", time.perf_counter() - started, 0)

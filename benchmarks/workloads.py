@@ -1,10 +1,13 @@
 """The standing GPU workloads, as token ids: any engine that takes token-id prompts can run them.
 
-Llama-3.1-8B's shape (LLAMA_8B), random weights. All requests of a workload are handed over at once; `seconds` is from then until the
-last token. Output length is fixed (ignore_eos, min_tokens == max_tokens, greedy).
+Llama-3.1-8B's shape (LLAMA_8B), random weights. All requests of a workload are handed over at once; `seconds` is from
+then until the last token. Output length is fixed (ignore_eos, min_tokens == max_tokens, greedy).
 """
 
+from __future__ import annotations
+
 import random
+from collections.abc import Iterator
 
 LLAMA_8B = dict(
     architectures=["LlamaForCausalLM"],
@@ -32,14 +35,14 @@ MAX_MODEL_LEN = 40960
 MAX_NUM_SEQS = 256
 
 
-def workloads(seed: int = 0):
+def workloads(seed: int = 0) -> Iterator[tuple[str, list[int] | None, list[list[int]], int]]:
     """Yields (name, system_token_ids or None, prompts, output_tokens); a prompt starts with its system prompt's ids.
 
     Order matters: "cold" is the first sight of a system prompt, "warm" and "shared" come after it.
     """
     rng = random.Random(seed)
 
-    def ids(n):
+    def ids(n: int) -> list[int]:
         return [rng.randrange(10, 128000) for _ in range(n)]
 
     yield "warmup", None, [ids(200) for _ in range(8)], 16

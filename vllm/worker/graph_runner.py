@@ -79,7 +79,8 @@ class GraphRunner:
     @torch.inference_mode()
     def _capture(self) -> dict[int, CapturedStep]:
         started = time.perf_counter()
-        self._fill(self._sizes[-1], *(np.zeros(0, np.int64) for _ in range(3)), [])
+        nothing = np.zeros(0, np.int64)
+        self._fill(self._sizes[-1], nothing, nothing, nothing, [])
         # Kernels are compiled by their first launch, which must not fall into a capture.
         for direct in (False, True):
             for batch in self._sizes:
