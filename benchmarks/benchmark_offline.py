@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import vllm
+from vllm.sampling_params import RequestOutputKind
 from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, workloads
 
 
@@ -32,7 +33,14 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
 
 def run(engine: vllm.LLMEngine, name: str, system: list[int] | None, prompts: list[list[int]], tokens: int) -> float:
     """Seconds until every prompt has its `tokens` output tokens."""
-    params = vllm.SamplingParams(temperature=0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False)
+    params = vllm.SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        min_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
     started = time.perf_counter()
     for i, prompt in enumerate(prompts):
         engine.add_request(

@@ -84,7 +84,8 @@ class ModelRunner:
         return self._run_batch(plan)
 
     def _start(self, sequences: list[SequenceStart]) -> None:
-        """Writes what is known of sequences into their rows, the tokens of all of them in one go."""
+        """Writes what is known of sequences into their rows, the tokens of all of them in one go; those of a pinned prefix
+        are never read again."""
         if not sequences:
             return
         for seq in sequences:
@@ -92,10 +93,15 @@ class ModelRunner:
             self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
             self.sampler.start(seq)
-        lengths = np.array([len(seq.token_ids) for seq in sequences])
-        rows = np.repeat([seq.row for seq in sequences], lengths)
-        columns = np.concatenate([np.arange(n) for n in lengths])
-        tokens = np.concatenate([np.array(seq.token_ids, np.int64) for seq in sequences])
+        known = [np.array(seq.token_ids[self._prefix_len[seq.row] :], np.int64) for seq in sequences]
+        rows = np.repeat([seq.row for seq in sequences], [len(tokens) for tokens in known])
+        columns = np.concatenate(
+            [
+                np.arange(len(seq.token_ids) - len(k), len(seq.token_ids))
+                for seq, k in zip(sequences, known, strict=True)
+            ]
+        )
+        tokens = np.concatenate(known)
         where_row, where_column, values = self._to_device(np.stack((rows, columns, tokens)))
         self.token_ids[where_row, where_column] = values
 

@@ -36,5 +36,9 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
         # Triton comes with CUDA builds of torch only.
         from vllm.attention.backends.triton import TritonAttentionBackend
 
-        return TritonAttentionBackend(*shape, device)
+        # Tensor descriptors load K and V 5 to 8 % faster on an H100; they want 16-bit rows of a power of two.
+        descriptors = shape.dtype.itemsize == 2 and shape.head_dim in (64, 128, 256)
+        return TritonAttentionBackend(
+            *shape, device, use_tma=descriptors and torch.cuda.get_device_capability() >= (9, 0)
+        )
     raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")

@@ -1,8 +1,8 @@
 """Time, bandwidth and arithmetic rate of every Triton kernel on a GPU, against ceilings measured on the same device.
 
-    python benchmarks/kernels.py --out benchmarks/results/h100_kernels.json
-    python benchmarks/kernels.py --check      kernels against their references over odd sizes, then the timings
-    python benchmarks/kernels.py --tune       the attention kernels with other tile shapes as well
+    python benchmarks/benchmark_kernels.py --out benchmarks/results/h100_kernels.json
+    python benchmarks/benchmark_kernels.py --check      kernels against their references over odd sizes, then the timings
+    python benchmarks/benchmark_kernels.py --tune       the attention kernels with other tile shapes as well
 
 Bytes are the fewest that must move (each input read once, each output written once), operations those of the products.
 Shapes are Llama-3.1-8B's. Times are medians of graph replays with the L2 cache flushed in between.
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/kernels.py needs an NVIDIA GPU.")
+        raise SystemExit("benchmarks/benchmark_kernels.py needs an NVIDIA GPU.")
     torch.manual_seed(0)
     if args.check:
         check()
