@@ -1,8 +1,8 @@
 """Time, bandwidth and arithmetic rate of every Triton kernel on a GPU, against ceilings measured on the same device.
 
     python benchmarks/benchmark_kernels.py --out benchmarks/results/h100_kernels.json
-    python benchmarks/benchmark_kernels.py --check      kernels against their references over odd sizes, then the timings
-    python benchmarks/benchmark_kernels.py --tune       the attention kernels with other tile shapes as well
+    python benchmarks/benchmark_kernels.py --check   kernels against their references over odd sizes, then the timings
+    python benchmarks/benchmark_kernels.py --tune    the attention kernels with other tile shapes as well
 
 Bytes are the fewest that must move (each input read once, each output written once), operations those of the products.
 Shapes are Llama-3.1-8B's. Times are medians of graph replays with the L2 cache flushed in between.

@@ -84,8 +84,9 @@ class ModelRunner:
         return self._run_batch(plan)
 
     def _start(self, sequences: list[SequenceStart]) -> None:
-        """Writes what is known of sequences into their rows, the tokens of all of them in one go; those of a pinned prefix
-        are never read again."""
+        """Writes what is known of sequences into their rows, the tokens of all of them in one go.
+
+        Those of a pinned prefix are left out; nobody reads them again."""
         if not sequences:
             return
         for seq in sequences:
@@ -95,12 +96,8 @@ class ModelRunner:
             self.sampler.start(seq)
         known = [np.array(seq.token_ids[self._prefix_len[seq.row] :], np.int64) for seq in sequences]
         rows = np.repeat([seq.row for seq in sequences], [len(tokens) for tokens in known])
-        columns = np.concatenate(
-            [
-                np.arange(len(seq.token_ids) - len(k), len(seq.token_ids))
-                for seq, k in zip(sequences, known, strict=True)
-            ]
-        )
+        ends = [len(seq.token_ids) for seq in sequences]
+        columns = np.concatenate([np.arange(e - len(tokens), e) for e, tokens in zip(ends, known, strict=True)])
         tokens = np.concatenate(known)
         where_row, where_column, values = self._to_device(np.stack((rows, columns, tokens)))
         self.token_ids[where_row, where_column] = values

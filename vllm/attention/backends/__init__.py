@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.exceptions import StartupError
+
+if TYPE_CHECKING:  # at run time, torch is the name of a module of this package here
+    import torch
 
 BACKENDS = ("TORCH", "TRITON")
 
@@ -36,9 +37,5 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
         # Triton comes with CUDA builds of torch only.
         from vllm.attention.backends.triton import TritonAttentionBackend
 
-        # Tensor descriptors load K and V 5 to 8 % faster on an H100; they want 16-bit rows of a power of two.
-        descriptors = shape.dtype.itemsize == 2 and shape.head_dim in (64, 128, 256)
-        return TritonAttentionBackend(
-            *shape, device, use_tma=descriptors and torch.cuda.get_device_capability() >= (9, 0)
-        )
+        return TritonAttentionBackend(*shape, device)
     raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")
