@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from vllm.worker.ops.triton_copy import BlockCopier
+
 
 class Extent(NamedTuple):
     """A contiguous run of blocks."""
@@ -159,6 +161,11 @@ class CacheEngine:
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
         self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device
+        self._copier: BlockCopier | None = None
+        if device.type == "cuda":
+            from vllm.worker.ops.triton_copy import BlockCopier
+
+            self._copier = BlockCopier([*self.k_caches, *self.v_caches], block_size)
 
     @staticmethod
     def bytes_per_block(block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -199,6 +206,9 @@ class CacheEngine:
         All sources are read before any destination is written, so that a block may be both.
         """
         if not pairs:
+            return
+        if self._copier is not None:
+            self._copier.copy(pairs)
             return
         import torch
 

@@ -34,13 +34,14 @@ class BlockCopier:
         bases: Addresses of the tensors; int64 [tensors].
 
     Args:
-        caches: The K and V tensors of all layers, [num_slots, num_kv_heads, head_dim] each, contiguous, alike. They
-            must outlive the copier, which keeps their addresses.
+        caches: The K and V tensors of all layers, [num_slots, num_kv_heads, head_dim] each, contiguous, alike.
         block_size: Slots in a block.
     """
 
     def __init__(self, caches: Sequence[torch.Tensor], block_size: int) -> None:
         self._device = caches[0].device
+        # The kernel knows only addresses, so the tensors must live as long as the copier.
+        self._caches = caches
         self._block_bytes = block_size * caches[0][0].nbytes
         if self._block_bytes % 8 or any(c.data_ptr() % 8 or c.stride() != caches[0].stride() for c in caches):
             raise ValueError(f"blocks of {self._block_bytes} bytes cannot be copied as 8-byte words")
