@@ -130,7 +130,6 @@ class ParallelConfig:
     """Ranks that share one model."""
 
     tensor_parallel_size: int = 1
-    executor_backend: Literal["uniproc"] = "uniproc"
 
 
 @dataclass(frozen=True)
