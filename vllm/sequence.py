@@ -47,6 +47,7 @@ class Sequence:
         num_in_flight: Tokens that planned steps will draw and whose values are not known yet.
         row: Slot of the running sequence in the ranks' buffers, or -1.
         num_cached_tokens: Prompt tokens this sequence did not have to compute; None until it is first scheduled.
+        num_cache_write_tokens: Tokens of the system prompt that was pinned for this sequence's request.
         paid_system_prompt: This sequence's request is the one whose arrival caused the system prompt's prefill.
         block_keys: Prefix-cache keys of its full blocks, extended as they are needed.
         fork_parent: Sibling whose prompt blocks this one may share.
@@ -62,6 +63,7 @@ class Sequence:
         "fork_parent",
         "index",
         "is_system_prompt",
+        "num_cache_write_tokens",
         "num_cached_tokens",
         "num_committed_blocks",
         "num_computed_tokens",
@@ -113,6 +115,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_in_flight = 0
         self.num_cached_tokens: int | None = None
+        self.num_cache_write_tokens = 0
         self.first_scheduled_time: float | None = None
         self.row = -1
         self.fork_parent: Sequence | None = None

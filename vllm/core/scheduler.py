@@ -260,8 +260,8 @@ class Scheduler:
             self.blocks.free(seq)
             return None
         if seq.num_cached_tokens is None:
-            paid = seq.prefix_len if seq.paid_system_prompt else 0
-            seq.num_cached_tokens = seq.num_computed_tokens - paid
+            seq.num_cache_write_tokens = seq.prefix_len if seq.paid_system_prompt else 0
+            seq.num_cached_tokens = seq.num_computed_tokens - seq.num_cache_write_tokens
             seq.first_scheduled_time = self._clock()
             if seq.index == 0:
                 self.prefix_cache_queries += seq.num_prompt_tokens

@@ -197,6 +197,7 @@ class EngineCore:
                     finish_reason=seq.finish_reason,
                     stop_reason=stop_token,
                     num_cached_tokens=seq.num_cached_tokens if first else None,
+                    num_cache_write_tokens=seq.num_cache_write_tokens if first else 0,
                     first_scheduled_time=seq.first_scheduled_time if first else None,
                 )
             )

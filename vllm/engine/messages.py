@@ -58,6 +58,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     Attributes:
         index: Which of the request's `n` outputs.
         num_cached_tokens: Set with the first token.
+        num_cache_write_tokens: Likewise.
         first_scheduled_time: Set with the first token.
         error: The request failed in the engine; nothing more comes.
     """
@@ -70,6 +71,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     finish_reason: str | None = None
     stop_reason: int | None = None
     num_cached_tokens: int | None = None
+    num_cache_write_tokens: int = 0
     first_scheduled_time: float | None = None
     error: str | None = None
 

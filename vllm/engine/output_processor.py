@@ -116,6 +116,7 @@ class RequestState:
         self.deliver = deliver
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.num_cached_tokens = 0
+        self.num_cache_write_tokens = 0
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.outputs = [
             OutputState(
@@ -147,6 +148,7 @@ class RequestState:
             prompt_logprobs=self.prompt_logprobs,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
+            num_cache_write_tokens=self.num_cache_write_tokens,
         )
 
     def _delta(self, index: int) -> CompletionOutput:
@@ -254,6 +256,7 @@ class OutputProcessor:
         """Takes in the news of one output; returns whether a stop string ended it."""
         if news.num_cached_tokens is not None and news.index == 0:
             state.num_cached_tokens = news.num_cached_tokens
+            state.num_cache_write_tokens = news.num_cache_write_tokens
             state.metrics.first_scheduled_time = news.first_scheduled_time
         if news.prompt_logprobs is not None:
             state.prompt_logprobs = [None, *self._logprobs(news.prompt_logprobs)]

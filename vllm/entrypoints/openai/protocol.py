@@ -170,13 +170,20 @@ def random_id() -> str:
     return uuid.uuid4().hex
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
-    """The `usage` object; `cached_tokens` counts prompt tokens whose KV was not computed for this request."""
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int, cache_write_tokens: int = 0
+) -> dict[str, Any]:
+    """The `usage` object.
+
+    Args:
+        cached_tokens: Prompt tokens whose KV was not computed for this request.
+        cache_write_tokens: Prompt tokens whose KV was computed for this request and is pinned from now on.
+    """
     return {
         "prompt_tokens": prompt_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "completion_tokens": completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens, "cache_write_tokens": cache_write_tokens},
     }
 
 

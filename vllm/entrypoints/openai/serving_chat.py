@@ -141,7 +141,9 @@ class ServingChat:
             "choices": [self._choice(call, outputs[index]) for index in sorted(outputs)],
             "service_tier": None,
             "system_fingerprint": None,
-            "usage": usage(len(final.prompt_token_ids), completion_tokens, final.num_cached_tokens),
+            "usage": usage(
+                len(final.prompt_token_ids), completion_tokens, final.num_cached_tokens, final.num_cache_write_tokens
+            ),
             "prompt_logprobs": prompt_logprobs_json(final.prompt_logprobs),
             "prompt_token_ids": final.prompt_token_ids if call.request.return_token_ids else None,
             "kv_transfer_params": None,
@@ -167,19 +169,38 @@ class ServingChat:
             "token_ids": list(output.token_ids) if call.request.return_token_ids else None,
         }
 
+    async def chunks(
+        self, request: ChatCompletionRequest, request_id: str | None
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer before they are encoded: the APIs of other dialects are made of them.
+
+        Raises:
+            VLLMValidationError, ApiError, EngineDeadError: before the first chunk, as `create` does.
+        """
+        async with aclosing(self._chunks(await self._start(request, request_id))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
     async def _events(self, call: _Call) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: a chunk with the role for each choice, the deltas, and usage if it was asked for."""
+        """The chunks as server-sent events."""
+        async with aclosing(self._chunks(call)) as chunks:
+            async for chunk in chunks:
+                yield sse(chunk)
+        yield DONE
+
+    async def _chunks(self, call: _Call) -> AsyncGenerator[dict[str, Any], None]:
+        """A chunk with the role for each choice, the deltas, and usage if it was asked for."""
         options = call.request.stream_options
         every_usage = bool(options and options.include_usage and options.continuous_usage_stats)
         head = call.head("chat.completion.chunk")
         item: RequestOutput | None = None
-        prompt_tokens = cached_tokens = 0
+        prompt_tokens = cached_tokens = written_tokens = 0
         generated = [0] * call.num_choices
 
         def chunk(choice: dict[str, Any], completion_tokens: int) -> dict[str, Any]:
             made = head | {"choices": [choice]}
             if every_usage:
-                made["usage"] = usage(prompt_tokens, completion_tokens, cached_tokens)
+                made["usage"] = usage(prompt_tokens, completion_tokens, cached_tokens, written_tokens)
             return made
 
         async with aclosing(call.outputs) as items:
@@ -187,23 +208,24 @@ class ServingChat:
                 if not prompt_tokens:
                     prompt_tokens = len(item.prompt_token_ids)
                     cached_tokens = item.num_cached_tokens
+                    written_tokens = item.num_cache_write_tokens
                     for index in range(call.num_choices):
                         first = chunk(_delta(index, {"role": call.role, "content": ""}), 0)
                         if call.request.return_token_ids:
                             first["prompt_token_ids"] = item.prompt_token_ids
-                        yield sse(first)
+                        yield first
                         if call.echoed:
-                            yield sse(chunk(_delta(index, {"content": call.echoed}), 0))
+                            yield chunk(_delta(index, {"content": call.echoed}), 0)
                 for output in item.outputs:
                     generated[output.index] += len(output.token_ids)
                     choice = self._delta_choice(call, output)
                     if choice is not None:
-                        yield sse(chunk(choice, generated[output.index]))
+                        yield chunk(choice, generated[output.index])
         if item is None:
             raise RuntimeError(f"the engine gave no output for {call.id}")
         if options and options.include_usage:
-            yield sse(head | {"choices": [], "usage": usage(prompt_tokens, sum(generated), cached_tokens)})
-        yield DONE
+            total = usage(prompt_tokens, sum(generated), cached_tokens, written_tokens)
+            yield head | {"choices": [], "usage": total}
 
     def _delta_choice(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
         """The choice of a chunk; None while there is nothing to tell, as when a character is not complete yet."""
