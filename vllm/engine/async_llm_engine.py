@@ -48,6 +48,8 @@ class AsyncLLMEngine:
 
     Args:
         args: Flags; the engine process gets the same ones.
+        max_restarts: How often an engine process that has died is started again. What was in flight fails with
+            `EngineDeadError`, as does whatever comes until the new process is ready; its caches start empty.
 
     Attributes:
         stats: The engine core's state after its latest step.
@@ -57,7 +59,10 @@ class AsyncLLMEngine:
         StartupError: the engine process cannot run with these arguments on this machine.
     """
 
-    def __init__(self, args: EngineArgs) -> None:
+    def __init__(self, args: EngineArgs, max_restarts: int = 0) -> None:
+        self._args = args
+        self._restarts_left = max_restarts
+        self._incarnation = 0
         self.vllm_config: VllmConfig = args.create_engine_config()
         model = self.vllm_config.model
         self.tokenizer = load_tokenizer(model.tokenizer_path, args.trust_remote_code)
@@ -69,14 +74,14 @@ class AsyncLLMEngine:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
         self._reader: asyncio.Task[None] | None = None
+        self._restarting: asyncio.Task[None] | None = None
+        self._ended = asyncio.Event()
         self._encoder = msgspec.msgpack.Encoder()
         self._threads = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="render")
         # Only this user may enter the folder, so only this user's processes can reach the sockets.
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
         self._context = zmq.asyncio.Context()
-        self._inputs = self._socket(zmq.PUSH, "in")
-        self._outputs = self._socket(zmq.PULL, "out")
-        self._process = self._start(args)
+        self._open()
         try:
             ready = self._wait_until_ready()
         except BaseException:
@@ -88,14 +93,25 @@ class AsyncLLMEngine:
         self._processor = OutputProcessor(self.tokenizer, self.metrics)
 
     @classmethod
-    def from_engine_args(cls, args: EngineArgs) -> AsyncLLMEngine:
-        return cls(args)
+    def from_engine_args(cls, args: EngineArgs, max_restarts: int = 0) -> AsyncLLMEngine:
+        return cls(args, max_restarts)
 
     @property
     def metrics_registry(self) -> CollectorRegistry:
         return self.metrics.registry
 
     # The process -----------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Sockets of their own for each process: what was meant for one that has died never reaches the next."""
+        self._incarnation += 1
+        self._inputs = self._socket(zmq.PUSH, "in")
+        self._outputs = self._socket(zmq.PULL, "out")
+        self._process = self._start(self._args)
+
+    def _close(self) -> None:
+        self._inputs.close()
+        self._outputs.close()
 
     def _socket(self, kind: int, name: str) -> zmq.asyncio.Socket:
         socket = self._context.socket(kind)
@@ -106,7 +122,7 @@ class AsyncLLMEngine:
         return socket
 
     def _address(self, name: str) -> str:
-        return f"ipc://{Path(self._folder.name) / name}"
+        return f"ipc://{Path(self._folder.name) / f'{name}{self._incarnation}'}"
 
     def _start(self, args: EngineArgs) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
@@ -126,6 +142,8 @@ class AsyncLLMEngine:
         deadline = time.monotonic() + timeout
         socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._outputs.underlying)
         while not socket.poll(100):
+            if self._closed:
+                raise StartupError("The server was stopped while the engine was loading.")
             if self._process.poll() is not None:
                 raise StartupError(
                     f"The engine process ended with code {self._process.returncode} while it was loading; "
@@ -140,13 +158,13 @@ class AsyncLLMEngine:
 
     def _ensure_reading(self) -> None:
         """Starts taking in news; needs a running event loop, so it happens with the first use."""
-        if self._reader is None:
+        if self._reader is None and self._dead is None and not self._closed:
             loop = asyncio.get_running_loop()
             self._reader = loop.create_task(self._read())
-            threading.Thread(target=self._watch, args=(loop,), name="engine-watch", daemon=True).start()
+            threading.Thread(target=self._watch, args=(loop, self._process), name="engine-watch", daemon=True).start()
 
-    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        code = self._process.wait()
+    def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
+        code = process.wait()
         if not self._closed:
             loop.call_soon_threadsafe(self._on_death, code)
 
@@ -160,6 +178,30 @@ class AsyncLLMEngine:
         self._calls.clear()
         if self._reader is not None:
             self._reader.cancel()
+            self._reader = None
+        if self._restarts_left > 0:
+            self._restarts_left -= 1
+            self._restarting = asyncio.get_running_loop().create_task(self._restart())
+        else:
+            self._ended.set()
+
+    async def _restart(self) -> None:
+        logger.warning("Starting the engine again; it may die %d more times.", self._restarts_left)
+        self._close()
+        self._open()
+        try:
+            ready = await asyncio.get_running_loop().run_in_executor(None, self._wait_until_ready)
+        except StartupError as error:
+            logger.error("The engine could not be started again: %s", error)
+            self._ended.set()
+            return
+        self.num_blocks = ready.num_blocks
+        self.pool_budget_tokens = ready.pool_budget_tokens
+        self.stats = EngineStats()
+        self.metrics.on_restart(ready.num_blocks)
+        self._dead = None
+        self._ensure_reading()
+        logger.info("The engine serves again.")
 
     async def _read(self) -> None:
         decoder = msgspec.msgpack.Decoder(StepOutputs)
@@ -187,7 +229,7 @@ class AsyncLLMEngine:
 
     @property
     def errored(self) -> bool:
-        """Whether the engine process has ended."""
+        """Whether the engine process has ended, for good or until it is started again."""
         return self._dead is not None or (not self._closed and self._process.poll() is not None)
 
     @property
@@ -198,6 +240,11 @@ class AsyncLLMEngine:
         """Raises `EngineDeadError` if the engine process has ended."""
         if self.errored:
             raise self.dead_error
+
+    async def wait_until_dead(self) -> None:
+        """Returns when the engine process has ended and is not started again."""
+        self._ensure_reading()
+        await self._ended.wait()
 
     def shutdown(self) -> None:
         """Ends the engine process; open requests end with an error."""
@@ -214,8 +261,7 @@ class AsyncLLMEngine:
         if self._reader is not None:
             self._reader.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._inputs.close()
-        self._outputs.close()
+        self._close()
         self._context.term()
         self._folder.cleanup()
 
@@ -326,6 +372,7 @@ class AsyncLLMEngine:
 
     async def _call(self, method: str, *args: Any) -> Any:
         self._ensure_reading()
+        await self.check_health()
         call_id = next(self._call_ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future

@@ -94,7 +94,20 @@ class EngineMetrics(RequestObserver):
         self._pool_reused = counter("system_prompt_tokens_reused", "System-prompt tokens read instead of computed.")
         self._pool_prefills = counter("system_prompt_prefills", "Prefills of system prompts.")
         self._pool_prefill_seconds = hist("system_prompt_prefill_seconds", "Duration of a prefill.", _REQUEST_S)
-        self._cache_info(config, num_blocks)
+        self._cache_settings = {
+            "block_size": str(config.cache.block_size),
+            "gpu_memory_utilization": str(config.cache.gpu_memory_utilization),
+            "enable_prefix_caching": str(config.cache.enable_prefix_caching),
+            "cache_dtype": config.model.dtype,
+            "engine": "0",
+        }
+        self._cache_info = Gauge(
+            "vllm:cache_config_info",
+            "Settings of the KV cache.",
+            (*self._cache_settings, "num_gpu_blocks"),
+            registry=self.registry,
+        )
+        self._set_cache_info(num_blocks)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         metric = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
@@ -106,17 +119,15 @@ class EngineMetrics(RequestObserver):
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._values)
 
-    def _cache_info(self, config: VllmConfig, num_blocks: int) -> None:
-        values = {
-            "block_size": config.cache.block_size,
-            "num_gpu_blocks": num_blocks,
-            "gpu_memory_utilization": config.cache.gpu_memory_utilization,
-            "enable_prefix_caching": config.cache.enable_prefix_caching,
-            "cache_dtype": config.model.dtype,
-            "engine": 0,
-        }
-        info = Gauge("vllm:cache_config_info", "Settings of the KV cache.", tuple(values), registry=self.registry)
-        info.labels(**{k: str(v) for k, v in values.items()}).set(1)
+    def _set_cache_info(self, num_blocks: int) -> None:
+        self._cache_info.clear()
+        self._cache_info.labels(**self._cache_settings, num_gpu_blocks=str(num_blocks)).set(1)
+
+    def on_restart(self, num_blocks: int) -> None:
+        """A new engine core has taken the place of one that died: its totals start at zero, ours go on."""
+        self._totals.clear()
+        self.on_stats(EngineStats())
+        self._set_cache_info(num_blocks)
 
     def on_stats(self, stats: EngineStats) -> None:
         """Takes in the state of the engine core after a step."""

@@ -173,21 +173,36 @@ def test_a_second_signal_stops_at_once(start):
     assert not engine.is_running()
 
 
-def test_when_the_engine_dies_requests_fail_and_the_server_ends(start):
-    server = start()
+def test_when_the_engine_dies_requests_fail_and_it_is_started_again_as_often_as_allowed(start):
+    server = start("--engine-restarts", "1")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=60)
         streamed = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60)
         wait_until_running(server, 2)
         os.kill(engine_process(server).pid, signal.SIGKILL)
-        time.sleep(0.5)
-        assert httpx.get(f"{server.url}/health").status_code == 503
         error = whole.result().json()["error"]
         assert error["code"] == whole.result().status_code == 500
         assert "engine" in error["message"]
         assert '"error"' in streamed.result().text
         assert streamed.result().text.endswith("data: [DONE]\n\n")
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    assert httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60).status_code == 500
+    server.wait_until_healthy(60)
+    before = metric(server, "generation_tokens_total")
+    short = {"prompt": "Once", "max_tokens": 5, "ignore_eos": True}
+    assert httpx.post(f"{server.url}/v1/completions", json=short, timeout=60).status_code == 200
+    assert metric(server, "generation_tokens_total") == before + 5
+    assert metric(server, "num_requests_running") == 0
+
+    os.kill(engine_process(server).pid, signal.SIGKILL)
+    time.sleep(0.5)
+    assert httpx.get(f"{server.url}/health").status_code == 503
     assert server.process.wait(30) == 1
+
+
+def metric(server, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    return float(next(line for line in text.splitlines() if line.startswith(f"vllm:{name}{{")).split()[-1])
 
 
 def wait_until_running(server, count: int = 1) -> None:

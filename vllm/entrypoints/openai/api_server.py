@@ -31,7 +31,6 @@ logger = init_logger("vllm.entrypoints.openai.api_server")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LISTEN_BACKLOG = 2048
-_ENGINE_POLL_S = 0.5
 # How long the server goes on after the engine's death, so that open requests get their error and load balancers see
 # /health fail, instead of a connection that breaks.
 _ENGINE_DEATH_GRACE_S = 2
@@ -65,7 +64,7 @@ async def _load_and_serve(args: argparse.Namespace) -> int:
     # The port is taken before the model loads: a long wait must not end in "address in use".
     sock = bind_socket(args.host, args.port)
     with contextlib.closing(sock):
-        engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
+        engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args), args.engine_restarts)
         try:
             return await _serve(engine, sock, args)
         finally:
@@ -153,9 +152,8 @@ def _on_signal(server: _Server, serving: asyncio.Task[None], name: str) -> None:
 
 async def _watch_engine(engine: AsyncLLMEngine, server: _Server) -> None:
     """Ends the server some moments after the engine has died."""
-    while not engine.errored:
-        await asyncio.sleep(_ENGINE_POLL_S)
-    logger.error("The engine has died; the server stops. %s", engine.dead_error or "")
+    await engine.wait_until_dead()
+    logger.error("The engine has died; the server stops. %s", engine.dead_error)
     await asyncio.sleep(_ENGINE_DEATH_GRACE_S)
     server.config.timeout_graceful_shutdown = _ENGINE_DEATH_GRACE_S
     server.should_exit = True

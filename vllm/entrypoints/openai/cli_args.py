@@ -164,6 +164,14 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long running requests may go on after SIGTERM (default: %(default)s)",
     )
+    group.add_argument(
+        "--engine-restarts",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="how often an engine process that has died is started again; after that the server ends "
+        "(default: %(default)s)",
+    )
 
 
 def _add_compatibility_args(parser: FlexibleArgumentParser) -> None:
@@ -244,6 +252,12 @@ def _file(text: str) -> str:
 def _seconds(text: str) -> int:
     if not text.isdigit():
         raise StartupError(f"--shutdown-timeout must be a whole number of seconds, 0 or more, got {text}.")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise StartupError(f"--engine-restarts must be a whole number, 0 or more, got {text}.")
     return int(text)
 
 
