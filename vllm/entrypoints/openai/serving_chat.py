@@ -174,12 +174,12 @@ class ServingChat:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer before they are encoded: the APIs of other dialects are made of them.
 
+        What is left to go wrong once this returns, the first chunk raises.
+
         Raises:
-            VLLMValidationError, ApiError, EngineDeadError: before the first chunk, as `create` does.
+            VLLMValidationError, ApiError: A field is wrong.
         """
-        async with aclosing(self._chunks(await self._start(request, request_id))) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        return self._chunks(await self._start(request, request_id))
 
     async def _events(self, call: _Call) -> AsyncGenerator[bytes, None]:
         """The chunks as server-sent events."""
