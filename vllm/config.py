@@ -30,6 +30,7 @@ class ModelConfig:
         seed: Seed of the engine's own draws, or None for fresh entropy.
         chat_template: Template text that replaces the tokenizer's own, or None.
         weights_digest: SHA-256 over what identifies the weights; seeds the keys of cached blocks.
+        tokenizer_digest, chat_template_digest: SHA-256 of what turns text into tokens; snapshots are kept apart by it.
         eos_token_ids: Tokens that end an answer unless the request says `ignore_eos`.
         generation_defaults: Sampling values that the checkpoint's generation_config.json recommends; the HTTP API
             uses them where a request is silent.
@@ -48,6 +49,8 @@ class ModelConfig:
     trust_request_chat_template: bool = False
     max_logprobs: int = 20
     weights_digest: str = ""
+    tokenizer_digest: str = ""
+    chat_template_digest: str = ""
     eos_token_ids: tuple[int, ...] = ()
     generation_defaults: dict[str, float] = field(default_factory=dict)
 
@@ -102,6 +105,9 @@ class SystemPromptConfig:
         min_tokens: Shorter system prompts run unpinned.
         ttl: Seconds after its last use when an automatic pin ends; None keeps it.
         chunk_tokens: Tokens of a system prompt computed per step; fixed, so that its KV never depends on the load.
+        snapshot_dir: Folder in which snapshots of pinned prompts outlive the server; None keeps none.
+        snapshot_bytes: Most bytes that they take.
+        host_bytes: Host memory for prompts that the budget has no room for.
     """
 
     mode: SystemPromptMode = "auto"
@@ -110,6 +116,9 @@ class SystemPromptConfig:
     min_tokens: int = 1
     ttl: float | None = None
     chunk_tokens: int = 512
+    snapshot_dir: str | None = None
+    snapshot_bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,9 @@ class EngineArgs:
     system_prompt_cache_fraction: float = 0.5
     system_prompt_min_tokens: int = 1
     system_prompt_ttl: float | None = None
+    system_prompt_cache_dir: str | None = None
+    system_prompt_cache_dir_gib: float = 20.0
+    system_prompt_host_cache_gib: float = 0.0
     tensor_parallel_size: int = 1
     device: str = "auto"
     attention_backend: str | None = None
@@ -129,6 +133,9 @@ class EngineArgs:
         add("system_prompt_cache_fraction", "Share of the KV cache that may be pinned.", type=float)
         add("system_prompt_min_tokens", "Shorter system prompts run unpinned.", type=int)
         add("system_prompt_ttl", "Seconds unused after which an automatic pin ends; never if not given.", type=float)
+        add("system_prompt_cache_dir", "Folder for snapshots of pinned prompts, which a restart reads instead of computing.")
+        add("system_prompt_cache_dir_gib", "Most GiB that snapshots take; the longest unused go first.", type=float)
+        add("system_prompt_host_cache_gib", "Host memory for prompts that do not fit the pool's budget.", type=float)
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
         add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
@@ -170,6 +177,9 @@ class EngineArgs:
                 min_tokens=self.system_prompt_min_tokens,
                 ttl=self.system_prompt_ttl,
                 chunk_tokens=max(self.block_size, chunk),
+                snapshot_dir=self.system_prompt_cache_dir,
+                snapshot_bytes=int(self.system_prompt_cache_dir_gib * 2**30),
+                host_bytes=int(self.system_prompt_host_cache_gib * 2**30),
             ),
             scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
@@ -212,6 +222,8 @@ class EngineArgs:
             trust_request_chat_template=self.trust_request_chat_template,
             max_logprobs=self.max_logprobs,
             weights_digest=weights_digest(model_path),
+            tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
+            chat_template_digest=_template_digest(_read_template(self.chat_template) or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
             generation_defaults=load_generation_config(model_path) if self.generation_config == "auto" else {},
         )
@@ -249,6 +261,8 @@ class EngineArgs:
             "system_prompt_cache_fraction": (0.0, 1.0),
             "system_prompt_min_tokens": (1, 2**31 - 1),
             "system_prompt_ttl": (0.001, 1e10),
+            "system_prompt_cache_dir_gib": (0.0, 1e6),
+            "system_prompt_host_cache_gib": (0.0, 1e6),
             "gpu_memory_utilization": (0.01, 1.0),
         }
         for name, (low, high) in limits.items():
@@ -273,6 +287,11 @@ def _human_int(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 8k or 4G") from None
+
+
+def _template_digest(value: object) -> str:
+    """SHA-256 (hex) of a chat template, or of several by name."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def _read_template(template: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -81,6 +82,10 @@ class Tokenizer:
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace(_SPACE_MARK, " ").encode()
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over all that decides which tokens a text becomes."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @cached_property
     def _byte_of_letter(self) -> dict[str, int]:
