@@ -29,10 +29,16 @@ def make_app(root_path: str = "") -> ApiKeyMiddleware:
     return ApiKeyMiddleware(inner, keys=KEYS, root_path=root_path)
 
 
-def ask(path: str, key: str | bytes | None = None, method: str = "GET", root_path: str = "") -> httpx.Response:
+def ask(
+    path: str,
+    key: str | bytes | None = None,
+    method: str = "GET",
+    root_path: str = "",
+    header: str = "Authorization",
+) -> httpx.Response:
     async def go() -> httpx.Response:
         transport = httpx.ASGITransport(app=make_app(root_path), root_path=root_path)
-        headers: dict[str, str | bytes] = {} if key is None else {"Authorization": key}
+        headers: dict[str, str | bytes] = {} if key is None else {header: key}
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, headers=headers)
 
@@ -78,6 +84,21 @@ def test_each_key_opens(key):
 )
 def test_anything_else_does_not(key):
     assert ask("/v1/models", key).status_code == 401
+
+
+@pytest.mark.parametrize(("key", "status"), [("first-key", 200), ("second-ключ".encode(), 200), ("", 401), ("no", 401)])
+def test_keys_may_come_as_anthropic_clients_send_them(key, status):
+    assert ask("/v1/messages", key, header="x-api-key").status_code == (404 if status == 200 else 401)
+    assert ask("/v1/models", key, header="x-api-key").status_code == status
+
+
+@pytest.mark.parametrize("root_path", ["", "/api"])
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropic_paths_refuse_in_anthropics_shape(path, root_path):
+    response = ask(root_path + path, root_path=root_path)
+    assert response.status_code == 401
+    assert response.json()["type"] == "error"
+    assert response.json()["error"]["type"] == "authentication_error"
 
 
 def test_the_host_header_does_not_move_the_path():

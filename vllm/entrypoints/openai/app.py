@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from vllm import envs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.openai.errors import describe, error_response, handle_exception, handle_http_exception
+from vllm.entrypoints.openai.errors import ApiError, describe, error_response, handle_exception, handle_http_exception
 from vllm.entrypoints.openai.json_body import parse_model, read_json_object
 from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS, ApiKeyMiddleware, RequestIdMiddleware
 from vllm.entrypoints.openai.prompts import PromptReader
@@ -87,7 +87,7 @@ async def _answer(work: Coroutine[Any, Any, dict[str, Any] | EventStream], reque
     except ClientGoneError:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
     except Exception as exc:
-        return _error(exc)
+        return _error(exc, request)
     return result if isinstance(result, EventStream) else _json(result)
 
 
@@ -98,13 +98,12 @@ async def _answer_body(
     try:
         parsed = parse_model(model, await read_json_object(request))
     except Exception as exc:
-        return _error(exc)
+        return _error(exc, request)
     return await _answer(create(parsed), request)
 
 
-def _error(exc: Exception) -> Response:
-    error = describe(exc)
-    return error_response(error.status, error.message, error.param, error.headers)
+def _error(exc: Exception, request: Request) -> Response:
+    return error_response(describe(exc), request.scope)
 
 
 def _json(value: dict[str, Any]) -> Response:
@@ -137,11 +136,11 @@ def _add_openai_routes(
 
     # Names of models may hold slashes.
     @app.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Response:
+    async def get_model(request: Request, name: str) -> Response:
         try:
             return _json(models.card(models.resolve(name)))
         except Exception as exc:
-            return _error(exc)
+            return _error(exc, request)
 
 
 def _add_tokenization_routes(app: FastAPI, tokenization: ServingTokenization) -> None:
@@ -181,11 +180,11 @@ def _add_status_routes(app: FastAPI, engine: AsyncLLMEngine) -> None:
     @app.get("/health")
     @app.get("/ping")
     @app.post("/ping")
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         try:
             await engine.check_health()
         except EngineDeadError as exc:
-            return error_response(503, str(exc))
+            return error_response(ApiError(503, str(exc)), request.scope)
         return Response(status_code=200)
 
     @app.get("/version")

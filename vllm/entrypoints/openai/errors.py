@@ -1,4 +1,7 @@
-"""Errors in the OpenAI API's shape: `{"error": {"message", "type", "param", "code"}}`; `code` is the HTTP status."""
+"""Errors in the OpenAI API's shape: `{"error": {"message", "type", "param", "code"}}`; `code` is the HTTP status.
+
+Paths of the Anthropic API answer in that API's shape: `{"type": "error", "error": {"type", "message"}}`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from vllm.exceptions import EngineDeadError, VLLMValidationError
 from vllm.logger import init_logger
@@ -20,8 +24,18 @@ _TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "PayloadTooLargeError",
+    429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+}
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
 }
 
 
@@ -48,11 +62,19 @@ def error_body(status: int, message: str, param: str | None = None) -> dict[str,
     return {"error": {"message": message, "type": kind, "param": param, "code": status}}
 
 
-def error_response(
-    status: int, message: str, param: str | None = None, headers: dict[str, str] | None = None
-) -> Response:
-    body = orjson.dumps(error_body(status, message, param))
-    return Response(body, status_code=status, headers=headers, media_type="application/json")
+def anthropic_error_body(status: int, message: str) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(status) or ("invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+def error_response(error: ApiError, scope: Scope) -> Response:
+    """The error in the shape that clients of the request's path read."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        body = anthropic_error_body(error.status, error.message)
+    else:
+        body = error_body(error.status, error.message, error.param)
+    return Response(orjson.dumps(body), status_code=error.status, headers=error.headers, media_type="application/json")
 
 
 def describe(exc: BaseException) -> ApiError:
@@ -69,8 +91,7 @@ def describe(exc: BaseException) -> ApiError:
 
 async def handle_exception(request: Request, exc: Exception) -> Response:
     """Exception handler of the app for everything that `describe` knows."""
-    error = describe(exc)
-    return error_response(error.status, error.message, error.param, error.headers)
+    return error_response(describe(exc), request.scope)
 
 
 async def handle_http_exception(request: Request, exc: Exception) -> Response:
@@ -82,4 +103,5 @@ async def handle_http_exception(request: Request, exc: Exception) -> Response:
         message = f"There is no {request.scope['path']} here."
     elif exc.status_code == 405:
         message = f"{request.method} is not allowed for {request.scope['path']}."
-    return error_response(exc.status_code, message, headers=dict(exc.headers) if exc.headers else None)
+    headers = dict(exc.headers) if exc.headers else None
+    return error_response(ApiError(exc.status_code, message, headers=headers), request.scope)

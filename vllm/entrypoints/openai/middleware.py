@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vllm.entrypoints.openai.errors import error_response
+from vllm.entrypoints.openai.errors import ApiError, error_response
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics")
 MAX_REQUEST_ID_CHARS = 256
@@ -38,22 +38,23 @@ class ApiKeyMiddleware:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            response = error_response(
+            error = ApiError(
                 401,
-                "This server needs an API key: send it as `Authorization: Bearer KEY`.",
+                "This server needs an API key: send it as `Authorization: Bearer KEY`, or as `X-Api-Key: KEY`.",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await response(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in self._open
 
     def _has_key(self, scope: Scope) -> bool:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = _digest(key.strip().encode("latin-1"))
+        headers = Headers(scope=scope)
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        digests = [_digest(key.strip().encode("latin-1")) for key in given]
         # All keys are compared, so that the time does not tell which one came close.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return any([hmac.compare_digest(one, other) for one in digests for other in self._digests])
 
 
 def _digest(key: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import orjson
 from starlette.responses import Response
@@ -52,11 +52,16 @@ def sse(payload: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
+def typed_sse(payload: dict[str, Any]) -> bytes:
+    """One server-sent event named by its payload's `type`, as the Anthropic and the Responses API have them."""
+    return b"event: " + str(payload["type"]).encode() + b"\n" + sse(payload)
+
+
 class EventStream(Response):
     """Sends events until they end or the client leaves; always closes their generator, which aborts the request.
 
     Made by `start`, which waits for the first event: until then an error can still be a status code. Later it can only
-    be told in the stream, as an error object followed by `[DONE]`.
+    be told in the stream, by `error_event`.
     """
 
     media_type = "text/event-stream"
@@ -68,13 +73,18 @@ class EventStream(Response):
         self._rest = rest
 
     @classmethod
-    async def start(cls, events: AsyncGenerator[bytes, None]) -> EventStream:
+    async def start(cls, events: AsyncGenerator[bytes, None]) -> Self:
         """Pulls the first event; whatever that raises is raised here."""
         try:
             return cls(await anext(events), events)
         except BaseException:
             await events.aclose()
             raise
+
+    def error_event(self, exc: Exception) -> bytes:
+        """The end of a stream that an error cuts off: an error object and `[DONE]`."""
+        error = describe(exc)
+        return sse(error_body(error.status, error.message, error.param)) + DONE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -92,8 +102,7 @@ class EventStream(Response):
             except OSError:
                 raise
             except Exception as exc:
-                error = describe(exc)
-                event = sse(error_body(error.status, error.message, error.param)) + DONE
+                event = self.error_event(exc)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
