@@ -133,7 +133,7 @@ class EngineArgs:
         add("system_prompt_cache_fraction", "Share of the KV cache that may be pinned.", type=float)
         add("system_prompt_min_tokens", "Shorter system prompts run unpinned.", type=int)
         add("system_prompt_ttl", "Seconds unused after which an automatic pin ends; never if not given.", type=float)
-        add("system_prompt_cache_dir", "Folder for snapshots of pinned prompts, which a restart reads instead of computing.")
+        add("system_prompt_cache_dir", "Folder for snapshots of pinned prompts, which outlive a restart.")
         add("system_prompt_cache_dir_gib", "Most GiB that snapshots take; the longest unused go first.", type=float)
         add("system_prompt_host_cache_gib", "Host memory for prompts that do not fit the pool's budget.", type=float)
         add = adder("device and ranks")
