@@ -6,8 +6,10 @@ Plain values, so that a plan can be printed, recorded and broadcast to every ran
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vllm.sampling_params import SamplingParams
+from vllm.system_prompt_store.manifest import SnapshotRecord
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,71 @@ class FreedSequence:
 
 @dataclass(frozen=True)
 class SystemPromptChunk:
-    """The next tokens of a system prompt's own prefill: positions `start …`, into its extent at `start_block`."""
+    """The next tokens of a system prompt's own prefill: positions `start …`, into its extent at `start_block`.
+
+    Attributes:
+        prefix: The pinned extents that it continues; the first token of its own extent follows them.
+    """
 
     prompt_id: str
     start_block: int
     start: int
     token_ids: list[int]
+    prefix: tuple[PrefixExtent, ...] = ()
+
+
+@dataclass(frozen=True)
+class HostImage:
+    """Memory on the host for a copy of an extent.
+
+    Attributes:
+        start: Its first block in the host tier; None for memory of its own, which `StepPlan.dropped` ends.
+    """
+
+    prompt_id: str
+    num_blocks: int
+    start: int | None = None
+
+
+@dataclass(frozen=True)
+class ExtentCopy:
+    """Blocks `first … first+count` of the extent at `start_block`, to its image on the host or back from it."""
+
+    image: HostImage
+    start_block: int
+    first: int
+    count: int
+    to_host: bool
+
+
+@dataclass(frozen=True)
+class SnapshotJob:
+    """Work on a snapshot in the background of the steps; its end is told by `StepResult.ended_jobs`.
+
+    Attributes:
+        image: What is read into or written from; None where no K/V are concerned.
+    """
+
+    op: Literal["read", "write", "update", "delete"]
+    record: SnapshotRecord
+    image: HostImage | None = None
+
+
+@dataclass(frozen=True)
+class EndedJob:
+    """How a `SnapshotJob` ended: an outcome of `SnapshotOutcome`."""
+
+    op: str
+    prompt_id: str
+    outcome: str
 
 
 @dataclass
 class StepPlan:
     """What the ranks do in one step, in this order: moves, copies, freed, new_blocks, started, chunk, then the batch.
+
+    Between tiers: dropped, transfers (after moves and copies, at the same time as the rest; done before the next step
+    begins), jobs.
 
     The batch is one entry a sequence, sequences that read the same extents side by side:
         rows, starts (first position to compute), counts (tokens to compute), samples (whether a token is drawn),
@@ -69,6 +125,10 @@ class StepPlan:
         moves: Blocks that make room for an extent, (source, destination).
         copies: Blocks that a forked sequence needs a copy of, (source, destination); a source may be a destination
             of `moves`.
+        dropped: Images whose memory is given back.
+        transfers: Copies between extents and the host.
+        jobs: Work on snapshots to begin.
+        awaits_jobs: Whether the ends of such work are asked for.
         new_blocks: (row, first column, block ids) to write into the block tables.
     """
 
@@ -78,6 +138,10 @@ class StepPlan:
     started: list[SequenceStart] = field(default_factory=list)
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
     chunk: SystemPromptChunk | None = None
+    dropped: list[HostImage] = field(default_factory=list)
+    transfers: list[ExtentCopy] = field(default_factory=list)
+    jobs: list[SnapshotJob] = field(default_factory=list)
+    awaits_jobs: bool = False
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -86,7 +150,8 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.rows or self.chunk or self.moves or self.copies or self.freed)
+        batch = self.rows or self.chunk or self.moves or self.copies or self.freed
+        return not (batch or self.dropped or self.transfers or self.jobs or self.awaits_jobs)
 
     @property
     def num_tokens(self) -> int:
@@ -111,8 +176,10 @@ class StepResult:
         token_ids: The drawn token, or -1 where none was asked for.
         logprobs: At the drawn token, where asked for.
         prompt_logprobs: At the prompt positions that the step computed, where asked for.
+        ended_jobs: Work on snapshots that has ended on every rank.
     """
 
     token_ids: list[int]
     logprobs: list[PositionLogprobs | None]
     prompt_logprobs: list[PositionLogprobs | None]
+    ended_jobs: list[EndedJob] = field(default_factory=list)

@@ -17,6 +17,14 @@ class AttentionBackend(ABC):
     itself. Softmax statistics are float32, log-sum-exps natural.
     """
 
+    @property
+    def kv_layout(self) -> str:
+        """How K and V lie inside a block; snapshots are used only by backends of the same layout.
+
+        `slots`: a slot after the other, each `[num_kv_heads, head_dim]`.
+        """
+        return "slots"
+
     @abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> Any:
         """Derives, once a step, what `forward` needs for every layer."""

@@ -1,0 +1,94 @@
+"""What K/V bytes depend on besides the tokens: a snapshot is used only where all of it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from vllm.config import ModelConfig
+
+FORMAT_VERSION = 1
+
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings")
+_NOT_OF_THE_NETWORK = ("_name_or_path", "transformers_version", "architectures", *_ROPE_KEYS)
+
+
+class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model, how its KV is laid out, and what turned text into tokens.
+
+    Attributes:
+        format_version: Of the files.
+        weights / network / rope / tokenizer / chat_template: SHA-256 (hex) of what they name.
+        adapter: Digest of the adapter that the KV was computed with; empty for none.
+        dtype: Of the computation.
+        kv_dtype: Of the K/V bytes.
+        layout: How the attention backend orders the bytes inside a block.
+        num_layers, block_bytes, block_size: Shape of one rank's K (or V): bytes of a block in a layer, tokens in it.
+        rank, num_ranks: Which share of the KV heads it is.
+    """
+
+    format_version: int
+    weights: str
+    network: str
+    rope: str
+    tokenizer: str
+    chat_template: str
+    adapter: str
+    dtype: str
+    kv_dtype: str
+    layout: str
+    num_layers: int
+    block_bytes: int
+    block_size: int
+    rank: int
+    num_ranks: int
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) over all of it."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+    def differences(self, other: SnapshotIdentity) -> list[str]:
+        """Names of the fields that differ."""
+        return [name for name in self.__struct_fields__ if getattr(self, name) != getattr(other, name)]
+
+
+def snapshot_identity(
+    model: ModelConfig,
+    *,
+    kv_dtype: str,
+    layout: str,
+    block_size: int,
+    block_bytes: int,
+    rank: int,
+    num_ranks: int,
+) -> SnapshotIdentity:
+    """The identity of the K/V that one rank computes with `model`."""
+    shape = model.hf_config.to_dict()
+    weights = model.weights_digest
+    if model.load_format == "dummy":
+        weights = f"dummy {model.seed or 0} {weights}"
+    return SnapshotIdentity(
+        format_version=FORMAT_VERSION,
+        weights=weights,
+        network=_digest({k: v for k, v in shape.items() if k not in _NOT_OF_THE_NETWORK}),
+        rope=_digest({k: shape.get(k) for k in _ROPE_KEYS}),
+        tokenizer=model.tokenizer_digest,
+        chat_template=model.chat_template_digest,
+        adapter="",
+        dtype=model.dtype,
+        kv_dtype=kv_dtype,
+        layout=layout,
+        num_layers=model.num_layers,
+        block_bytes=block_bytes,
+        block_size=block_size,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+
+
+def _digest(values: dict[str, Any]) -> str:
+    encoded = msgspec.json.encode(values, enc_hook=str, order="sorted")
+    return hashlib.sha256(encoded).hexdigest()
