@@ -197,7 +197,11 @@ class CacheEngine:
             self._num_blocks_of_row[row] = max(self._num_blocks_of_row[row], first + len(blocks))
             entries.update(((row, first + i), block) for i, block in enumerate(blocks))
         flat = torch.tensor([(row, column, block) for (row, column), block in entries.items()], dtype=torch.int64)
-        rows, columns, values = flat.T.contiguous().to(self._device)
+        flat = flat.T.contiguous()
+        if self._device.type == "cuda":
+            # From pageable memory the copy would wait for the device.
+            flat = flat.pin_memory()
+        rows, columns, values = flat.to(self._device, non_blocking=True)
         self.block_tables[rows, columns] = values
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
