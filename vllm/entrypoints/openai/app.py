@@ -17,6 +17,8 @@ from starlette.responses import Response
 
 from vllm import envs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
+from vllm.entrypoints.anthropic.serving_messages import ServingMessages
 from vllm.entrypoints.openai.errors import ApiError, describe, error_response, handle_exception, handle_http_exception
 from vllm.entrypoints.openai.json_body import parse_model, read_json_object
 from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS, ApiKeyMiddleware, RequestIdMiddleware
@@ -129,6 +131,17 @@ def _add_openai_routes(
     async def create_completion(request: Request) -> Response:
         request_id = _client_request_id(request)
         return await _answer_body(request, CompletionRequest, lambda parsed: completion.create(parsed, request_id))
+
+    messages = ServingMessages(chat, models, prompts)
+
+    @app.post("/v1/messages")
+    async def create_message(request: Request) -> Response:
+        request_id = _client_request_id(request)
+        return await _answer_body(request, MessagesRequest, lambda parsed: messages.create(parsed, request_id))
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        return await _answer_body(request, CountTokensRequest, messages.count_tokens)
 
     @app.get("/v1/models")
     async def list_models() -> Response:
