@@ -120,6 +120,10 @@ class SystemPromptConfig:
     snapshot_bytes: int = 0
     host_bytes: int = 0
 
+    def host_blocks(self, block_bytes: int, num_ranks: int) -> int:
+        """Blocks of the host tier, given the bytes of one on each rank."""
+        return self.host_bytes // (block_bytes * num_ranks)
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:

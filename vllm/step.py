@@ -93,10 +93,10 @@ class SnapshotJob:
     """Work on a snapshot in the background of the steps; its end is told by `StepResult.ended_jobs`.
 
     Attributes:
-        image: What is read into or written from; None where no K/V are concerned.
+        image: Where K and V are loaded to or saved from; None for the other kinds.
     """
 
-    op: Literal["read", "write", "update", "delete"]
+    op: Literal["load", "save", "update", "delete"]
     record: SnapshotRecord
     image: HostImage | None = None
 
@@ -128,7 +128,7 @@ class StepPlan:
         dropped: Images whose memory is given back.
         transfers: Copies between extents and the host.
         jobs: Work on snapshots to begin.
-        awaits_jobs: Whether the ends of such work are asked for.
+        job_patience_s: Asks which of that work has ended, waiting so long for the first of it; None does not ask.
         new_blocks: (row, first column, block ids) to write into the block tables.
     """
 
@@ -141,7 +141,7 @@ class StepPlan:
     dropped: list[HostImage] = field(default_factory=list)
     transfers: list[ExtentCopy] = field(default_factory=list)
     jobs: list[SnapshotJob] = field(default_factory=list)
-    awaits_jobs: bool = False
+    job_patience_s: float | None = None
     rows: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -151,7 +151,8 @@ class StepPlan:
     @property
     def is_empty(self) -> bool:
         batch = self.rows or self.chunk or self.moves or self.copies or self.freed
-        return not (batch or self.dropped or self.transfers or self.jobs or self.awaits_jobs)
+        tiers = self.dropped or self.transfers or self.jobs or self.job_patience_s is not None
+        return not (batch or tiers)
 
     @property
     def num_tokens(self) -> int:

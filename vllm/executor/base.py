@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from vllm.step import StepPlan, StepResult
+from vllm.system_prompt_store import SnapshotRecord
 
 
 class Executor(ABC):
@@ -21,6 +22,10 @@ class Executor(ABC):
     @abstractmethod
     def initialize_cache(self, num_blocks: int) -> None:
         """Makes the KV cache of `num_blocks` blocks on every rank."""
+
+    @abstractmethod
+    def snapshots(self) -> list[SnapshotRecord]:
+        """Snapshots of system prompts that every rank has found on disk, the last used first."""
 
     @property
     @abstractmethod

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vllm.config import VllmConfig
 from vllm.executor.base import Executor
 from vllm.step import StepPlan, StepResult
+from vllm.system_prompt_store import SnapshotRecord
 from vllm.worker.worker import Worker
 
 
@@ -20,6 +21,9 @@ class UniprocExecutor(Executor):
     def initialize_cache(self, num_blocks: int) -> None:
         self._worker.initialize_cache(num_blocks)
 
+    def snapshots(self) -> list[SnapshotRecord]:
+        return self._worker.snapshots()
+
     @property
     def pipeline_depth(self) -> int:
         return self._worker.platform.pipeline_depth
@@ -28,4 +32,4 @@ class UniprocExecutor(Executor):
         return self._worker.submit(plan)
 
     def shutdown(self) -> None:
-        self._worker.runner = None
+        self._worker.shutdown()

@@ -35,6 +35,10 @@ class Platform(ABC):
         """Memory that this process could take now."""
 
     @abstractmethod
+    def available_host_memory_bytes(self) -> int:
+        """Memory of the host, not of the device, that this process could take now."""
+
+    @abstractmethod
     def available_kv_bytes(self, utilization: float) -> int:
         """Memory that the KV cache may take once the weights are loaded, by default.
 

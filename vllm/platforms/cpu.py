@@ -41,6 +41,9 @@ class CpuPlatform(Platform):
     def available_memory_bytes(self) -> int:
         return min([psutil.virtual_memory().available, *(group.left for group in memory_limits())])
 
+    def available_host_memory_bytes(self) -> int:
+        return self.available_memory_bytes()
+
     def available_kv_bytes(self, utilization: float) -> int:
         """`VLLM_CPU_KVCACHE_SPACE` if it is set; else 4 GiB, or half of what is left where that is less: the host's
         memory, unlike a GPU's, belongs to others too."""
@@ -54,6 +57,9 @@ class CpuPlatform(Platform):
         """`OMP_NUM_THREADS` if it is set, else the processors this process may run on."""
         value = os.environ.get("OMP_NUM_THREADS", "")
         return int(value) if value.isdecimal() and int(value) > 0 else usable_cpus()
+
+    def attention_backend(self) -> str:
+        return "CPU"
 
     def synchronize(self) -> None:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vllm.platforms.base import Platform, dtype_name
-from vllm.platforms.cpu import usable_cpus
+from vllm.platforms.cpu import CpuPlatform, usable_cpus
 
 
 class CudaPlatform(Platform):
@@ -34,6 +34,9 @@ class CudaPlatform(Platform):
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
+
+    def available_host_memory_bytes(self) -> int:
+        return CpuPlatform().available_memory_bytes()
 
     def available_kv_bytes(self, utilization: float) -> int:
         free, total = self.available_memory_bytes(), self.total_memory_bytes()

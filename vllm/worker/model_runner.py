@@ -67,10 +67,15 @@ class ModelRunner:
             self.graphs = GraphRunner(self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs)
 
     @torch.inference_mode()
-    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Starts one step; see `StepPlan` for the order of things. Returns a function that waits for its tokens."""
+    def submit(self, plan: StepPlan, after_moves: Callable[[StepPlan], None]) -> Callable[[], StepResult]:
+        """Starts one step; see `StepPlan` for the order of things. Returns a function that waits for its tokens.
+
+        Args:
+            after_moves: Is called when blocks are in the places that the rest of the plan speaks of.
+        """
         self.cache.copy(plan.moves)
         self.cache.copy(plan.copies)
+        after_moves(plan)
         for freed in plan.freed:
             self.cache.free(freed)
         self.cache.set_blocks([*plan.new_blocks, *((seq.row, 0, seq.block_table) for seq in plan.started)])

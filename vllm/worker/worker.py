@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from vllm.attention.backends import AttentionShape, get_backend
+from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
@@ -15,8 +17,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.load import load_model
 from vllm.platforms import current_platform
 from vllm.step import StepPlan, StepResult
+from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.model_runner import ModelRunner
+from vllm.worker.transfers import ExtentTransfers
 
 logger = init_logger(__name__)
 
@@ -44,10 +48,14 @@ class Worker:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
             ) from None
+        if isinstance(self.backend, CpuAttentionBackend):
+            self.model.pack_for_cpu()
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
         self.runner: ModelRunner | None = None
+        self.transfers: ExtentTransfers | None = None
+        self._snapshots: list[SnapshotRecord] = []
 
     def _attention_shape(self) -> AttentionShape:
         model = self.config.model
@@ -56,6 +64,7 @@ class Worker:
             self.tp.divide(model.num_kv_heads, "KV heads"),
             model.head_dim,
             self.dtype,
+            self.config.cache.block_size,
         )
 
     @property
@@ -74,10 +83,10 @@ class Worker:
         return self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
 
     def initialize_cache(self, num_blocks: int) -> None:
-        """Makes the K/V tensors.
+        """Makes the K/V tensors and the host tier, and looks for snapshots.
 
         Raises:
-            StartupError: they do not fit.
+            StartupError: there is not enough memory.
         """
         model, cache = self.config.model, self.config.cache
         needed, left = num_blocks * self.bytes_per_block, self.platform.available_memory_bytes()
@@ -98,6 +107,7 @@ class Worker:
             )
         except (MemoryError, RuntimeError) as error:
             raise self._too_large(needed, str(error).splitlines()[0]) from None
+        self.transfers = self._open_tiers(kv)
         self.runner = ModelRunner(
             self.model,
             kv,
@@ -110,6 +120,34 @@ class Worker:
         if self.device.type == "cuda" and not self.config.enforce_eager:
             self.runner.capture_graphs(self.config.scheduler.max_num_seqs, model.vocab_size)
 
+    def _open_tiers(self, kv: CacheEngine) -> ExtentTransfers:
+        tiers, model = self.config.system_prompt, self.config.model
+        host_blocks = tiers.host_blocks(self.bytes_per_block, self.tp.world_size)
+        left = self.platform.available_host_memory_bytes()
+        if host_blocks * self.bytes_per_block > left:
+            raise StartupError(
+                f"--system-prompt-host-cache-gib asks for {host_blocks * self.bytes_per_block / 2**30:.1f} GiB of host "
+                f"memory, but only {left / 2**30:.1f} GiB are left; lower it."
+            )
+        store = None
+        if tiers.snapshot_dir is not None:
+            identity = snapshot_identity(
+                model,
+                kv_dtype=model.dtype,
+                layout=self.backend.kv_layout,
+                block_size=self.config.cache.block_size,
+                block_bytes=self.bytes_per_block // (2 * model.num_layers),
+                rank=self.tp.rank,
+                num_ranks=self.tp.world_size,
+            )
+            store = SnapshotStore(Path(tiers.snapshot_dir).expanduser() / "snapshots", identity, tiers.snapshot_bytes)
+            self._snapshots = store.scan()
+        return ExtentTransfers(kv, host_blocks, store)
+
+    def snapshots(self) -> list[SnapshotRecord]:
+        """What this rank has on disk, the last used first."""
+        return self._snapshots
+
     @staticmethod
     def _too_large(num_bytes: int, why: str) -> StartupError:
         return StartupError(
@@ -119,6 +157,22 @@ class Worker:
 
     def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Starts a step; see `Executor.submit`."""
-        if self.runner is None:
+        if self.runner is None or self.transfers is None:
             raise RuntimeError("initialize_cache() has not been called")
-        return self.runner.submit(plan)
+        transfers, patience = self.transfers, plan.job_patience_s
+        wait = self.runner.submit(plan, transfers.begin)
+        if patience is None:
+            return wait
+
+        def wait_and_look() -> StepResult:
+            result = wait()
+            result.ended_jobs = transfers.ended_jobs(patience)
+            return result
+
+        return wait_and_look
+
+    def shutdown(self) -> None:
+        """Ends this rank; snapshots that are being written are finished."""
+        if self.transfers is not None:
+            self.transfers.close()
+        self.runner = None

@@ -1,0 +1,137 @@
+"""Extents to the host and back, and snapshots beside the steps, as plans say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from tests.system_prompt_store.test_store import IDENTITY
+from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
+from vllm.system_prompt_store import SnapshotRecord, SnapshotStore
+from vllm.worker.cache_engine import CacheEngine
+from vllm.worker.transfers import ExtentTransfers
+
+BLOCK, BLOCKS, LAYERS = 4, 12, 3
+SHAPE = (2, 5)
+BLOCK_BYTES = BLOCK * 2 * 5 * 2
+
+
+def make_cache(device: str = "cpu") -> CacheEngine:
+    """bfloat16, every slot of every tensor filled at random."""
+    cache = CacheEngine(
+        num_layers=LAYERS,
+        num_blocks=BLOCKS,
+        block_size=BLOCK,
+        num_kv_heads=SHAPE[0],
+        head_dim=SHAPE[1],
+        max_num_seqs=4,
+        max_blocks_per_seq=6,
+        dtype=torch.bfloat16,
+        device=torch.device(device),
+    )
+    for tensor in (*cache.k_caches, *cache.v_caches):
+        tensor.copy_(torch.randn(tensor.shape))
+    return cache
+
+
+def make_store(folder: Path) -> SnapshotStore:
+    identity = msgspec.structs.replace(IDENTITY, num_layers=LAYERS, block_bytes=BLOCK_BYTES)
+    return SnapshotStore(folder / "snapshots", identity, 1 << 20)
+
+
+def blocks(cache: CacheEngine, start: int, count: int) -> list[torch.Tensor]:
+    slots = slice(start * BLOCK, (start + count) * BLOCK)
+    return [tensor[slots].clone() for tensor in (*cache.k_caches, *cache.v_caches)]
+
+
+def copies(image: HostImage, start_block: int, to_host: bool, sizes: tuple[int, ...] = (2, 1)) -> list[StepPlan]:
+    """A step a slice."""
+    plans, first = [], 0
+    for size in sizes:
+        plans.append(StepPlan(transfers=[ExtentCopy(image, start_block, first, size, to_host)]))
+        first += size
+    return plans
+
+
+def run(transfers: ExtentTransfers, *plans: StepPlan) -> None:
+    for plan in plans:
+        transfers.begin(plan)
+    transfers.begin(StepPlan())  # Steps after the last copy see what it wrote.
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("start", [None, 0, 4])
+def test_an_extent_goes_to_the_host_and_comes_back_elsewhere(device: str, start: int | None) -> None:
+    cache = make_cache(device)
+    transfers = ExtentTransfers(cache, 8, None)
+    other = HostImage("sp-b", 3, None if start is None else 0 if start else 5)
+    before = blocks(cache, 0, BLOCKS)
+    run(transfers, *copies(other, 6, True), *copies(HostImage("sp-a", 3, start), 1, True))
+    run(transfers, *copies(HostImage("sp-a", 3, start), 8, False, (1, 2)))
+    after = blocks(cache, 0, BLOCKS)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(new[8 * BLOCK : 11 * BLOCK], old[BLOCK : 4 * BLOCK])
+        assert torch.equal(new[: 8 * BLOCK], old[: 8 * BLOCK]) and torch.equal(new[11 * BLOCK :], old[11 * BLOCK :])
+    run(transfers, *copies(other, 0, False))
+    assert all(map(torch.equal, blocks(cache, 0, 3), [old[6 * BLOCK : 9 * BLOCK] for old in before]))
+    transfers.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("start", [None, 2])
+def test_a_snapshot_is_saved_and_loaded_beside_the_steps(device: str, start: int | None, tmp_path: Path) -> None:
+    cache = make_cache(device)
+    record = SnapshotRecord("sp-a", list(range(10)), 0, 3, True)
+    image = HostImage("sp-a", 3, start)
+    transfers = ExtentTransfers(cache, 8, make_store(tmp_path))
+    *slices, last = copies(image, 1, True)
+    last.jobs = [SnapshotJob("save", record, image)]
+    run(transfers, *slices, last, StepPlan(dropped=[image] if start is None else []))
+    assert transfers.ended_jobs(30.0) == [EndedJob("save", "sp-a", "ok")]
+    transfers.close()
+
+    fresh = make_cache(device)
+    transfers = ExtentTransfers(fresh, 8, make_store(tmp_path))
+    changed = msgspec.structs.replace(record, hard=False)
+    run(transfers, StepPlan(jobs=[SnapshotJob("load", record, image), SnapshotJob("update", changed)]))
+    assert transfers.ended_jobs(30.0)[0] == EndedJob("load", "sp-a", "ok")
+    run(transfers, *copies(image, 7, False))
+    assert all(map(torch.equal, blocks(fresh, 7, 3), blocks(cache, 1, 3)))
+    run(transfers, StepPlan(jobs=[SnapshotJob("delete", record), SnapshotJob("load", record, image)]))
+    transfers.close()
+    assert [(e.op, e.outcome) for e in transfers.ended_jobs()] == [
+        ("update", "ok"),
+        ("delete", "ok"),
+        ("load", "missing"),
+    ]
+
+
+def test_ends_are_told_in_order_and_only_once(tmp_path: Path) -> None:
+    transfers = ExtentTransfers(make_cache(), 0, make_store(tmp_path))
+    records = [SnapshotRecord(f"sp-{i}", [i], 0, 1, False) for i in range(5)]
+    transfers.begin(StepPlan(jobs=[SnapshotJob("delete", record) for record in records]))
+    ended: list[EndedJob] = []
+    while len(ended) < 5:
+        ended += transfers.ended_jobs(1.0)
+    assert [e.prompt_id for e in ended] == [r.prompt_id for r in records]
+    assert transfers.ended_jobs(0.0) == []
+    transfers.close()
+
+
+def test_a_job_that_breaks_is_an_error_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*args: object) -> str:
+        raise MemoryError("no memory for it")
+
+    store = make_store(tmp_path)
+    monkeypatch.setattr(store, "read", read)
+    transfers = ExtentTransfers(make_cache(), 0, store)
+    record = SnapshotRecord("sp-a", [1], 0, 1, False)
+    transfers.begin(StepPlan(jobs=[SnapshotJob("load", record, HostImage("sp-a", 1))]))
+    assert transfers.ended_jobs(30.0) == [EndedJob("load", "sp-a", "error")]
+    transfers.close()

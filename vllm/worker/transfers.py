@@ -1,0 +1,155 @@
+"""Copies of pinned extents on the host, and the snapshots that are read and written beside the steps.
+
+    device  ⇄  image on the host  ⇄  disk
+       slices, in steps      a thread
+
+An image is one array, uint8 [2 * num_layers, num_blocks, block_bytes]: K of every layer, then V. It lies in the host
+tier, or in memory of its own until the plan drops it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import torch
+
+from vllm.exceptions import StartupError
+from vllm.logger import init_logger
+from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
+from vllm.system_prompt_store import SnapshotOutcome, SnapshotStore
+from vllm.worker.cache_engine import CacheEngine
+
+logger = init_logger(__name__)
+
+# What a background thread gives way by: the steps' own threads are to get the processors they ask for.
+_NICENESS = 10
+
+
+class ExtentTransfers:
+    """Carries out what plans say about tiers, on one rank.
+
+    Args:
+        cache: The KV memory that extents lie in.
+        host_blocks: Blocks of the host tier; its memory is taken now.
+        store: Snapshots of this rank; None where none are kept.
+
+    Raises:
+        StartupError: the host tier does not fit in memory.
+    """
+
+    def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
+        caches = (*cache.k_caches, *cache.v_caches)
+        self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
+        self._block_bytes = self._caches[0].shape[1]
+        self._on_gpu = caches[0].device.type == "cuda"
+        self._arena = self._take_host_memory(host_blocks)
+        self._own: dict[str, torch.Tensor] = {}
+        self._store = store
+        self._stream: torch.cuda.Stream | None = None
+        self._copied: torch.cuda.Event | None = None
+        if self._on_gpu:
+            self._stream, self._copied = torch.cuda.Stream(), torch.cuda.Event()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots", initializer=_give_way)
+        self._running: deque[tuple[SnapshotJob, Future[str]]] = deque()
+
+    def _take_host_memory(self, num_blocks: int) -> torch.Tensor:
+        num_bytes = num_blocks * len(self._caches) * self._block_bytes
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+        except (MemoryError, RuntimeError) as error:
+            raise StartupError(
+                f"--system-prompt-host-cache-gib: {num_bytes / 2**30:.1f} GiB of host memory cannot be had: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
+
+    def begin(self, plan: StepPlan) -> None:
+        """Starts what a plan says; the blocks that it moves are in their places already."""
+        if self._stream is not None:
+            # From here on, steps see what the copies of the step before have written.
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for image in plan.dropped:
+            self._own.pop(image.prompt_id, None)
+        if plan.transfers:
+            self._copy(plan.transfers)
+        for job in plan.jobs:
+            self._running.append((job, self._thread.submit(self._work(job))))
+
+    def _copy(self, transfers: list[ExtentCopy]) -> None:
+        if self._stream is None or self._copied is None:
+            self._copy_blocks(transfers)
+            return
+        # At the same time as the step's computation, which touches neither these blocks nor these images.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._copy_blocks(transfers)
+            self._copied.record()
+
+    def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
+        for transfer in transfers:
+            image = self._image(transfer.image)
+            there = slice(transfer.first, transfer.first + transfer.count)
+            here = slice(transfer.start_block + there.start, transfer.start_block + there.stop)
+            for on_host, cache in zip(image, self._caches, strict=True):
+                if transfer.to_host:
+                    on_host[there].copy_(cache[here], non_blocking=True)
+                else:
+                    cache[here].copy_(on_host[there], non_blocking=True)
+
+    def _image(self, image: HostImage) -> torch.Tensor:
+        shape = (len(self._caches), image.num_blocks, self._block_bytes)
+        if image.start is None:
+            if image.prompt_id not in self._own:
+                self._own[image.prompt_id] = torch.empty(shape, dtype=torch.uint8)
+            return self._own[image.prompt_id]
+        block = len(self._caches) * self._block_bytes
+        return self._arena[image.start * block : (image.start + image.num_blocks) * block].view(shape)
+
+    # Snapshots -------------------------------------------------------------------------------------------------
+
+    def _work(self, job: SnapshotJob) -> Callable[[], str]:
+        """What a job does, in the background; its memory is settled now, so that a later plan may drop the image."""
+        store, record = self._store, job.record
+        if store is None:
+            raise RuntimeError("a plan has work on snapshots, but none are kept")
+        if job.image is None:
+            return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
+        array = self._image(job.image).numpy()
+        if job.op == "load":
+            return lambda: store.read(record, array)
+
+        def write() -> str:
+            if self._copied is not None:
+                self._copied.synchronize()
+            return store.write(record, array)
+
+        return write
+
+    def ended_jobs(self, patience_s: float = 0.0) -> list[EndedJob]:
+        """Jobs that have ended, in their order; waits up to `patience_s` for the first one."""
+        if self._running and patience_s:
+            wait([self._running[0][1]], patience_s)
+        ended = []
+        while self._running and self._running[0][1].done():
+            job, future = self._running.popleft()
+            error = future.exception()
+            if error is not None:
+                logger.error("The %s of snapshot %s broke off.", job.op, job.record.prompt_id, exc_info=error)
+            outcome = SnapshotOutcome.ERROR if error is not None else future.result()
+            ended.append(EndedJob(job.op, job.record.prompt_id, str(outcome)))
+        return ended
+
+    def close(self) -> None:
+        """Waits until every job has ended."""
+        self._thread.shutdown(wait=True)
+
+
+def _give_way() -> None:
+    """Lowers this thread's share of the processors, where the system has shares for threads."""
+    with contextlib.suppress(OSError, AttributeError):
+        own = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS))
