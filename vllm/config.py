@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SystemPromptMode = Literal["auto", "declared", "off"]
+SystemPromptMarkers = Literal["off", "soft", "hard"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ModelConfig:
     seed: int | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False
+    trust_remote_code: bool = False
     max_logprobs: int = 20
     weights_digest: str = ""
     tokenizer_digest: str = ""
@@ -103,6 +105,9 @@ class SystemPromptConfig:
         budget_tokens: Most tokens that pinned extents may take; None means `budget_fraction` of the KV cache.
         budget_fraction: Share of the KV cache that pinned extents may take.
         min_tokens: Shorter system prompts run unpinned.
+        private: What requests bring is pinned for each API key by itself; only an operator's prompts are for all.
+        markers: What becomes of prefixes that requests mark (`cache_control`): `soft` pins, which give way to hard
+            ones, `hard` pins, or nothing (`off`).
         ttl: Seconds after its last use when an automatic pin ends; None keeps it.
         chunk_tokens: Tokens of a system prompt computed per step; fixed, so that its KV never depends on the load.
         snapshot_dir: Folder in which snapshots of pinned prompts outlive the server; None keeps none.
@@ -115,6 +120,8 @@ class SystemPromptConfig:
     budget_fraction: float = 0.5
     min_tokens: int = 1
     ttl: float | None = None
+    private: bool = False
+    markers: SystemPromptMarkers = "soft"
     chunk_tokens: int = 512
     snapshot_dir: str | None = None
     snapshot_bytes: int = 0

@@ -1,5 +1,6 @@
 """Forms in which a prompt may be given to `LLM.generate` and the engines."""
 
+from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 
@@ -14,6 +15,19 @@ class TokensPrompt(TypedDict):
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
+
+
+@dataclass(frozen=True)
+class CacheMark:
+    """A place up to which a client wants the KV of its prompt to be kept.
+
+    Attributes:
+        num_tokens: Tokens before it.
+        ttl: Seconds after its last use when it may go; None leaves that to the pool.
+    """
+
+    num_tokens: int
+    ttl: float | None = None
 
 
 PromptType = str | list[int] | TextPrompt | TokensPrompt

@@ -89,10 +89,16 @@ class SystemPromptInfo:
         state: `pending` (waits for room), `computing`, `pinned`, `removing` (readers still run) or `removed`.
         num_tokens: S.
         num_blocks: KV blocks of its extent.
-        source: `auto` (a chat request) or `declared` (an operator).
+        source: `auto` (a chat request), `marker` (one that marked it), `shared_prefix` (seen in several raw prompts),
+            `declared` (an operator) or `preload` (a file at start-up).
         created / last_used / expires: seconds of `time.time()`; `expires` is None without a ttl.
         hits: Requests that reused it.
         readers: Requests that hold it now.
+        pin: `hard`, `automatic` or `soft`; see `PinClass`.
+        num_bytes: K and V of its extent.
+        tokens_saved: Tokens that requests read from it instead of computing them.
+        parent: Id of the prompt whose KV it continues; its extent holds only what follows.
+        children: Prompts that continue it, which hold it as readers do.
     """
 
     id: str
@@ -107,3 +113,71 @@ class SystemPromptInfo:
     expires: float | None
     hits: int
     readers: int
+    pin: str = "automatic"
+    num_bytes: int = 0
+    tokens_saved: int = 0
+    parent: str | None = None
+    children: int = 0
+
+
+@dataclass
+class VaryingSpanInfo:
+    """A place where system prompts differ that are otherwise alike, so that each is pinned for itself.
+
+    Attributes:
+        position: First token that varies.
+        before: Tokens that come before it.
+        examples: Tokens that were seen there.
+        num_prompts: Different prompts seen so far.
+        num_shared: Tokens that all of them have in common, before and after the span.
+    """
+
+    position: int
+    before: list[int]
+    examples: list[list[int]]
+    num_prompts: int
+    num_shared: int
+
+
+@dataclass
+class RefusedPromptInfo:
+    """A system prompt that requests came with and that is not pinned.
+
+    Attributes:
+        outcome: Why: `too_short`, `over_budget`, `busy` or `disabled`.
+        requests: How many came with it.
+        last_seen: Seconds of `time.time()`.
+    """
+
+    id: str
+    num_tokens: int
+    outcome: str
+    requests: int
+    last_seen: float
+
+
+@dataclass
+class SystemPromptPoolInfo:
+    """State and totals of the pool.
+
+    Attributes:
+        readers: Requests that read pinned prompts now.
+        tokens_reused: Tokens that requests read instead of computing them.
+        prefills: System prompts computed.
+        displaced: Soft pins that gave way to hard ones.
+        outcomes: Requests by what the pool did for them.
+        refused: System prompts that ran unpinned, the latest last.
+        varying: Where system prompts differ that are otherwise alike.
+    """
+
+    mode: str
+    budget_tokens: int
+    pinned_tokens: int
+    prompts: int
+    readers: int
+    tokens_reused: int
+    prefills: int
+    displaced: int
+    outcomes: dict[str, int]
+    refused: list[RefusedPromptInfo]
+    varying: list[VaryingSpanInfo]

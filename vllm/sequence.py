@@ -11,6 +11,7 @@ from vllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from vllm.core.system_prompt_pool import PinnedPrompt
+    from vllm.structured_output.matcher import TokenMatcher
 
 
 class SequenceStatus(IntEnum):
@@ -47,9 +48,13 @@ class Sequence:
         num_in_flight: Tokens that planned steps will draw and whose values are not known yet.
         row: Slot of the running sequence in the ranks' buffers, or -1.
         num_cached_tokens: Prompt tokens this sequence did not have to compute; None until it is first scheduled.
-        num_cache_write_tokens: Tokens of the system prompt that was pinned for this sequence's request.
-        paid_system_prompt: This sequence's request is the one whose arrival caused the system prompt's prefill.
+        num_cache_write_tokens: Tokens of system prompts that were pinned for this sequence's request: computed on its
+            account.
+        tenant: Whose request it is, where several API keys tell; empty otherwise.
+        namespace: Who may share what is the client's own; empty where there are no namespaces.
         block_keys: Prefix-cache keys of its full blocks, extended as they are needed.
+        matcher: Follows the output of a sequence whose form is constrained; its next token can only be drawn when all
+            before it are known.
         fork_parent: Sibling whose prompt blocks this one may share.
     """
 
@@ -63,6 +68,8 @@ class Sequence:
         "fork_parent",
         "index",
         "is_system_prompt",
+        "matcher",
+        "namespace",
         "num_cache_write_tokens",
         "num_cached_tokens",
         "num_committed_blocks",
@@ -70,7 +77,6 @@ class Sequence:
         "num_in_flight",
         "num_prompt_tokens",
         "order",
-        "paid_system_prompt",
         "priority",
         "request_id",
         "row",
@@ -78,6 +84,7 @@ class Sequence:
         "seed",
         "status",
         "system_prompt",
+        "tenant",
         "token_ids",
     )
 
@@ -93,6 +100,8 @@ class Sequence:
         seed: int = 0,
         arrival_time: float = 0.0,
         cache_seed: bytes = b"",
+        tenant: bytes = b"",
+        namespace: bytes = b"",
         is_system_prompt: bool = False,
     ) -> None:
         self.request_id = request_id
@@ -105,10 +114,11 @@ class Sequence:
         self.seed = seed
         self.arrival_time = arrival_time
         self.cache_seed = cache_seed
+        self.tenant = tenant
+        self.namespace = namespace
         self.is_system_prompt = is_system_prompt
         self.status = SequenceStatus.WAITING
         self.system_prompt: PinnedPrompt | None = None
-        self.paid_system_prompt = False
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_committed_blocks = 0
@@ -118,6 +128,7 @@ class Sequence:
         self.num_cache_write_tokens = 0
         self.first_scheduled_time: float | None = None
         self.row = -1
+        self.matcher: TokenMatcher | None = None
         self.fork_parent: Sequence | None = None
         self.fork_children: list[Sequence] = []
 

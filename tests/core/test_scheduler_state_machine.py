@@ -54,8 +54,10 @@ class Device:
             self.tables[seq.row] = list(seq.block_table)
             self.prefix[seq.row] = seq.prefix
         if plan.chunk is not None:
+            above = sum(e.num_tokens for e in plan.chunk.prefix)
             for i, known in enumerate(plan.chunk.token_ids, start=plan.chunk.start):
-                self.slots[plan.chunk.start_block + i // BLOCK, i % BLOCK] = (known, i)
+                own = i - above
+                self.slots[plan.chunk.start_block + own // BLOCK, own % BLOCK] = (known, i)
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for i in range(start, start + count):
                 self.slots[self.slot(row, i)] = (self.tokens[row][i], i)
@@ -143,7 +145,7 @@ class Machine(RuleBasedStateMachine):
     @rule(prompt=st.sampled_from(PROMPTS), ttl=st.sampled_from([None, 5.0, 50.0]))
     def declare(self, prompt, ttl):
         try:
-            self.scheduler.add_system_prompt(list(prompt), None, ttl)
+            self.scheduler.add_system_prompt(list(prompt), ttl=ttl)
         except SystemPromptRefusedError as error:
             assert str(error)
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from vllm.config import SystemPromptConfig
-from vllm.core.system_prompt_pool import Outcome, PinnedPrompt, SystemPromptPool, SystemPromptRefusedError, prompt_id
+from vllm.core.pinned_prompt import prompt_id
+from vllm.core.system_prompt_pool import Outcome, PinnedPrompt, SystemPromptPool, SystemPromptRefusedError
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
@@ -58,7 +59,7 @@ def test_first_request_creates_and_pays_the_others_hit() -> None:
     first, second, third = (bench.request([*A, 50 + i]) for i in range(3))
     assert bench.pool.route(first, 10) == Outcome.CREATED
     assert bench.pool.route(second, 10) == Outcome.HIT
-    assert (first.paid_system_prompt, second.paid_system_prompt) == (True, False)
+    assert (first.num_cache_write_tokens, second.num_cache_write_tokens) == (10, 0)
     assert bench.pool.is_waiting(first) and bench.pool.is_waiting(second)
     assert bench.prefill() == [first, second]
     assert not bench.pool.is_waiting(first)
@@ -264,7 +265,7 @@ def test_no_contiguous_room() -> None:
     prompt = first.system_prompt
     assert prompt is not None
     assert bench.pool.refuse_pending() == [first, second]
-    assert first.system_prompt is None and not first.paid_system_prompt
+    assert first.system_prompt is None and first.num_cache_write_tokens == 0
     assert bench.pool.outcomes == {"created": 1, "hit": 1, "busy": 2}
     assert prompt.info().state == "removed"
     bench.pool.check_integrity({})

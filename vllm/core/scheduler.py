@@ -7,11 +7,13 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Sequence as Several
+from typing import Any, NamedTuple
 
 from vllm.config import SchedulerConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.system_prompt_pool import PinnedPrompt, SystemPromptPool
+from vllm.inputs import CacheMark
 from vllm.sequence import Sequence, SequenceStatus
 from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan, SystemPromptChunk
 
@@ -70,8 +72,13 @@ class Scheduler:
 
     # Requests --------------------------------------------------------------------------------------------------
 
-    def add(self, sequences: list[Sequence], num_system_tokens: int | None = None) -> None:
+    def add(
+        self, sequences: list[Sequence], num_system_tokens: int | None = None, marks: Several[CacheMark] = ()
+    ) -> None:
         """Takes in a request: one sequence an output; the first one computes the prompt, the others fork from it.
+
+        Args:
+            num_system_tokens, marks: See `SystemPromptPool.route`.
 
         Raises:
             ValueError: a request with this id is running.
@@ -85,17 +92,17 @@ class Scheduler:
         first.fork_children = others
         self._requests[first.request_id] = list(sequences)
         self._num_waiting += len(sequences)
-        self.pool.route(first, num_system_tokens)
+        self.pool.route(first, num_system_tokens, marks)
         if not self.pool.is_waiting(first):
             heapq.heappush(self._waiting, first)
 
-    def add_system_prompt(self, token_ids: list[int], name: str | None, ttl: float | None) -> PinnedPrompt:
-        """Declares a system prompt; its prefill takes its turn among the requests.
+    def add_system_prompt(self, token_ids: list[int], **options: Any) -> PinnedPrompt:
+        """Declares a system prompt; its prefill takes its turn among the requests. `options` as of `pool.add`.
 
         Raises:
             SystemPromptRefusedError: it cannot be pinned.
         """
-        prompt = self.pool.add(token_ids, name, ttl)
+        prompt = self.pool.add(token_ids, **options)
         if prompt.order == 0:
             prompt.order = self._next_order
             self._next_order += 1
@@ -147,7 +154,7 @@ class Scheduler:
         because its system prompt waits for room."""
         prompt = self.pool.computing
         while prompt is None and (pending := self.pool.next_pending) is not None:
-            start = self.pool.blocks.find_window(pending.num_blocks)
+            start = self.pool.find_window()
             if start is None:
                 for seq in self.pool.refuse_pending():
                     heapq.heappush(self._waiting, seq)
@@ -165,7 +172,7 @@ class Scheduler:
         token_ids = prompt.token_ids[done : done + self.pool.config.chunk_tokens]
         if prompt.extent is None:
             raise RuntimeError(f"system prompt {prompt.id} is being computed without an extent")
-        plan.chunk = SystemPromptChunk(prompt.id, prompt.extent.start, done, token_ids)
+        plan.chunk = SystemPromptChunk(prompt.id, prompt.extent.start, done, token_ids, prompt.prefix[:-1])
         prompt.sequence.num_computed_tokens += len(token_ids)
         if prompt.sequence.num_computed_tokens == prompt.num_tokens:
             self._freed.append(FreedSequence(row=-1, is_system_prompt=True))
@@ -185,7 +192,8 @@ class Scheduler:
         while i < len(self.running):
             seq = self.running[i]
             missing = seq.num_tokens - seq.num_computed_tokens
-            if (missing > 1 and budget <= 0) or self._ends_by_length(seq):
+            waits_for_token = seq.matcher is not None and seq.num_in_flight > 0
+            if (missing > 1 and budget <= 0) or waits_for_token or self._ends_by_length(seq):
                 i += 1
                 continue
             count = min(missing, max(budget, 1))
@@ -260,7 +268,6 @@ class Scheduler:
             self.blocks.free(seq)
             return None
         if seq.num_cached_tokens is None:
-            seq.num_cache_write_tokens = seq.prefix_len if seq.paid_system_prompt else 0
             seq.num_cached_tokens = seq.num_computed_tokens - seq.num_cache_write_tokens
             seq.first_scheduled_time = self._clock()
             if seq.index == 0:
@@ -270,13 +277,15 @@ class Scheduler:
 
     def _fill_batch(self, plan: StepPlan) -> None:
         """Writes the batch, sequences of one group side by side so that its extent is read once."""
-        self._scheduled.sort(key=_extent_start)
+        self._scheduled.sort(key=_order_key)
         for seq, count in self._scheduled:
             samples = seq.num_computed_tokens + count == seq.num_tokens
             plan.rows.append(seq.row)
             plan.starts.append(seq.num_computed_tokens)
             plan.counts.append(count)
             plan.samples.append(samples)
+            if samples and seq.matcher is not None:
+                plan.masked.append(len(plan.samples) - 1)
             plan.wants_prompt_logprobs.append(
                 seq.sampling_params.prompt_logprobs is not None
                 and seq.index == 0
@@ -297,6 +306,11 @@ class Scheduler:
     def num_in_flight(self) -> int:
         """Plans whose tokens have not been taken in."""
         return len(self._in_flight)
+
+    @property
+    def newest_batch(self) -> PlannedBatch:
+        """The batch of the latest plan."""
+        return self._in_flight[-1]
 
     @property
     def oldest_batch(self) -> PlannedBatch:
@@ -328,6 +342,8 @@ class Scheduler:
             if token < 0:
                 continue
             self._release_forks(seq)
+            if seq.matcher is not None:
+                seq.matcher.accept(token)
             status, stop_token = self._stop(seq, token)
             news.append((seq, token, stop_token))
             if status is not None:
@@ -347,6 +363,9 @@ class Scheduler:
     def _stop(self, seq: Sequence, token: int) -> tuple[SequenceStatus | None, int | None]:
         params = seq.sampling_params
         num_outputs = len(seq.token_ids) - seq.num_prompt_tokens
+        # A form that is complete leaves nothing to say, whatever min_tokens and ignore_eos ask.
+        if seq.matcher is not None and seq.matcher.ended:
+            return SequenceStatus.FINISHED_STOPPED, None
         if num_outputs >= params.min_tokens:
             if token in self.eos_token_ids and not params.ignore_eos:
                 return SequenceStatus.FINISHED_STOPPED, None
@@ -367,7 +386,7 @@ class Scheduler:
             return ()
         if prompt.extent is None:
             raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
-        return (PrefixExtent(prompt.extent.start, prompt.num_tokens),)
+        return prompt.prefix
 
     # Leaving ---------------------------------------------------------------------------------------------------
 
@@ -423,6 +442,6 @@ class Scheduler:
         assert self._num_waiting == sum(s.status != SequenceStatus.RUNNING for s in self.unfinished())
 
 
-def _extent_start(entry: tuple[Sequence, int]) -> int:
+def _order_key(entry: tuple[Sequence, int]) -> tuple[int, ...]:
     prompt = entry[0].system_prompt
-    return prompt.extent.start if prompt is not None and prompt.extent is not None else -1
+    return prompt.order_key if prompt is not None else ()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,20 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.core_process import CoreProcessArgs
+from vllm.engine.engine_core import PinName
 from vllm.engine.input_processor import InputProcessor
 from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, EngineStats, StepOutputs, UtilityCall
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.tenant import current_tenant
+from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
-from vllm.inputs import PromptType, TokensPrompt
+from vllm.inputs import CacheMark, PromptType, TokensPrompt
 from vllm.logger import init_logger
-from vllm.outputs import RequestOutput, SystemPromptInfo
-from vllm.sampling_params import SamplingParams
+from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.structured_output.compiler import ConstraintCompiler
+from vllm.structured_output.constraint import CompiledConstraint
 from vllm.transformers_utils.chat_template import ChatRenderer, RenderedChat
 from vllm.transformers_utils.tokenizer import load_tokenizer
 
@@ -68,6 +73,7 @@ class AsyncLLMEngine:
         self.tokenizer = load_tokenizer(model.tokenizer_path, args.trust_remote_code)
         self.renderer = ChatRenderer(self.tokenizer, model.chat_template)
         self.input_processor = InputProcessor(model, self.tokenizer, self.renderer)
+        self._compiler = ConstraintCompiler(model)
         self.stats = EngineStats()
         self._dead: EngineDeadError | None = None
         self._closed = False
@@ -213,6 +219,7 @@ class AsyncLLMEngine:
             if news.stats is not None:
                 self.stats = news.stats
                 self.metrics.on_stats(news.stats)
+                log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
             for result in news.results:
                 future = self._calls.pop(result.call_id, None)
                 if future is None or future.done():
@@ -260,6 +267,7 @@ class AsyncLLMEngine:
             self._process.wait()
         if self._reader is not None:
             self._reader.cancel()
+        self._compiler.shutdown()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._close()
         self._context.term()
@@ -276,8 +284,12 @@ class AsyncLLMEngine:
         num_system_tokens: int | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        marks: Sequence[CacheMark] = (),
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request as they come. Closing the iterator early aborts the request.
+
+        Args:
+            num_system_tokens, cache_salt, priority, marks: As in `LLMEngine.add_request`.
 
         Raises:
             VLLMValidationError: a value is not allowed; before the first item.
@@ -287,13 +299,17 @@ class AsyncLLMEngine:
         arrival_time = time.time()
         if isinstance(prompt, str):
             prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
+        wanted = sampling_params.structured_outputs
         request, text = self.input_processor.request(
             request_id,
             prompt,
             sampling_params,
+            constraint=None if wanted is None else await self._compile(wanted),
             num_system_tokens=num_system_tokens,
             cache_salt=cache_salt,
             priority=priority,
+            marks=marks,
+            tenant=current_tenant.get(),
             arrival_time=arrival_time,
         )
         queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
@@ -306,6 +322,8 @@ class AsyncLLMEngine:
             while True:
                 news = await queue.get()
                 if isinstance(news, Exception):
+                    if wanted and isinstance(news, VLLMValidationError) and news.param == "structured_outputs":
+                        self._compiler.refuse(wanted, news)
                     raise news
                 yield news
                 if news.finished:
@@ -313,6 +331,10 @@ class AsyncLLMEngine:
         finally:
             if not state.finished and self._processor.requests.get(request_id) is state:
                 await self.abort(request_id)
+
+    async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
+        # Several requests may wait for the same one: it goes on when one of them leaves.
+        return await asyncio.shield(asyncio.wrap_future(self._compiler.compile(wanted)))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; the engine takes note before its next step. Unknown ids are ignored."""
@@ -345,7 +367,12 @@ class AsyncLLMEngine:
     # System prompts --------------------------------------------------------------------------------------------
 
     async def add_system_prompt(
-        self, prompt_or_ids: str | list[int] | list[dict], name: str | None = None, ttl: float | None = None
+        self,
+        prompt_or_ids: str | list[int] | list[dict],
+        name: str | None = None,
+        ttl: float | None = None,
+        pin: PinName = "hard",
+        source: str = "declared",
     ) -> SystemPromptInfo:
         """Pins a system prompt; returns once it is computed. See `LLMEngine.add_system_prompt`.
 
@@ -353,7 +380,16 @@ class AsyncLLMEngine:
             VLLMValidationError: empty, too long, or no room in the pool.
         """
         token_ids = await self._in_thread(self.input_processor.system_prompt, prompt_or_ids)
-        return SystemPromptInfo(**await self._call("add_system_prompt", token_ids, name, ttl))
+        options = {"name": name, "ttl": ttl, "pin": pin, "source": source}
+        return SystemPromptInfo(**await self._call("add_system_prompt", token_ids, options))
+
+    async def update_system_prompt(self, prompt_id: str, **changes: Any) -> SystemPromptInfo:
+        """Changes the `name` or `ttl` of a prompt; its ttl counts from now on.
+
+        Raises:
+            VLLMValidationError: there is no such system prompt.
+        """
+        return SystemPromptInfo(**await self._call("update_system_prompt", prompt_id, changes))
 
     async def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
         """Ends a pin, at once or when its last reader has finished.
@@ -365,6 +401,40 @@ class AsyncLLMEngine:
 
     async def list_system_prompts(self) -> list[SystemPromptInfo]:
         return [SystemPromptInfo(**info) for info in await self._call("list_system_prompts")]
+
+    async def system_prompt_pool(self) -> SystemPromptPoolInfo:
+        """State and totals of the pool."""
+        return msgspec.convert(await self._call("system_prompt_pool"), SystemPromptPoolInfo)
+
+    async def set_system_prompt_budget(self, num_tokens: int) -> int:
+        """Changes how many tokens may be pinned; returns what it is now, whole blocks and as far as memory allows.
+
+        Raises:
+            VLLMValidationError: more than that is pinned.
+        """
+        return int(await self._call("set_system_prompt_budget", num_tokens))
+
+    async def explain_request(
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        *,
+        num_system_tokens: int | None = None,
+        cache_salt: str | None = None,
+        marks: Sequence[CacheMark] = (),
+    ) -> dict[str, Any]:
+        """What the pool would do for a request, and why; see `SystemPromptPool.explain`."""
+        request, _ = self.input_processor.request(
+            "explain",
+            token_ids,
+            params,
+            num_system_tokens=num_system_tokens,
+            cache_salt=cache_salt,
+            marks=marks,
+            tenant=current_tenant.get(),
+        )
+        answer: dict[str, Any] = await self._call("explain_request", request)
+        return answer
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets cached suffix blocks; pinned prompts stay."""

@@ -64,8 +64,12 @@ class CoreProcess:
         self._until_computed: list[tuple[int, PinnedPrompt]] = []
         self._methods: dict[str, Callable[..., Any]] = {
             "add_system_prompt": self._add_system_prompt,
+            "update_system_prompt": self._update_system_prompt,
             "remove_system_prompt": self._remove_system_prompt,
             "list_system_prompts": self._list_system_prompts,
+            "system_prompt_pool": self._system_prompt_pool,
+            "set_system_prompt_budget": self._set_system_prompt_budget,
+            "explain_request": self._explain_request,
             "reset_prefix_cache": self._reset_prefix_cache,
         }
 
@@ -105,9 +109,9 @@ class CoreProcess:
         if result is not None:
             self._results.append(UtilityResult(call.call_id, result=result))
 
-    def _add_system_prompt(self, call_id: int, token_ids: list[int], name: str | None, ttl: float | None) -> None:
+    def _add_system_prompt(self, call_id: int, token_ids: list[int], options: dict[str, Any]) -> None:
         """Answered once the prompt is computed."""
-        self._until_computed.append((call_id, self._core.add_system_prompt(token_ids, name, ttl)))
+        self._until_computed.append((call_id, self._core.add_system_prompt(token_ids, **options)))
 
     def _answer_computed(self) -> None:
         waiting = []
@@ -118,17 +122,39 @@ class CoreProcess:
                 text = f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
                 self._results.append(UtilityResult(call_id, error=text))
             else:
-                self._results.append(UtilityResult(call_id, result=asdict(prompt.info())))
+                self._results.append(UtilityResult(call_id, result=self._described(prompt)))
         self._until_computed = waiting
 
     def _remove_system_prompt(self, call_id: int, prompt_id: str) -> dict[str, Any]:
         try:
-            return asdict(self._core.remove_system_prompt(prompt_id).info())
+            return self._described(self._core.remove_system_prompt(prompt_id))
+        except KeyError:
+            raise VLLMValidationError(f"There is no system prompt {prompt_id!r}.", "id") from None
+
+    def _update_system_prompt(self, call_id: int, prompt_id: str, changes: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._described(self._core.update_system_prompt(prompt_id, **changes))
         except KeyError:
             raise VLLMValidationError(f"There is no system prompt {prompt_id!r}.", "id") from None
 
     def _list_system_prompts(self, call_id: int) -> list[dict[str, Any]]:
-        return [asdict(prompt.info()) for prompt in self._core.list_system_prompts()]
+        return [self._described(prompt) for prompt in self._core.list_system_prompts()]
+
+    def _described(self, prompt: PinnedPrompt) -> dict[str, Any]:
+        return asdict(self._core.pool.describe(prompt))
+
+    def _system_prompt_pool(self, call_id: int) -> dict[str, Any]:
+        return asdict(self._core.pool.info())
+
+    def _set_system_prompt_budget(self, call_id: int, num_tokens: int) -> int:
+        try:
+            self._core.pool.set_budget(num_tokens)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), "budget_tokens") from None
+        return self._core.pool.budget_tokens
+
+    def _explain_request(self, call_id: int, request: dict[str, Any]) -> dict[str, Any]:
+        return self._core.explain_request(msgspec.convert(request, EngineRequest))
 
     def _reset_prefix_cache(self, call_id: int) -> bool:
         self._core.reset_prefix_cache()

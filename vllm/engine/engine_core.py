@@ -6,23 +6,35 @@ import hashlib
 import secrets
 from collections import deque
 from collections.abc import Callable
+from concurrent import futures
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import PlannedBatch, Scheduler
-from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
+from vllm.core.system_prompt_pool import PinClass, PinnedPrompt, PromptState, SystemPromptPool
 from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
 from vllm.executor.uniproc import UniprocExecutor
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
-from vllm.step import PositionLogprobs, StepResult
+from vllm.step import PositionLogprobs, StepPlan, StepResult
+from vllm.structured_output.store import ConstraintStore
 from vllm.worker.cache_engine import PinnedBlockPool
+
+if TYPE_CHECKING:
+    import xgrammar
 
 logger = init_logger(__name__)
 
+# With nothing else to do, the engine waits so long for a constraint before it looks for other news.
+_CONSTRAINT_POLL_S = 0.005
+
 _FIELD_SEPARATOR = b"\x00"
+PinName = Literal["hard", "soft"]
 
 
 class EngineCore:
@@ -46,7 +58,11 @@ class EngineCore:
         blocks = BlockManager(num_blocks, block_size, config.cache.enable_prefix_caching)
         pinned = PinnedBlockPool(num_blocks, self._budget_blocks(num_blocks), floor)
         self.pool = SystemPromptPool(
-            config.system_prompt, pinned, block_size, on_release=lambda e: blocks.give_back(e.start, e.num_blocks)
+            config.system_prompt,
+            pinned,
+            block_size,
+            on_release=lambda e: blocks.give_back(e.start, e.num_blocks),
+            bytes_per_block=self._bytes_per_block * config.parallel.tensor_parallel_size,
         )
         self.scheduler = Scheduler(
             config.scheduler, blocks, self.pool, config.model.max_model_len, config.model.eos_token_ids
@@ -54,6 +70,8 @@ class EngineCore:
         self._seeds_drawn = 0
         self._prompt_logprobs: dict[str, PositionLogprobs] = {}
         self._failed: list[EngineOutput] = []
+        self._constraints = ConstraintStore(config.model)
+        self._unready: dict[str, tuple[EngineRequest, futures.Future[xgrammar.CompiledGrammar]]] = {}
         self._in_flight: deque[tuple[int, Callable[[], StepResult]]] = deque()
 
     @property
@@ -63,6 +81,7 @@ class EngineCore:
     def _num_blocks(self, floor: int) -> int:
         cache = self.config.cache
         available, block_bytes = self.executor.kv_memory()
+        self._bytes_per_block = block_bytes
         if cache.num_blocks is not None:
             num_blocks, source = cache.num_blocks, "--num-gpu-blocks-override"
         elif cache.kv_cache_memory_bytes is not None:
@@ -89,9 +108,32 @@ class EngineCore:
 
     def add_request(self, request: EngineRequest) -> None:
         """Takes in a request. One that cannot be taken fails alone, with an output that carries the error."""
+        if request.constraint is not None:
+            self._unready[request.request_id] = (request, self._constraints.load(request.constraint))
+        else:
+            self._admit(request)
+
+    def _admit_ready(self) -> None:
+        """Lets in the requests whose constraints have been loaded."""
+        for request, loading in list(self._unready.values()):
+            if loading.done():
+                del self._unready[request.request_id]
+                error = loading.exception()
+                if error is None:
+                    self._admit(request, loading.result())
+                else:
+                    self._fail(request.request_id, f"The structured outputs cannot be read: {error}", None)
+
+    def _fail(self, request_id: str, error: str, param: str | None) -> None:
+        """Ends a request with an error, which comes with the next outputs."""
+        self.abort(request_id)
+        self._failed.append(EngineOutput(request_id, 0, [], finish_reason="abort", error=error, param=param))
+
+    def _admit(self, request: EngineRequest, grammar: xgrammar.CompiledGrammar | None = None) -> None:
         params = request.sampling_params
         seed = self._seed(params.seed)
-        cache_seed = self._cache_seed(request.cache_salt)
+        tenant, namespace = self._namespaces(request)
+        cache_seed = self._cache_seed(namespace)
         sequences = [
             Sequence(
                 request.request_id,
@@ -102,16 +144,25 @@ class EngineCore:
                 seed=seed + i,
                 arrival_time=request.arrival_time,
                 cache_seed=cache_seed,
+                tenant=tenant,
+                namespace=namespace,
             )
             for i in range(params.n)
         ]
+        if grammar is not None:
+            from vllm.structured_output.matcher import TokenMatcher
+
+            for seq in sequences:
+                seq.matcher = TokenMatcher(grammar)
         try:
-            self.scheduler.add(sequences, request.num_system_tokens)
+            self.scheduler.add(sequences, request.num_system_tokens, request.marks)
         except ValueError as error:
             self._failed.append(EngineOutput(request.request_id, 0, [], finish_reason="abort", error=str(error)))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one output of it, and frees what it held. Unknown ids are ignored."""
+        if index is None:
+            self._unready.pop(request_id, None)
         self.scheduler.abort(request_id, index)
         self._prompt_logprobs.pop(request_id, None)
 
@@ -125,23 +176,56 @@ class EngineCore:
         material = f"{self.config.model.seed}:{self._seeds_drawn}".encode()
         return int.from_bytes(hashlib.sha256(material).digest()[:7], "little")
 
-    def _cache_seed(self, namespace: str | None) -> bytes:
+    @staticmethod
+    def _namespaces(request: EngineRequest) -> tuple[bytes, bytes]:
+        """Digests of whose request it is, and of the namespace within; each empty where there is none."""
+        tenant = b"" if request.tenant is None else hashlib.sha256(request.tenant.encode()).digest()
+        if request.cache_salt is None:
+            return tenant, tenant
+        salt = hashlib.sha256(request.cache_salt.encode()).digest()
+        return tenant, hashlib.sha256(tenant + salt).digest()
+
+    def _cache_seed(self, namespace: bytes) -> bytes:
         """Start of the key chain of a request's blocks: equal only for the same weights and namespace."""
         fields = (self.config.model.weights_digest.encode(), self.config.model.dtype.encode())
-        salt = b"" if namespace is None else hashlib.sha256(namespace.encode()).digest()
-        return _FIELD_SEPARATOR.join((*fields, salt))
+        return _FIELD_SEPARATOR.join((*fields, namespace))
 
     # System prompts --------------------------------------------------------------------------------------------
 
     def add_system_prompt(
-        self, token_ids: list[int], name: str | None = None, ttl: float | None = None
+        self,
+        token_ids: list[int],
+        name: str | None = None,
+        ttl: float | None = None,
+        pin: PinName = "hard",
+        source: str = "declared",
     ) -> PinnedPrompt:
         """Declares a system prompt; it is computed in the coming steps.
 
         Raises:
             SystemPromptRefusedError: it cannot be pinned; the message says why.
         """
-        return self.scheduler.add_system_prompt(token_ids, name, ttl)
+        return self.scheduler.add_system_prompt(token_ids, name=name, ttl=ttl, pin=PinClass[pin.upper()], source=source)
+
+    def update_system_prompt(self, prompt_id: str, **changes: Any) -> PinnedPrompt:
+        """Changes the `name` or `ttl` of a prompt.
+
+        Raises:
+            KeyError: there is no such prompt.
+        """
+        return self.pool.update(prompt_id, **changes)
+
+    def explain_request(self, request: EngineRequest) -> dict[str, Any]:
+        """What the pool would do for a request, and why; see `SystemPromptPool.explain`."""
+        tenant, namespace = self._namespaces(request)
+        seq = Sequence(
+            request.request_id,
+            list(request.prompt_token_ids),
+            request.sampling_params,
+            tenant=tenant,
+            namespace=namespace,
+        )
+        return self.pool.explain(seq, request.num_system_tokens, request.marks)
 
     def remove_system_prompt(self, prompt_id: str) -> PinnedPrompt:
         """Ends a pin, once its last reader has finished.
@@ -166,7 +250,7 @@ class EngineCore:
     # Steps -----------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work() or bool(self._failed)
+        return self.scheduler.has_work() or bool(self._failed) or bool(self._unready)
 
     def step(self) -> StepOutputs:
         """Plans a step and starts it; takes in the oldest one in flight and returns its news.
@@ -174,10 +258,16 @@ class EngineCore:
         Where the device leaves the host free, the oldest is the step before: its tokens come back while the one that
         was just started computes.
         """
+        if self._unready:
+            self._admit_ready()
         plan = self.scheduler.schedule()
         if not plan.is_empty:
+            if plan.masked:
+                self._fill_masks(plan)
             self._in_flight.append((plan.num_tokens, self.executor.submit(plan)))
         if not self._in_flight or (not plan.is_empty and len(self._in_flight) < self.executor.pipeline_depth):
+            if self._unready and not self._in_flight:
+                futures.wait([loading for _, loading in self._unready.values()], _CONSTRAINT_POLL_S, "FIRST_COMPLETED")
             return StepOutputs(outputs=self._take_failed(), stats=self.stats(0))
         num_tokens, wait = self._in_flight.popleft()
         result = wait()
@@ -186,6 +276,9 @@ class EngineCore:
         self._collect_prompt_logprobs(batch, result)
         outputs = self._take_failed()
         for seq, token, stop_token in self.scheduler.postprocess(result.token_ids):
+            if seq.matcher is not None and seq.matcher.error is not None:
+                self._fail(seq.request_id, f"structured_outputs {seq.matcher.error}.", "structured_outputs")
+                continue
             first = len(seq.token_ids) == seq.num_prompt_tokens + 1
             outputs.append(
                 EngineOutput(
@@ -202,6 +295,16 @@ class EngineCore:
                 )
             )
         return StepOutputs(outputs=outputs, stats=self.stats(num_tokens))
+
+    def _fill_masks(self, plan: StepPlan) -> None:
+        """Writes which tokens may be drawn where the form of the output is constrained."""
+        batch = self.scheduler.newest_batch
+        bitmask = np.empty((len(plan.masked), -(-self.config.model.vocab_size // 32)), np.int32)
+        for row, entry in enumerate(plan.masked):
+            matcher = batch.sequences[entry].matcher
+            if matcher is not None:
+                matcher.fill(bitmask, row)
+        plan.token_masks = bitmask.tobytes()
 
     def _take_failed(self) -> list[EngineOutput]:
         failed, self._failed = self._failed, []
@@ -223,6 +326,7 @@ class EngineCore:
     def stats(self, iteration_tokens: int) -> EngineStats:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
         prefill_seconds, pool.prefill_seconds = pool.prefill_seconds, []
+        new_spans, pool.new_spans = pool.new_spans, []
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
@@ -243,7 +347,9 @@ class EngineCore:
             pool_tokens_reused=pool.tokens_reused,
             pool_outcomes=dict(pool.outcomes),
             pool_prefill_seconds=prefill_seconds,
+            varying_prompts=new_spans,
         )
 
     def shutdown(self) -> None:
+        self._constraints.shutdown()
         self.executor.shutdown()

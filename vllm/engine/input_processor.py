@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import PromptType
+from vllm.inputs import CacheMark, PromptType
 from vllm.sampling_params import SamplingParams
+from vllm.structured_output.constraint import CompiledConstraint
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -81,20 +83,27 @@ class InputProcessor:
         num_system_tokens: int | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        marks: Sequence[CacheMark] = (),
+        tenant: str | None = None,
         arrival_time: float | None = None,
+        constraint: CompiledConstraint | None = None,
     ) -> tuple[EngineRequest, str | None]:
         """Returns the request as the engine core takes it, and the prompt's text if it was given as text.
 
         `max_tokens` is cut to what the context leaves; None becomes all of it.
+
+        Args:
+            constraint: What the parameters' `structured_outputs` were compiled to.
 
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
         token_ids, text = self.prompt(prompt)
         params = params.clone()
+        params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
             token_ids = self._truncate(token_ids, params)
-            num_system_tokens = None
+            num_system_tokens, marks = None, ()
         longest = self.config.max_model_len
         if not token_ids:
             raise VLLMValidationError("The prompt is empty; give at least one token.", "prompt")
@@ -124,6 +133,9 @@ class InputProcessor:
             num_system_tokens=num_system_tokens,
             cache_salt=cache_salt,
             priority=priority,
+            constraint=constraint,
+            marks=[mark for mark in marks if 0 < mark.num_tokens < len(token_ids)],
+            tenant=tenant,
         )
         return request, text
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerFast
 
 from vllm.config import VllmConfig
 from vllm.core.system_prompt_pool import Outcome, PromptState, SystemPromptRefusedError
 from vllm.engine.arg_utils import EngineArgs
-from vllm.engine.engine_core import EngineCore
+from vllm.engine.engine_core import EngineCore, PinName
 from vllm.engine.input_processor import InputProcessor
 from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import PromptType
-from vllm.outputs import RequestOutput, SystemPromptInfo
+from vllm.inputs import CacheMark, PromptType
+from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sampling_params import SamplingParams
+from vllm.structured_output.compiler import ConstraintCompiler
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,6 +39,7 @@ class LLMEngine:
         self.input_processor = InputProcessor(config.model, self.tokenizer, self.renderer)
         self.core = EngineCore(config)
         self._processor = OutputProcessor(self.tokenizer)
+        self._compiler = ConstraintCompiler(config.model)
         self._news: list[RequestOutput] = []
 
     @classmethod
@@ -52,6 +55,7 @@ class LLMEngine:
         num_system_tokens: int | None = None,
         cache_salt: str | None = None,
         priority: int = 0,
+        marks: Sequence[CacheMark] = (),
     ) -> None:
         """Takes in a request; its outputs come from `step()`.
 
@@ -59,17 +63,21 @@ class LLMEngine:
             num_system_tokens: Length of the system prompt at the head of the prompt, as `ChatRenderer.render` found it.
             cache_salt: Namespace; suffix KV is shared only within it.
             priority: Smaller runs first.
+            marks: Further prefixes to keep; each continues the one before it and shares its KV.
 
         Raises:
             VLLMValidationError: a value is not allowed.
         """
+        wanted = params.structured_outputs
         request, text = self.input_processor.request(
             request_id,
             prompt,
             params,
+            constraint=None if wanted is None else self._compiler.compile(wanted).result(),
             num_system_tokens=num_system_tokens,
             cache_salt=cache_salt,
             priority=priority,
+            marks=marks,
         )
         try:
             self._processor.add(request, text, self._deliver)
@@ -95,8 +103,11 @@ class LLMEngine:
         return news
 
     def _advance(self) -> None:
-        for request_id, index in self._processor.process(self.core.step().outputs):
+        news = self.core.step()
+        for request_id, index in self._processor.process(news.outputs):
             self.core.abort(request_id, index)
+        if news.stats is not None:
+            log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._processor.requests) or bool(self._news)
@@ -108,7 +119,11 @@ class LLMEngine:
         return self.tokenizer.hf
 
     def add_system_prompt(
-        self, prompt_or_ids: str | list[int] | list[dict], name: str | None = None, ttl: float | None = None
+        self,
+        prompt_or_ids: str | list[int] | list[dict],
+        name: str | None = None,
+        ttl: float | None = None,
+        pin: PinName = "hard",
     ) -> SystemPromptInfo:
         """Pins a system prompt and computes it now; running requests go on meanwhile.
 
@@ -117,19 +132,20 @@ class LLMEngine:
                 pinned as the chat template renders them.
             name: Shown in listings.
             ttl: Seconds after its last use when the pin ends; None keeps it.
+            pin: `hard` stays; `soft` gives way to hard pins that need its room.
 
         Raises:
             VLLMValidationError: empty or too long.
             SystemPromptRefusedError: the pool has no room for it.
         """
-        prompt = self.core.add_system_prompt(self.input_processor.system_prompt(prompt_or_ids), name, ttl)
+        prompt = self.core.add_system_prompt(self.input_processor.system_prompt(prompt_or_ids), name, ttl, pin)
         while not self.core.is_computed(prompt):
             self._advance()
         if prompt.state == PromptState.REMOVED:
             raise SystemPromptRefusedError(
                 Outcome.BUSY, f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
             )
-        return prompt.info()
+        return self.core.pool.describe(prompt)
 
     def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
         """Ends a pin, at once or when its last reader has finished.
@@ -138,12 +154,16 @@ class LLMEngine:
             VLLMValidationError: there is no such system prompt.
         """
         try:
-            return self.core.remove_system_prompt(prompt_id).info()
+            return self.core.pool.describe(self.core.remove_system_prompt(prompt_id))
         except KeyError:
             raise VLLMValidationError(f"There is no system prompt {prompt_id!r}.", "id") from None
 
     def list_system_prompts(self) -> list[SystemPromptInfo]:
-        return [prompt.info() for prompt in self.core.list_system_prompts()]
+        return [self.core.pool.describe(prompt) for prompt in self.core.list_system_prompts()]
+
+    def system_prompt_pool(self) -> SystemPromptPoolInfo:
+        """State and totals of the pool."""
+        return self.core.pool.info()
 
     def reset_prefix_cache(self) -> bool:
         """Forgets cached suffix blocks; pinned prompts stay. Always succeeds, and says so."""
@@ -151,4 +171,5 @@ class LLMEngine:
         return True
 
     def shutdown(self) -> None:
+        self._compiler.shutdown()
         self.core.shutdown()

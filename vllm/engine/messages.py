@@ -6,8 +6,11 @@ from typing import Any
 
 import msgspec
 
+from vllm.inputs import CacheMark
+from vllm.outputs import VaryingSpanInfo
 from vllm.sampling_params import SamplingParams
 from vllm.step import PositionLogprobs
+from vllm.structured_output.constraint import CompiledConstraint
 
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
@@ -16,6 +19,9 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
     Attributes:
         num_system_tokens: Length of the system prompt at the head of `prompt_token_ids`; None if there is none to pin.
         cache_salt: Namespace of its suffix blocks.
+        constraint: The form that its outputs must have.
+        marks: Further prefixes that the client wants to be kept.
+        tenant: Which of several API keys it came with; None where there are not several. Namespaces are the tenant's.
     """
 
     request_id: str
@@ -25,6 +31,9 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
     num_system_tokens: int | None = None
     cache_salt: str | None = None
     priority: int = 0
+    constraint: CompiledConstraint | None = None
+    marks: list[CacheMark] = []
+    tenant: str | None = None
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
@@ -61,6 +70,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
         num_cache_write_tokens: Likewise.
         first_scheduled_time: Set with the first token.
         error: The request failed in the engine; nothing more comes.
+        param: The request field to blame for it; None where the request is not to blame.
     """
 
     request_id: str
@@ -74,6 +84,7 @@ class EngineOutput(msgspec.Struct, omit_defaults=True):
     num_cache_write_tokens: int = 0
     first_scheduled_time: float | None = None
     error: str | None = None
+    param: str | None = None
 
 
 class EngineStats(msgspec.Struct, omit_defaults=True):
@@ -83,6 +94,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
         iteration_tokens: Tokens computed in the step.
         pool_outcomes: Requests by what the pool did for them, e.g. `hit`, `created`, `over_budget`.
         pool_prefill_seconds: Durations of system-prompt prefills that ended in this step.
+        varying_prompts: Places where system prompts differ that are otherwise alike, noticed in this step.
     """
 
     num_running: int = 0
@@ -104,6 +116,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     pool_tokens_reused: int = 0
     pool_outcomes: dict[str, int] = {}
     pool_prefill_seconds: list[float] = []
+    varying_prompts: list[VaryingSpanInfo] = []
 
 
 class StepOutputs(msgspec.Struct, omit_defaults=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -96,10 +96,14 @@ class LLM:
         return self._run(requests, sampling_params, use_tqdm)
 
     def add_system_prompt(
-        self, prompt_or_ids: str | list[int] | list[dict], name: str | None = None, ttl: float | None = None
+        self,
+        prompt_or_ids: str | list[int] | list[dict],
+        name: str | None = None,
+        ttl: float | None = None,
+        pin: Literal["hard", "soft"] = "hard",
     ) -> SystemPromptInfo:
         """Pins a system prompt and computes it now; see `LLMEngine.add_system_prompt`."""
-        return self.llm_engine.add_system_prompt(prompt_or_ids, name, ttl)
+        return self.llm_engine.add_system_prompt(prompt_or_ids, name, ttl, pin)
 
     def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
         """Ends a pin; see `LLMEngine.remove_system_prompt`."""

@@ -43,7 +43,8 @@ class PinnedBlockPool:
 
     def __init__(self, num_blocks: int, budget_blocks: int, floor_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.budget_blocks = max(0, min(budget_blocks, num_blocks - floor_blocks))
+        self._most_blocks = max(0, num_blocks - floor_blocks)
+        self.budget_blocks = min(budget_blocks, self._most_blocks)
         self.pinned_blocks = 0
         self._extents: dict[str, Extent] = {}
 
@@ -55,6 +56,10 @@ class PinnedBlockPool:
     def extents(self) -> dict[str, Extent]:
         """Pinned extents by owner."""
         return dict(self._extents)
+
+    def set_budget(self, num_blocks: int) -> None:
+        """Changes the budget, as far as the floor allows; it is never below what is pinned."""
+        self.budget_blocks = max(self.pinned_blocks, min(num_blocks, self._most_blocks))
 
     def fits(self, num_blocks: int) -> bool:
         """Whether the budget still has room for `num_blocks` more."""
@@ -216,7 +221,13 @@ class CacheEngine:
             return
         import torch
 
+        from vllm.model_executor.layers.ops import cpu_kernels
+
         moves = torch.tensor(pairs, dtype=torch.int64, device=self._device)
+        if cpu_kernels.library() is not None:
+            for cache in (*self.k_caches, *self.v_caches):
+                cpu_kernels.copy_blocks(cache, moves, self.block_size)
+            return
         offsets = torch.arange(self.block_size, device=self._device)
         source = (moves[:, :1] * self.block_size + offsets).flatten()
         destination = (moves[:, 1:] * self.block_size + offsets).flatten()

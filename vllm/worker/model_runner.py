@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.model_executor.layers.sampler import LogprobTensors, Sampler
+from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
 from vllm.worker.cache_engine import CacheEngine
@@ -112,16 +113,20 @@ class ModelRunner:
         prompt alone, so its KV is the same bits whoever else is served."""
         count = len(chunk.token_ids)
         positions = torch.arange(chunk.start, chunk.start + count, device=self.device)
-        first_slot = chunk.start_block * self.cache.block_size
-        num_blocks = -(-count // self.cache.block_size)
-        first_block = chunk.start_block + chunk.start // self.cache.block_size
+        block_size = self.cache.block_size
+        # What lies in the extents that the prompt continues, and what is in its own already.
+        above = sum(extent.num_tokens for extent in chunk.prefix)
+        done = chunk.start - above
+        num_blocks = -(-count // block_size)
+        first_block = chunk.start_block + done // block_size
+        extents = [*chunk.prefix, PrefixExtent(chunk.start_block, done)]
         metadata = AttentionMetadata(
-            slot_mapping=first_slot + positions,
+            slot_mapping=chunk.start_block * block_size + positions - above,
             block_tables=torch.arange(first_block, first_block + num_blocks, device=self.device).unsqueeze(0),
             query_lens=[count],
             context_lens=[count],
-            groups=[PrefixGroup(0, count, first_slot, chunk.start)] if chunk.start else [],
-            block_size=self.cache.block_size,
+            groups=[PrefixGroup(0, count, e.start_block * block_size, e.num_tokens) for e in extents if e.num_tokens],
+            block_size=block_size,
         )
         self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata)
 
@@ -153,22 +158,26 @@ class ModelRunner:
         groups = self._groups(plan.rows, plan.counts)
         logits, drawn = graphs.run(rows, starts, starts - self._prefix_len[rows], groups)
         logprobs: LogprobTensors | None = None
-        if not self.sampler.takes_most_likely(rows):
-            drawn, logprobs = self.sampler.sample(logits.float(), rows, starts + 1, self.token_ids)
+        masks = self._token_masks(plan, np.arange(len(rows)))
+        if masks is not None or not self.sampler.takes_most_likely(rows):
+            drawn, logprobs = self.sampler.sample(logits.float(), rows, starts + 1, self.token_ids, masks)
             self.token_ids[self._to_device(rows), self._to_device(starts + 1)] = drawn
         return self._results(plan, np.arange(len(rows)), drawn, logprobs, {})
 
     def _groups(self, rows: list[int], counts: list[int]) -> list[PrefixGroup]:
-        """Runs of neighbouring tokens that read the same extent."""
+        """Runs of neighbouring tokens that read the same extent; a chain of extents puts a token into several."""
         groups: list[PrefixGroup] = []
+        latest: dict[int, int] = {}  # By start block: the last group that reads the extent.
         token = 0
         for row, count in zip(rows, counts, strict=True):
             for extent in self._prefix[row]:
-                slot = extent.start_block * self.cache.block_size
-                last = groups[-1] if groups else None
-                if last and last.first_slot == slot and last.first_token + last.num_tokens == token:
-                    groups[-1] = PrefixGroup(last.first_token, last.num_tokens + count, slot, extent.num_tokens)
+                at = latest.get(extent.start_block)
+                last = groups[at] if at is not None else None
+                if at is not None and last is not None and last.first_token + last.num_tokens == token:
+                    groups[at] = replace(last, num_tokens=last.num_tokens + count)
                 else:
+                    latest[extent.start_block] = len(groups)
+                    slot = extent.start_block * self.cache.block_size
                     groups.append(PrefixGroup(token, count, slot, extent.num_tokens))
             token += count
         return groups
@@ -195,9 +204,18 @@ class ModelRunner:
         if len(picked):
             logits = self.model.logits(hidden[self._to_device(ends[picked] - 1)]).float()
             rows, num_tokens = rows[picked], num_tokens[picked]
-            drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids)
+            masks = self._token_masks(plan, picked)
+            drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids, masks)
             self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
         return self._results(plan, picked, drawn, logprobs, prompt_logprobs)
+
+    def _token_masks(self, plan: StepPlan, picked: np.ndarray) -> TokenMasks | None:
+        """The masks of a plan for the logits of its entries `picked`."""
+        if not plan.masked:
+            return None
+        bits = np.frombuffer(plan.token_masks, np.uint8).reshape(len(plan.masked), -1)
+        rows = np.searchsorted(picked, plan.masked)
+        return TokenMasks(self._to_device(rows), self._to_device(bits.copy()))
 
     def _results(
         self,

@@ -1,0 +1,105 @@
+"""Notices system prompts that differ only in a short span, such as a date or a counter.
+
+Each of them is pinned for itself, where one could serve them all if the span came after it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from vllm.core.prefix_tree import common_prefix_len
+from vllm.outputs import VaryingSpanInfo
+
+_MIN_TOKENS = 32
+_MAX_SPAN = 24
+_RECENT = 64
+_MAX_TEMPLATES = 64
+_MAX_EXAMPLES = 3
+_MAX_COUNTED = 4096
+_CONTEXT = 12
+
+
+@dataclass
+class _Template:
+    head: list[int]
+    tail: list[int]
+    span: VaryingSpanInfo
+    seen: set[str] = field(default_factory=set)
+
+
+class VaryingPrompts:
+    """Compares each new system prompt with the latest ones; what it keeps and does is bounded."""
+
+    def __init__(self) -> None:
+        self._recent: OrderedDict[str, list[int]] = OrderedDict()
+        self._templates: list[_Template] = []
+
+    @property
+    def spans(self) -> list[VaryingSpanInfo]:
+        return [template.span for template in self._templates]
+
+    def see(self, key: str, token_ids: list[int]) -> VaryingSpanInfo | None:
+        """Takes note of a prompt that is not pinned yet; returns the place where it varies if that is news."""
+        if len(token_ids) < _MIN_TOKENS or key in self._recent:
+            return None
+        for template in self._templates:
+            if self._belongs(template, key, token_ids):
+                return None
+        found = None
+        for other in reversed(self._recent.values()):
+            found = _compare(token_ids, other)
+            if found is not None:
+                break
+        self._recent[key] = token_ids
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        if found is None or len(self._templates) >= _MAX_TEMPLATES:
+            return None
+        self._templates.append(found)
+        return found.span
+
+    @staticmethod
+    def _belongs(template: _Template, key: str, token_ids: list[int]) -> bool:
+        """Whether a prompt is another case of a known template; its span then covers this one too."""
+        stem = template.head + template.tail
+        found = _compare(token_ids, stem)
+        if found is None:
+            return token_ids == stem
+        head, tail = found.head, found.tail
+        span = template.span
+        template.head, template.tail = head, tail
+        span.position, span.before = len(head), head[-_CONTEXT:]
+        span.num_shared = len(head) + len(tail)
+        if key not in template.seen and len(template.seen) < _MAX_COUNTED:
+            template.seen.add(key)
+            span.num_prompts += 1
+            if len(span.examples) < _MAX_EXAMPLES:
+                span.examples.append(token_ids[len(head) : len(token_ids) - len(tail)])
+        return True
+
+
+def _compare(a: list[int], b: list[int]) -> _Template | None:
+    """The template of two prompts; None if they differ in more than a short span, or not at all."""
+    shorter = min(len(a), len(b))
+    if abs(len(a) - len(b)) > _MAX_SPAN:
+        return None
+    head = common_prefix_len(a, b)
+    tail = min(_common_suffix_len(a, b), shorter - head)
+    longest_span = max(len(a), len(b)) - head - tail
+    if not 0 < longest_span <= _MAX_SPAN or head + tail < 3 * shorter // 4:
+        return None
+    examples = [tokens[head : len(tokens) - tail] for tokens in (b, a)]
+    span = VaryingSpanInfo(head, a[max(0, head - _CONTEXT) : head], examples, 2, head + tail)
+    return _Template(a[:head], a[len(a) - tail :], span)
+
+
+def _common_suffix_len(a: list[int], b: list[int]) -> int:
+    most = min(len(a), len(b))
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
+            low = middle
+        else:
+            high = middle
+    return low
