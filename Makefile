@@ -36,7 +36,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Torch goes first, by itself: the build that is then present satisfies every later `torch>=...`.
-$(INSTALLED): pyproject.toml setup.py vllm/version.py $(REQUIREMENTS)
+$(INSTALLED): pyproject.toml setup.py vllm/version.py $(REQUIREMENTS) $(wildcard csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	  "Python 3.11, 3.12 or 3.13 is needed, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,76 @@
-"""Entry point for tools that still call setup.py; everything is declared in pyproject.toml."""
+"""Builds the compiled CPU kernels; all else is declared in pyproject.toml.
 
-from setuptools import setup
+`csrc/cpu` is compiled once for each instruction set and linked into `vllm/cpu_kernels.so`, which chooses among them
+when it is loaded. It is plain C++ behind a C interface: no headers of Python or torch are needed, and one build serves
+every version of both. Without a C++20 compiler, or on another kind of processor, the package is installed without it.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).parent
+SOURCES = ROOT / "csrc" / "cpu"
+
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+# The order is that of linking: inline library functions are taken from the file compiled for every processor.
+FLAGS = {
+    "module.cpp": [],
+    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
+# GCC 12's own AVX-512 headers use values that are left uninitialised on purpose.
+COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+class BuildKernels(build_ext):
+    """Compiles with per-file flags, as many files at a time as there are processors.
+
+    `CXX` names the compiler, `CXXFLAGS` and `LDFLAGS` add to the command lines (sanitizers, for instance).
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CXX", "g++"))
+        extra, link_extra = (shlex.split(os.environ.get(name, "")) for name in ("CXXFLAGS", "LDFLAGS"))
+        objects = Path(self.build_temp).resolve()
+        objects.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(name: str) -> str:
+            output = str(objects / f"{name}.o")
+            subprocess.run(
+                [*compiler, *COMMON, *FLAGS[name], *extra, "-c", str(SOURCES / name), "-o", output], check=True
+            )
+            return output
+
+        try:
+            if platform.machine() not in ("x86_64", "AMD64"):
+                raise OSError(f"they are for x86-64, this is {platform.machine()}")
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                files = list(pool.map(compile_one, FLAGS))
+            subprocess.run([*compiler, "-shared", *link_extra, "-o", str(target), *files, "-ldl"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            target.unlink(missing_ok=True)
+            # The extension is optional: setuptools says so and goes on.
+            raise CompileError(f"the CPU kernels are not built, torch will compute instead: {error}") from None
+
+    def get_ext_filename(self, ext_name: str) -> str:
+        return f"{ext_name.replace('.', '/')}.so"
+
+
+setup(
+    ext_modules=[Extension("vllm.cpu_kernels", [f"csrc/cpu/{name}" for name in FLAGS], optional=True)],
+    cmdclass={"build_ext": BuildKernels},
+)

@@ -34,6 +34,11 @@ def cpu_kvcache_space_gib() -> float | None:
     return value if value > 0 else None
 
 
+def cpu_instructions() -> str | None:
+    """`VLLM_CPU_INSTRUCTIONS`: instructions that the compiled CPU kernels may use at most; None: all there are."""
+    return os.environ.get("VLLM_CPU_INSTRUCTIONS") or None
+
+
 def allow_long_max_model_len() -> bool:
     """`VLLM_ALLOW_LONG_MAX_MODEL_LEN=1`: let --max-model-len exceed what the model declares."""
     return os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0") == "1"

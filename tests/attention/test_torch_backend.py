@@ -179,4 +179,4 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_unknown_backend() -> None:
     with pytest.raises(StartupError, match=r"--attention-backend NONE is not known; choose from .*TORCH"):
-        get_backend("NONE", AttentionShape(2, 1, 64, torch.float32), torch.device("cpu"))
+        get_backend("NONE", AttentionShape(2, 1, 64, torch.float32, 16), torch.device("cpu"))

@@ -7,20 +7,24 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.exceptions import StartupError
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:  # at run time, torch is the name of a module of this package here
     import torch
 
-BACKENDS = ("TORCH", "TRITON")
+logger = init_logger(__name__)
+
+BACKENDS = ("TORCH", "CPU", "TRITON")
 
 
 class AttentionShape(NamedTuple):
-    """One rank's share of the attention heads, and the dtype of q, K and V."""
+    """One rank's share of the attention heads, the dtype of q, K and V, and the slots of a block."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    block_size: int
 
 
 def get_backend(name: str, shape: AttentionShape, device: torch.device) -> AttentionBackend:
@@ -31,11 +35,23 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
     """
     if name.upper() == "TORCH":
         return TorchAttentionBackend()
+    if name.upper() == "CPU":
+        if device.type != "cpu":
+            raise StartupError("--attention-backend CPU computes on --device cpu; leave it out, or choose TORCH.")
+        from vllm.attention.backends.cpu import CpuAttentionBackend
+        from vllm.model_executor.layers.ops import cpu_kernels
+
+        misfit = cpu_kernels.misfit_of_attention(shape.head_dim, shape.block_size, shape.dtype)
+        if misfit is not None:
+            logger.warning("The compiled CPU kernels do not serve this model (%s); torch computes instead.", misfit)
+        if misfit is not None or cpu_kernels.library() is None:
+            return TorchAttentionBackend()
+        return CpuAttentionBackend()
     if name.upper() == "TRITON":
         if device.type != "cuda":
             raise StartupError("--attention-backend TRITON needs a GPU; leave it out, or choose TORCH.")
         # Triton comes with CUDA builds of torch only.
         from vllm.attention.backends.triton import TritonAttentionBackend
 
-        return TritonAttentionBackend(*shape, device)
+        return TritonAttentionBackend(*shape[:4], device)
     raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")

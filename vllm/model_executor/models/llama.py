@@ -11,11 +11,20 @@ from transformers import PretrainedConfig
 from vllm.attention.layer import Attention, ForwardContext
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
+from vllm.logger import init_logger
 from vllm.model_executor.layers.activation import silu_and_mul
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear, copy_checked
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    copy_checked,
+)
+from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+logger = init_logger(__name__)
 
 # Checkpoint projection → (our module, its part).
 _MERGED = {
@@ -69,6 +78,64 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
+class PackedLlama:
+    """The layers and the output projection of a network, in the form of the compiled CPU kernels.
+
+    The network's own matrices are emptied, one by one, so that no more than one is in memory twice; the embedding
+    table, whose rows are looked up, remains.
+    """
+
+    def __init__(self, model: LlamaForCausalLM, int8: bool) -> None:
+        def take(linear: LinearBase, interleave: bool = False) -> cpu_kernels.PackedMatrix:
+            packed = cpu_kernels.PackedMatrix(linear.weight, linear.bias, interleave, int8)
+            linear.weight.data = linear.weight.new_empty(0)
+            return packed
+
+        layers = [
+            cpu_kernels.LayerWeights(
+                layer.input_layernorm.weight.float(),
+                layer.post_attention_layernorm.weight.float(),
+                take(layer.self_attn.qkv_proj),
+                take(layer.self_attn.o_proj),
+                take(layer.mlp.gate_up_proj, interleave=True),
+                take(layer.mlp.down_proj),
+            )
+            for layer in model.layers
+        ]
+        attention = model.layers[0].self_attn.attention
+        self._stack = cpu_kernels.DecoderStack(
+            layers,
+            model.norm.weight.float(),
+            model.rotary.cos_sin,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
+            model.norm.eps,
+        )
+        self._head = cpu_kernels.PackedMatrix(model.lm_head.weight[: model.lm_head.vocab_size], int8=int8)
+        if not model.tied:
+            model.lm_head.weight.data = model.lm_head.weight.new_empty(0)
+        self._arithmetic = cpu_kernels.arithmetic()
+
+    @staticmethod
+    def misfit(model: LlamaForCausalLM) -> str | None:
+        """Why a network cannot be packed, or None."""
+        sizes = {
+            "hidden_size": model.norm.weight.shape[0],
+            "intermediate_size": model.layers[0].mlp.down_proj.weight.shape[1],
+        }
+        for name, size in sizes.items():
+            if size % cpu_kernels.TILE:
+                return f"{name} {size} is no multiple of {cpu_kernels.TILE}"
+        return None
+
+    def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        return self._stack.forward(embeddings, context.positions, context.k_caches, context.v_caches, context.prepared)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return cpu_kernels.linear(hidden.contiguous(), self._head, self._arithmetic)
+
+
 class LlamaForCausalLM(nn.Module):
     """Token ids → hidden states → logits.
 
@@ -92,10 +159,27 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = (
             self.embed_tokens if self.tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         )
+        self.tp = tp
+        self._packed: PackedLlama | None = None
+
+    def pack_for_cpu(self, int8: bool = False) -> None:
+        """Hands the layers and the output projection over to the compiled CPU kernels; their weights move into packed
+        copies. A network whose sizes the kernels do not take, or that is split over ranks, stays as it is.
+
+        Args:
+            int8: Quantise every matrix.
+        """
+        misfit = "it is split over ranks" if self.tp.world_size > 1 else PackedLlama.misfit(self)
+        if misfit is not None:
+            logger.warning("The compiled CPU kernels compute only the attention of this model: %s.", misfit)
+            return
+        self._packed = PackedLlama(self, int8)
 
     def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """int64 [T] → hidden states [T, hidden_size]; writes K and V of every token."""
         residual = self.embed_tokens(token_ids)
+        if self._packed is not None:
+            return self._packed.forward(residual, context)
         x = torch.zeros_like(residual)
         for layer in self.layers:
             x, residual = layer.input_layernorm.add(x, residual)
@@ -106,7 +190,9 @@ class LlamaForCausalLM(nn.Module):
         return x
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] → [R, vocab_size] in the dtype of the weights."""
+        """[R, hidden_size] → [R, vocab_size]."""
+        if self._packed is not None:
+            return self._packed.logits(hidden)
         return self.lm_head.logits(hidden)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -1,0 +1,116 @@
+// The C interface of the compiled CPU kernels; vllm/model_executor/layers/ops/cpu_kernels.py mirrors these structs.
+//
+// All strides and sizes count elements unless said otherwise. Packed matrices come in tiles of 16 columns:
+//   float32   [N/16][K][16]
+//   bfloat16  [N/16][K/2][16][2]   pairs along K, as dot-product instructions take them
+//   int8      [N/16][K/4][16][4]   one float32 factor a column
+// N is padded to a multiple of 16 and K to a multiple of 2 (bfloat16) or 4 (int8) with zeros.
+//
+// KV memory of 16 neighbouring slots is one tile, heads outermost, so that a tile of keys and a tile of values is each
+// a packed matrix already (keys: N = 16 slots, K = head_dim; values: N = head_dim, K = 16 slots):
+//   float32   keys [KVH][D][16]          values [KVH][D/16][16][16]
+//   bfloat16  keys [KVH][D/2][16][2]     values [KVH][D/16][8][16][2]
+#pragma once
+
+#include <cstdint>
+
+enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+
+// What multiplies: bfloat16 weights may be widened to float32, or go into dot products of pairs.
+enum Arithmetic : int32_t { kWiden = 0, kDot = 1, kTiles = 2 };
+
+enum Instructions : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
+
+struct Matrix {
+  const void* data;    // packed
+  const float* scale;  // int8: factor of each column
+  const float* bias;   // null, or one number a column
+  int64_t n, k;        // without padding
+  int32_t format;
+};
+
+struct Layer {
+  const float* input_norm;
+  const float* post_attention_norm;
+  Matrix qkv, o, gate_up, down;  // gate_up: tile 2i is tile i of the gate, tile 2i + 1 that of the up projection
+  void* k_cache;
+  void* v_cache;
+};
+
+// A stack of pre-norm decoder layers with rotary positions, grouped-query attention and SwiGLU.
+struct Stack {
+  int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size;
+  float norm_eps;
+  float scale;           // of the attention scores
+  const float* cos_sin;  // [positions][head_dim]: head_dim/2 cosines, then as many sines
+  const float* final_norm;
+  const Layer* layers;
+  int32_t cache_format;  // kFloat32 or kBFloat16
+  int32_t arithmetic;    // of bfloat16 operands
+};
+
+// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/attention/metadata.py.
+struct Group {
+  int64_t first_token, num_tokens, first_slot, length;
+};
+
+struct Batch {
+  int64_t num_tokens;
+  const int64_t* positions;  // [num_tokens]
+  const int64_t* slots;      // [num_tokens]
+  int64_t num_seqs;
+  const int64_t* query_lens;    // [num_seqs]
+  const int64_t* context_lens;  // [num_seqs]
+  const int64_t* block_tables;  // [num_seqs][table_stride]
+  int64_t table_stride;
+  int64_t block_size;  // a multiple of 16
+  int64_t num_groups;
+  const Group* groups;
+};
+
+// Decided once a step, for all layers -------------------------------------------------------------------------------
+
+// The queries of neighbouring tokens against a run of keys; every KV head is done apart.
+struct AttentionUnit {
+  int64_t first_token, num_tokens;
+  int64_t first_key, end_key;  // a run of 512 keys begins at a multiple of 512
+  const int64_t* table;        // blocks of the keys; null for an extent
+  int64_t first_slot;          // of an extent
+  int64_t first_position;      // causal: place among the keys of the first token
+  bool causal;
+  int64_t first_row;  // of its results, [KVH][num_tokens][heads per KV head]
+};
+
+struct AttentionPlan {
+  int64_t num_units;
+  const AttentionUnit* units;
+  const int64_t* parts_of;  // [num_tokens + 1]; the units that a token is in are parts[parts_of[t] ... parts_of[t+1])
+  const int64_t* parts;
+};
+
+struct Buffers {
+  void *x, *q, *attended, *inner;  // left operands of products
+  float* qkv;
+  // Results of attention units: [row][head_dim] unnormalised sums, highest scores, sums of weights.
+  float *sums, *highest, *totals;
+  uint16_t* panels;  // [threads][panel_size]: int8 weights made bfloat16
+  int64_t panel_size;
+};
+
+// Entry points of one instruction set. Every thread of a team calls the same one, with its own index.
+struct Team;
+struct Kernels {
+  void (*run_stack)(Team&, int, const Stack&, const Batch&, const AttentionPlan&, const Buffers&, float* hidden);
+  void (*linear)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
+                 float* out);
+  void (*swiglu)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
+                 float* out);
+  void (*rms_norm)(Team&, int, const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out);
+  // q [num_tokens][heads][D], turned, neither scaled nor narrowed
+  void (*rope_and_write)(Team&, int, const Stack&, const Batch&, const float* qkv, void* k_cache, void* v_cache,
+                         float* q);
+  void (*attention)(Team&, int, const Stack&, const Batch&, const AttentionPlan&, const Buffers&, const float* q,
+                    const void* k_cache, const void* v_cache, float* out);
+};
+
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;

@@ -1,0 +1,5 @@
+#include "simd_avx2.h"
+
+#include "kernels.h"
+
+const Kernels kAvx2Kernels = kKernels;

@@ -1,0 +1,5 @@
+#include "simd_avx512.h"
+
+#include "kernels.h"
+
+const Kernels kAvx512Kernels = kKernels;

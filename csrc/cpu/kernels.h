@@ -1,0 +1,698 @@
+// The kernels, written once over `Simd`; each isa_*.cpp includes this with the flags of its instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "api.h"
+#include "parallel.h"
+
+namespace {
+
+using V = Simd::V;
+constexpr int kLanes = 16;
+constexpr int64_t kMaxHeadDim = 512;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// 2^x; relative error below 2e-7 (a Taylor polynomial of degree 6 over [-0.5, 0.5] times a power of two).
+inline V exp2(V x) {
+  const V n = Simd::round(x);
+  const V f = Simd::sub(x, n);
+  V p = Simd::set1(1.5403530e-4f);
+  p = Simd::fma(p, f, Simd::set1(1.3333558e-3f));
+  p = Simd::fma(p, f, Simd::set1(9.6181291e-3f));
+  p = Simd::fma(p, f, Simd::set1(5.5504109e-2f));
+  p = Simd::fma(p, f, Simd::set1(2.4022651e-1f));
+  p = Simd::fma(p, f, Simd::set1(6.9314718e-1f));
+  p = Simd::fma(p, f, Simd::set1(1.0f));
+  return Simd::scale(p, n);
+}
+
+inline float bf16_to_float(uint16_t x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x != x) return uint16_t((bits | 0x400000) >> 16);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Operand kinds ------------------------------------------------------------------------------------------------------
+//
+// A: what multiplies from the left, row-major in memory. B: packed, from the right. kDepth: elements along K of a step,
+// which takes 16 * kDepth elements of B.
+
+struct Float32 {
+  using A = float;
+  using B = float;
+  static constexpr int kDepth = 1;
+  static constexpr Format kFormat = kFloat32;
+
+  template <int rows, int tiles>
+  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+    V w[tiles];
+    for (int j = 0; j < tiles; ++j) w[j] = Simd::load(b[j]);
+    for (int i = 0; i < rows; ++i) {
+      const V x = Simd::set1(a[i * lda]);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
+    }
+  }
+};
+
+struct WidenedBf16 {
+  using A = float;
+  using B = uint16_t;
+  static constexpr int kDepth = 2;
+  static constexpr Format kFormat = kBFloat16;
+
+  template <int rows, int tiles>
+  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+    V w[tiles];
+    for (int j = 0; j < tiles; ++j) w[j] = Simd::even(b[j]);
+    for (int i = 0; i < rows; ++i) {
+      const V x = Simd::set1(a[i * lda]);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
+    }
+    for (int j = 0; j < tiles; ++j) w[j] = Simd::odd(b[j]);
+    for (int i = 0; i < rows; ++i) {
+      const V x = Simd::set1(a[i * lda + 1]);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+struct DotBf16 {
+  using A = uint16_t;
+  using B = uint16_t;
+  static constexpr int kDepth = 2;
+  static constexpr Format kFormat = kBFloat16;
+
+  template <int rows, int tiles>
+  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+    __m512bh w[tiles];
+    for (int j = 0; j < tiles; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j]);
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, a + i * lda, 4);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, w[j]);
+    }
+  }
+};
+#endif
+
+struct WidenedInt8 {
+  using A = float;
+  using B = int8_t;
+  static constexpr int kDepth = 4;
+  static constexpr Format kFormat = kInt8;
+
+  template <int rows, int tiles>
+  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+    add<0>(acc, a, lda, b);
+    add<1>(acc, a, lda, b);
+    add<2>(acc, a, lda, b);
+    add<3>(acc, a, lda, b);
+  }
+
+ private:
+  template <int depth, int rows, int tiles>
+  static void add(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+    V w[tiles];
+    for (int j = 0; j < tiles; ++j) w[j] = Simd::byte<depth>(b[j]);
+    for (int i = 0; i < rows; ++i) {
+      const V x = Simd::set1(a[i * lda + depth]);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
+    }
+  }
+};
+
+#ifdef __AVX512BF16__
+struct DotInt8 {
+  using A = uint16_t;
+  using B = int8_t;
+  static constexpr int kDepth = 4;
+  static constexpr Format kFormat = kInt8;
+
+  template <int rows, int tiles>
+  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+    __m512bh first[tiles], second[tiles];
+    for (int j = 0; j < tiles; ++j) {
+      first[j] = pairs(Simd::byte<0>(b[j]), Simd::byte<1>(b[j]));
+      second[j] = pairs(Simd::byte<2>(b[j]), Simd::byte<3>(b[j]));
+    }
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair[2];
+      std::memcpy(pair, a + i * lda, 8);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair[0]), y = (__m512bh)_mm512_set1_epi32(pair[1]);
+      for (int j = 0; j < tiles; ++j) {
+        acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, first[j]);
+        acc[i][j] = _mm512_dpbf16_ps(acc[i][j], y, second[j]);
+      }
+    }
+  }
+
+ private:
+  // A whole number below 256 fits bfloat16, so its float32 form has zeros below.
+  static __m512bh pairs(V even, V odd) {
+    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
+  }
+};
+#endif
+
+// For a kind of left operand: the kinds that take int8 weights, few rows at a time and, made bfloat16 first, many.
+template <class A>
+struct ForInt8 {
+  using Few = WidenedInt8;
+  using Many = WidenedBf16;
+};
+#ifdef __AVX512BF16__
+template <>
+struct ForInt8<uint16_t> {
+  using Few = DotInt8;
+  using Many = DotBf16;
+};
+#endif
+
+inline void store_row(float* out, V v) { Simd::store(out, v); }
+inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
+
+// Matrix products ----------------------------------------------------------------------------------------------------
+
+// acc[i][j] += sum over `steps` of a[i] b[j]
+template <class Kind, int rows, int tiles>
+inline __attribute__((always_inline)) void multiply(V (&acc)[rows][tiles], const typename Kind::A* a, int64_t lda,
+                                                    const typename Kind::B* const (&start)[tiles], int64_t steps) {
+  const typename Kind::B* b[tiles];
+  for (int j = 0; j < tiles; ++j) b[j] = start[j];
+  for (int64_t s = 0; s < steps; ++s) {
+    Kind::step(acc, a, lda, b);
+    a += Kind::kDepth;
+    for (int j = 0; j < tiles; ++j) b[j] += kLanes * Kind::kDepth;
+  }
+}
+
+// out[i][16 j ...] = a[i] · tile j, for tiles whose starts are given by `tile(j)`.
+template <class Kind, int rows, int tiles, class TileAt>
+inline void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int64_t steps, float* out, int64_t ldo) {
+  V acc[rows][tiles];
+  const typename Kind::B* b[tiles];
+  for (int j = 0; j < tiles; ++j) b[j] = tile(j);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::zero();
+  multiply<Kind>(acc, a, lda, b, steps);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < tiles; ++j) Simd::store(out + i * ldo + j * kLanes, acc[i][j]);
+}
+
+// Calls f(integral_constant<rows>) for a run-time number of rows, 1 ... Simd::kRows.
+template <class F>
+inline void with_rows(int64_t rows, F&& f) {
+  switch (rows) {
+    case 1: return f(std::integral_constant<int, 1>());
+    case 2: return f(std::integral_constant<int, 2>());
+    case 3: return f(std::integral_constant<int, 3>());
+    case 4: return f(std::integral_constant<int, 4>());
+    case 5: return f(std::integral_constant<int, 5>());
+    default: return f(std::integral_constant<int, 6>());
+  }
+}
+static_assert(Simd::kRows == 6);
+
+// out[0 ... rows)[0 ... 16 tiles) = a · tiles; any number of both.
+template <class Kind, class TileAt>
+inline void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles, int64_t steps,
+                    float* out, int64_t ldo) {
+  constexpr int wide = Simd::kTiles;
+  with_rows(rows, [&](auto r) {
+    int64_t j = 0;
+    for (; j + wide <= tiles; j += wide)
+      block_of<Kind, r, wide>(a, lda, [&](int i) { return tile(j + i); }, steps, out + j * kLanes, ldo);
+    for (; j < tiles; ++j)
+      block_of<Kind, r, 1>(a, lda, [&](int) { return tile(j); }, steps, out + j * kLanes, ldo);
+  });
+}
+
+// What happens to a finished block of a linear layer: rows × (16 tiles) of float32, bias and int8 factors applied.
+struct Store {
+  float* out;
+  int64_t ldo;
+  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
+    std::memcpy(out + row * ldo + column, block, width * sizeof(float));
+  }
+};
+
+struct Accumulate {
+  float* out;
+  int64_t ldo;
+  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
+    float* to = out + row * ldo + column;
+    for (int64_t i = 0; i < width; ++i) to[i] += block[i];
+  }
+};
+
+// Columns alternate, 16 of the gate and 16 of the up projection; writes silu(gate) · up.
+template <class A>
+struct SiluMul {
+  A* out;
+  int64_t ldo;
+  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
+    A* to = out + row * ldo + column / 2;
+    for (int64_t i = 0; i < width; i += 2 * kLanes, to += kLanes) {
+      const V gate = Simd::load(block + i), up = Simd::load(block + i + kLanes);
+      const V power = exp2(Simd::mul(gate, Simd::set1(-1.44269504f)));
+      store_row(to, Simd::mul(Simd::div(gate, Simd::add(Simd::set1(1.0f), power)), up));
+    }
+  }
+};
+
+// A unit of work is 64 columns of up to kUnitRows rows: its weights stay in the second-level cache while the rows pass.
+constexpr int64_t kUnitTiles = 4;
+constexpr int64_t kUnitRows = 192;
+
+template <class Kind, class Epilogue>
+inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
+                        const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue) {
+  const int64_t stride = w.k * kLanes, steps = w.k / Kind::kDepth, width = std::min(count * kLanes, w.n - column);
+  alignas(64) float block[Simd::kRows * kUnitTiles * kLanes];
+  for (int64_t row = first_row; row < end_row; row += Simd::kRows) {
+    const int64_t some = std::min<int64_t>(Simd::kRows, end_row - row);
+    product<Kind>(x + row * lda, lda, some, [&](int64_t j) { return tiles + j * stride; }, count, steps, block,
+                  kUnitTiles * kLanes);
+    for (int64_t i = 0; i < some; ++i) {
+      float* line = block + i * kUnitTiles * kLanes;
+      if (w.scale)
+        for (int64_t j = 0; j < width; ++j) line[j] *= w.scale[column + j];
+      if (w.bias)
+        for (int64_t j = 0; j < width; ++j) line[j] += w.bias[column + j];
+      epilogue(row + i, column, line, width);
+    }
+  }
+}
+
+// int8 tiles → bfloat16 tiles; exact.
+inline void expand_int8(const int8_t* from, int64_t size, uint16_t* to) {
+  for (int64_t i = 0; i < size; i += 64)
+    for (int64_t j = 0; j < 64; ++j) {
+      const int64_t column = j / 4, depth = j % 4;
+      to[i + depth / 2 * 32 + column * 2 + depth % 2] = float_to_bf16(float(from[i + j]));
+    }
+}
+
+// x Wᵀ + b, every finished piece given to `epilogue`. `Kind` says what `x` is and how weights of its own format
+// multiply; int8 weights go with every kind.
+template <class Kind, class Epilogue>
+void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, int64_t lda, int64_t rows,
+            const Matrix& w, Epilogue epilogue) {
+  using Int8 = ForInt8<typename Kind::A>;
+  const int64_t tiles = ceil_div(w.n, kLanes), row_units = ceil_div(rows, kUnitRows);
+  member.for_each(ceil_div(tiles, kUnitTiles) * row_units, [&](int64_t unit) {
+    // Units that run at the same time share their weights.
+    const int64_t tile = unit / row_units * kUnitTiles, row = unit % row_units * kUnitRows;
+    const int64_t count = std::min(kUnitTiles, tiles - tile), end = std::min(rows, row + kUnitRows);
+    const int64_t start = tile * kLanes * w.k;
+    if (w.format != kInt8) {
+      const auto* data = static_cast<const typename Kind::B*>(w.data) + start;
+      linear_unit<Kind>(x, lda, row, end, w, data, tile * kLanes, count, epilogue);
+      return;
+    }
+    const int8_t* data = static_cast<const int8_t*>(w.data) + start;
+    if (end - row <= Simd::kRows) {
+      linear_unit<typename Int8::Few>(x, lda, row, end, w, data, tile * kLanes, count, epilogue);
+    } else {
+      uint16_t* panel = buffers.panels + member.index * buffers.panel_size;
+      expand_int8(data, count * kLanes * w.k, panel);
+      linear_unit<typename Int8::Many>(x, lda, row, end, w, panel, tile * kLanes, count, epilogue);
+    }
+  });
+}
+
+// Small operations ---------------------------------------------------------------------------------------------------
+
+template <class A>
+inline void rms_norm_row(const float* x, int64_t size, const float* weight, float eps, A* out) {
+  V squares = Simd::zero();
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const V v = Simd::load(x + i);
+    squares = Simd::fma(v, v, squares);
+  }
+  const V factor = Simd::set1(1.0f / std::sqrt(Simd::sum(squares) / float(size) + eps));
+  for (int64_t i = 0; i < size; i += kLanes)
+    store_row(out + i, Simd::mul(Simd::mul(Simd::load(x + i), factor), Simd::load(weight + i)));
+}
+
+// q and k of one token are turned (Su et al., 2021; first half against second half), K and V written into their tiles,
+// and `take_q(head, turned)` called for each query head.
+template <class C, class TakeQ>
+inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t token, const float* qkv, C* k_cache,
+                                 C* v_cache, TakeQ&& take_q) {
+  const int64_t heads = stack.num_heads, kv_heads = stack.num_kv_heads, d = stack.head_dim, half = d / 2;
+  const float* cosines = stack.cos_sin + batch.positions[token] * d;
+  const float* sines = cosines + half;
+  const int64_t slot = batch.slots[token], tile = slot / kLanes, lane = slot % kLanes;
+  alignas(64) float turned[kMaxHeadDim];
+  for (int64_t h = 0; h < heads + kv_heads; ++h) {
+    const float* x = qkv + h * d;
+    for (int64_t i = 0; i < half; ++i) {
+      turned[i] = x[i] * cosines[i] - x[half + i] * sines[i];
+      turned[half + i] = x[half + i] * cosines[i] + x[i] * sines[i];
+    }
+    if (h < heads) {
+      take_q(h, turned);
+      continue;
+    }
+    C* to = k_cache + (tile * kv_heads + h - heads) * kLanes * d;
+    if constexpr (std::is_same_v<C, float>)
+      for (int64_t i = 0; i < d; ++i) to[i * kLanes + lane] = turned[i];
+    else
+      for (int64_t i = 0; i < d; ++i) to[(i / 2 * kLanes + lane) * 2 + i % 2] = float_to_bf16(turned[i]);
+  }
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    const float* x = qkv + (heads + kv_heads + h) * d;
+    C* to = v_cache + (tile * kv_heads + h) * kLanes * d;
+    for (int64_t i = 0; i < d; ++i) {
+      const int64_t column = i / kLanes, within = i % kLanes;
+      if constexpr (std::is_same_v<C, float>)
+        to[(column * kLanes + lane) * kLanes + within] = x[i];
+      else
+        to[((column * 8 + lane / 2) * kLanes + within) * 2 + lane % 2] = float_to_bf16(x[i]);
+    }
+  }
+}
+
+// Attention ----------------------------------------------------------------------------------------------------------
+
+// log2(e), by which scores become powers of two.
+constexpr float kLog2E = 1.44269504f;
+
+constexpr int64_t kKeys = 64;  // keys whose scores are in memory at a time
+constexpr int64_t kKeyTiles = kKeys / kLanes;
+
+// sums[i][16 column ...] = factors[i] · itself + weights[i] · values, over `count` tiles of 16 keys.
+template <class Kind, int rows, int tiles, class C>
+inline void add_values(const typename Kind::A* weights, const C* const* v_tiles, int64_t count, int64_t column,
+                       const float* factors, float* sums, int64_t d) {
+  V acc[rows][tiles];
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < tiles; ++j)
+      acc[i][j] = Simd::mul(Simd::load(sums + i * d + (column + j) * kLanes), Simd::set1(factors[i]));
+  for (int64_t t = 0; t < count; ++t) {
+    const C* b[tiles];
+    for (int j = 0; j < tiles; ++j) b[j] = v_tiles[t] + (column + j) * kLanes * kLanes;
+    multiply<Kind>(acc, weights + t * kLanes, kKeys, b, kLanes / Kind::kDepth);
+  }
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < tiles; ++j) Simd::store(sums + i * d + (column + j) * kLanes, acc[i][j]);
+}
+
+// One unit: the queries of some neighbouring tokens of one KV head against some keys. Leaves, for every row, the
+// unnormalised sum of values, the highest score and the sum of weights relative to it (online softmax: Milakov and
+// Gimelshein, 2018); scores are in powers of two.
+template <class Kind, class C>
+void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit& unit, int64_t kv_head,
+                    const typename Kind::A* q, const C* k_cache, const C* v_cache, float* sums, float* highest,
+                    float* totals) {
+  using A = typename Kind::A;
+  const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
+  const int64_t rows = unit.num_tokens * per_kv, d_tiles = d / kLanes, head_size = kLanes * d;
+  const A* queries = q + (kv_head * batch.num_tokens + unit.first_token) * per_kv * d;
+  alignas(64) float scores[Simd::kRows * kKeys];
+  alignas(64) A weights[Simd::kRows * kKeys];
+
+  auto tile_start = [&](const C* cache, int64_t tile) {
+    int64_t index;
+    if (unit.table == nullptr) {
+      index = unit.first_slot / kLanes + tile;
+    } else {
+      const int64_t per_block = batch.block_size / kLanes;
+      index = unit.table[tile / per_block] * per_block + tile % per_block;
+    }
+    return cache + (index * stack.num_kv_heads + kv_head) * head_size;
+  };
+
+  for (int64_t r = 0; r < rows; ++r) {
+    highest[r] = -1e30f;
+    totals[r] = 0.0f;
+  }
+  std::memset(sums, 0, rows * d * sizeof(float));
+  for (int64_t key = unit.first_key; key < unit.end_key; key += kKeys) {
+    const int64_t tiles = std::min(kKeyTiles, ceil_div(unit.end_key - key, kLanes));
+    const C *k_tiles[kKeyTiles], *v_tiles[kKeyTiles];
+    for (int64_t t = 0; t < tiles; ++t) {
+      k_tiles[t] = tile_start(k_cache, key / kLanes + t);
+      v_tiles[t] = tile_start(v_cache, key / kLanes + t);
+    }
+    for (int64_t row = 0; row < rows; row += Simd::kRows) {
+      const int64_t some = std::min<int64_t>(Simd::kRows, rows - row);
+      // Keys that the last of these rows may see; without a causal limit, all.
+      auto limit = [&](int64_t r) {
+        return unit.causal ? std::min(unit.end_key, unit.first_position + r / per_kv + 1) : unit.end_key;
+      };
+      const int64_t seen = std::min(tiles, ceil_div(limit(row + some - 1) - key, kLanes));
+      if (seen <= 0) continue;
+      product<Kind>(queries + row * d, d, some, [&](int64_t t) { return k_tiles[t]; }, seen, d / Kind::kDepth, scores,
+                    kKeys);
+      float factors[Simd::kRows];
+      for (int64_t i = 0; i < some; ++i) {
+        float* line = scores + i * kKeys;
+        const int64_t visible = limit(row + i) - key;
+        V top = Simd::set1(-1e30f);
+        for (int64_t t = 0; t < seen; ++t) {
+          V s = Simd::load(line + t * kLanes);
+          if ((t + 1) * kLanes > visible) {
+            s = Simd::hide_from(s, int(visible - t * kLanes));
+            Simd::store(line + t * kLanes, s);
+          }
+          top = Simd::max(top, s);
+        }
+        const float old = highest[row + i], now = std::max(old, Simd::highest(top));
+        V total = Simd::zero();
+        const V base = Simd::set1(now);
+        A* to = weights + i * kKeys;
+        for (int64_t t = 0; t < seen; ++t) {
+          const V p = exp2(Simd::sub(Simd::load(line + t * kLanes), base));
+          total = Simd::add(total, p);
+          store_row(to + t * kLanes, p);
+        }
+        factors[i] = old == now ? 1.0f : std::exp2(old - now);
+        highest[row + i] = now;
+        totals[row + i] = totals[row + i] * factors[i] + Simd::sum(total);
+      }
+      with_rows(some, [&](auto r) {
+        auto add = [&](auto width, int64_t column) {
+          add_values<Kind, r, width>(weights, v_tiles, seen, column, factors, sums + row * d, d);
+        };
+        int64_t column = 0;
+        for (; column + Simd::kTiles <= d_tiles; column += Simd::kTiles)
+          add(std::integral_constant<int, Simd::kTiles>(), column);
+        for (; column < d_tiles; ++column) add(std::integral_constant<int, 1>(), column);
+      });
+    }
+  }
+}
+
+// Joins the parts of one query row by their log-sum-exps and writes it, normalised.
+template <class A>
+inline void merge_row(const AttentionPlan& plan, const Buffers& parts, int64_t token, int64_t head, const Stack& stack,
+                      A* out) {
+  const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
+  auto row_of = [&](int64_t part) {
+    const AttentionUnit& unit = plan.units[plan.parts[part]];
+    return unit.first_row + (head / per_kv * unit.num_tokens + token - unit.first_token) * per_kv + head % per_kv;
+  };
+  const int64_t first = plan.parts_of[token], end = plan.parts_of[token + 1];
+  float top = kHidden;
+  for (int64_t p = first; p < end; ++p) top = std::max(top, parts.highest[row_of(p)]);
+  float total = 0.0f;
+  V sum[kMaxHeadDim / kLanes];
+  for (int64_t i = 0; i < d / kLanes; ++i) sum[i] = Simd::zero();
+  for (int64_t p = first; p < end; ++p) {
+    const int64_t row = row_of(p);
+    const float weight = std::exp2(parts.highest[row] - top);
+    total += weight * parts.totals[row];
+    for (int64_t i = 0; i < d / kLanes; ++i)
+      sum[i] = Simd::fma(Simd::load(parts.sums + row * d + i * kLanes), Simd::set1(weight), sum[i]);
+  }
+  const V norm = Simd::set1(1.0f / total);
+  for (int64_t i = 0; i < d / kLanes; ++i) store_row(out + i * kLanes, Simd::mul(sum[i], norm));
+}
+
+template <class Kind, class C, class Out>
+void attention(Member& member, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
+               const Buffers& buffers, const C* k_cache, const C* v_cache, Out* out) {
+  const int64_t per_kv = stack.num_heads / stack.num_kv_heads, d = stack.head_dim;
+  const auto* q = static_cast<const typename Kind::A*>(buffers.q);
+  member.for_each(plan.num_units * stack.num_kv_heads, [&](int64_t i) {
+    const AttentionUnit& unit = plan.units[i / stack.num_kv_heads];
+    const int64_t kv_head = i % stack.num_kv_heads;
+    const int64_t row = unit.first_row + kv_head * unit.num_tokens * per_kv;
+    attention_unit<Kind>(stack, batch, unit, kv_head, q, k_cache, v_cache, buffers.sums + row * d,
+                         buffers.highest + row, buffers.totals + row);
+  });
+  member.for_each_range(batch.num_tokens, 2, [&](int64_t from, int64_t to) {
+    for (int64_t token = from; token < to; ++token)
+      for (int64_t head = 0; head < stack.num_heads; ++head)
+        merge_row(plan, buffers, token, head, stack, out + (token * stack.num_heads + head) * d);
+  });
+}
+
+template <class C, class TakeQ>
+void rope_and_write(Member& member, const Stack& stack, const Batch& batch, const float* qkv, C* k_cache, C* v_cache,
+                    TakeQ&& take_q) {
+  const int64_t size = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim;
+  member.for_each_range(batch.num_tokens, 2, [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t)
+      rope_and_write_token(stack, batch, t, qkv + t * size, k_cache, v_cache,
+                           [&](int64_t head, const float* turned) { take_q(t, head, turned); });
+  });
+}
+
+// Writes a query, scaled, where `attention` reads it: [KVH][num_tokens][heads per KV head][D], so that the rows that
+// read one KV head lie together.
+template <class A>
+inline void store_query(const Stack& stack, const Batch& batch, int64_t token, int64_t head, const float* from, A* q) {
+  const int64_t per_kv = stack.num_heads / stack.num_kv_heads, d = stack.head_dim;
+  A* to = q + ((head / per_kv * batch.num_tokens + token) * per_kv + head % per_kv) * d;
+  const V factor = Simd::set1(stack.scale * kLog2E);
+  for (int64_t i = 0; i < d; i += kLanes) store_row(to + i, Simd::mul(Simd::load(from + i), factor));
+}
+
+template <class A>
+void rms_norm(Member& member, const float* x, int64_t rows, int64_t size, const float* weight, float eps, A* out) {
+  member.for_each_range(rows, 4, [&](int64_t from, int64_t to) {
+    for (int64_t r = from; r < to; ++r) rms_norm_row(x + r * size, size, weight, eps, out + r * size);
+  });
+}
+
+// The stack of layers ------------------------------------------------------------------------------------------------
+
+// Between the products everything is float32; the residual stream is never rounded.
+template <class Kind, class C>
+void run_stack(Member& member, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
+               const Buffers& buffers, float* hidden) {
+  using A = typename Kind::A;
+  const int64_t tokens = batch.num_tokens, size = stack.hidden_size, inner_size = stack.intermediate_size;
+  const int64_t heads_size = stack.num_heads * stack.head_dim;
+  const int64_t qkv_size = heads_size + 2 * stack.num_kv_heads * stack.head_dim;
+  A *x = static_cast<A*>(buffers.x), *attended = static_cast<A*>(buffers.attended);
+  A* inner = static_cast<A*>(buffers.inner);
+  for (int64_t i = 0; i < stack.num_layers; ++i) {
+    const Layer& layer = stack.layers[i];
+    C *k_cache = static_cast<C*>(layer.k_cache), *v_cache = static_cast<C*>(layer.v_cache);
+    rms_norm(member, hidden, tokens, size, layer.input_norm, stack.norm_eps, x);
+    linear<Kind>(member, buffers, x, size, tokens, layer.qkv, Store{buffers.qkv, qkv_size});
+    rope_and_write(member, stack, batch, buffers.qkv, k_cache, v_cache,
+                   [&](int64_t token, int64_t head, const float* turned) {
+                     store_query(stack, batch, token, head, turned, static_cast<A*>(buffers.q));
+                   });
+    attention<Kind>(member, stack, batch, plan, buffers, k_cache, v_cache, attended);
+    linear<Kind>(member, buffers, attended, heads_size, tokens, layer.o, Accumulate{hidden, size});
+    rms_norm(member, hidden, tokens, size, layer.post_attention_norm, stack.norm_eps, x);
+    linear<Kind>(member, buffers, x, size, tokens, layer.gate_up, SiluMul<A>{inner, inner_size});
+    linear<Kind>(member, buffers, inner, inner_size, tokens, layer.down, Accumulate{hidden, size});
+  }
+  rms_norm(member, hidden, tokens, size, stack.final_norm, stack.norm_eps, hidden);
+}
+
+// Entry points -------------------------------------------------------------------------------------------------------
+
+// Calls f with the kind of operands for a format and an arithmetic.
+template <class F>
+void with_kind(int32_t format, [[maybe_unused]] int32_t arithmetic, F&& f) {
+  if (format == kFloat32) return f(Float32());
+#ifdef __AVX512BF16__
+  if (arithmetic != kWiden) return f(DotBf16());
+#endif
+  return f(WidenedBf16());
+}
+
+// The rows of x as left operands of a kind, in buffers.x.
+template <class A>
+const A* converted(Member& member, const float* x, int64_t rows, int64_t size, const Buffers& buffers) {
+  A* to = static_cast<A*>(buffers.x);
+  member.for_each_range(rows, 4, [&](int64_t from, int64_t end) {
+    for (int64_t i = from * size; i < end * size; i += kLanes) store_row(to + i, Simd::load(x + i));
+  });
+  return to;
+}
+
+void enter_stack(Team& team, int index, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
+                 const Buffers& buffers, float* hidden) {
+  Member member(team, index);
+  with_kind(stack.cache_format, stack.arithmetic, [&](auto kind) {
+    using Kind = decltype(kind);
+    run_stack<Kind, typename Kind::B>(member, stack, batch, plan, buffers, hidden);
+  });
+}
+
+void enter_linear(Team& team, int index, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
+                  int32_t arithmetic, float* out) {
+  Member member(team, index);
+  with_kind(w.format, arithmetic, [&](auto kind) {
+    using Kind = decltype(kind);
+    const auto* a = converted<typename Kind::A>(member, x, rows, w.k, buffers);
+    linear<Kind>(member, buffers, a, w.k, rows, w, Store{out, w.n});
+  });
+}
+
+void enter_swiglu(Team& team, int index, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
+                  int32_t arithmetic, float* out) {
+  Member member(team, index);
+  with_kind(w.format, arithmetic, [&](auto kind) {
+    using Kind = decltype(kind);
+    const auto* a = converted<typename Kind::A>(member, x, rows, w.k, buffers);
+    linear<Kind>(member, buffers, a, w.k, rows, w, SiluMul<float>{out, w.n / 2});
+  });
+}
+
+void enter_rms_norm(Team& team, int index, const float* x, int64_t rows, int64_t size, const float* weight, float eps,
+                    float* out) {
+  Member member(team, index);
+  rms_norm(member, x, rows, size, weight, eps, out);
+}
+
+void enter_rope_and_write(Team& team, int index, const Stack& stack, const Batch& batch, const float* qkv,
+                          void* k_cache, void* v_cache, float* q) {
+  Member member(team, index);
+  const int64_t d = stack.head_dim;
+  auto take_q = [&](int64_t token, int64_t head, const float* turned) {
+    std::memcpy(q + (token * stack.num_heads + head) * d, turned, d * sizeof(float));
+  };
+  if (stack.cache_format == kFloat32)
+    rope_and_write(member, stack, batch, qkv, static_cast<float*>(k_cache), static_cast<float*>(v_cache), take_q);
+  else
+    rope_and_write(member, stack, batch, qkv, static_cast<uint16_t*>(k_cache), static_cast<uint16_t*>(v_cache), take_q);
+}
+
+void enter_attention(Team& team, int index, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
+                     const Buffers& buffers, const float* q, const void* k_cache, const void* v_cache, float* out) {
+  Member member(team, index);
+  with_kind(stack.cache_format, stack.arithmetic, [&](auto kind) {
+    using Kind = decltype(kind);
+    using C = typename Kind::B;
+    auto* queries = static_cast<typename Kind::A*>(buffers.q);
+    member.for_each_range(batch.num_tokens, 4, [&](int64_t from, int64_t to) {
+      for (int64_t t = from; t < to; ++t)
+        for (int64_t h = 0; h < stack.num_heads; ++h)
+          store_query(stack, batch, t, h, q + (t * stack.num_heads + h) * stack.head_dim, queries);
+    });
+    attention<Kind>(member, stack, batch, plan, buffers, static_cast<const C*>(k_cache),
+                    static_cast<const C*>(v_cache), out);
+  });
+}
+
+constexpr Kernels kKernels = {enter_stack,    enter_linear,         enter_swiglu,
+                              enter_rms_norm, enter_rope_and_write, enter_attention};
+
+}  // namespace

@@ -1,0 +1,309 @@
+// What Python calls (by ctypes): choice of instruction set, threads, memory, the plan of a step's attention, packing.
+//
+// Compiled for any x86-64 processor, and linked first, so that inline library functions are taken from here.
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "api.h"
+#include "parallel.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads ------------------------------------------------------------------------------------------------------------
+
+// The OpenMP run-time that torch brought along, so that there is one pool of threads, not two.
+struct OpenMp {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+  int (*num_threads)() = nullptr;
+  int (*thread_num)() = nullptr;
+};
+OpenMp openmp;
+
+template <class F>
+void run_team(int threads, F&& f) {
+  Team team;
+  if (threads <= 1 || openmp.parallel == nullptr) {
+    f(team, 0);
+    return;
+  }
+  struct Call {
+    Team& team;
+    F& f;
+  } call{team, f};
+  openmp.parallel(
+      [](void* data) {
+        Call& call = *static_cast<Call*>(data);
+        // As many as were really given; every thread writes the same number before it reads it.
+        std::atomic_ref<int>(call.team.size).store(openmp.num_threads(), std::memory_order_relaxed);
+        call.f(call.team, openmp.thread_num());
+      },
+      &call, unsigned(threads), 0);
+}
+
+// Memory -------------------------------------------------------------------------------------------------------------
+
+// Grows, never shrinks; kept between steps.
+class Memory {
+ public:
+  template <class T>
+  T* take(int64_t count) {
+    const size_t bytes = size_t(std::max<int64_t>(count, 1)) * sizeof(T);
+    if (bytes > capacity_) {
+      const size_t wanted = (bytes + 4095) / 4096 * 4096;
+      data_.reset(static_cast<char*>(std::aligned_alloc(4096, wanted)));
+      if (!data_) {
+        std::fprintf(stderr, "CPU kernels: out of memory (%zu bytes)\n", wanted);
+        std::abort();
+      }
+      capacity_ = wanted;
+    }
+    return reinterpret_cast<T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> data_;
+  size_t capacity_ = 0;
+};
+
+struct Workspace {
+  Memory x, q, attended, inner, qkv, sums, highest, totals, panels;
+  std::vector<AttentionUnit> units;
+  std::vector<int64_t> parts_of, parts;
+};
+
+// One a calling thread: engines in several threads do not disturb each other.
+thread_local Workspace workspace;
+
+void reserve_panels(Workspace& memory, Buffers& buffers, int64_t longest, int threads) {
+  buffers.panel_size = 64 * longest;
+  buffers.panels = memory.panels.take<uint16_t>(buffers.panel_size * threads);
+}
+
+// Attention plan -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kUnitQueryRows = 96;  // with 64 keys and their values, these and their sums fit the caches
+constexpr int64_t kRun = 512;           // keys of a unit, where there are few queries
+constexpr int64_t kFewTokens = 256;
+
+void add_units(std::vector<AttentionUnit>& units, AttentionUnit whole, int64_t per_kv, int64_t length) {
+  const int64_t step = std::max<int64_t>(1, kUnitQueryRows / per_kv), end_token = whole.first_token + whole.num_tokens;
+  // Runs of keys give every thread work when there are few queries; their results must be kept until they are joined.
+  const int64_t run = whole.num_tokens <= kFewTokens ? kRun : length;
+  for (int64_t token = whole.first_token; token < end_token; token += step) {
+    AttentionUnit unit = whole;
+    unit.first_token = token;
+    unit.num_tokens = std::min(step, end_token - token);
+    unit.first_position = whole.first_position + token - whole.first_token;
+    const int64_t seen = whole.causal ? unit.first_position + unit.num_tokens : length;
+    for (int64_t key = 0; key < seen; key += run) {
+      unit.first_key = key;
+      unit.end_key = std::min(seen, key + run);
+      units.push_back(unit);
+    }
+  }
+}
+
+AttentionPlan make_plan(Workspace& memory, const Stack& stack, const Batch& batch, Buffers& buffers) {
+  const int64_t per_kv = stack.num_heads / stack.num_kv_heads;
+  auto& units = memory.units;
+  units.clear();
+  int64_t first = 0;
+  for (int64_t s = 0; s < batch.num_seqs; ++s) {
+    const int64_t count = batch.query_lens[s], length = batch.context_lens[s];
+    add_units(units,
+              {first, count, 0, 0, batch.block_tables + s * batch.table_stride, 0, length - count, true, 0}, per_kv,
+              length);
+    first += count;
+  }
+  for (int64_t g = 0; g < batch.num_groups; ++g) {
+    const Group& group = batch.groups[g];
+    add_units(units, {group.first_token, group.num_tokens, 0, 0, nullptr, group.first_slot, 0, false, 0}, per_kv,
+              group.length);
+  }
+  // The heaviest go first, so that the threads end together.
+  std::stable_sort(units.begin(), units.end(), [](const AttentionUnit& a, const AttentionUnit& b) {
+    return a.num_tokens * (a.end_key - a.first_key) > b.num_tokens * (b.end_key - b.first_key);
+  });
+  int64_t rows = 0;
+  memory.parts_of.assign(batch.num_tokens + 1, 0);
+  for (AttentionUnit& unit : units) {
+    unit.first_row = rows;
+    rows += unit.num_tokens * stack.num_heads;
+    for (int64_t t = 0; t < unit.num_tokens; ++t) ++memory.parts_of[unit.first_token + t + 1];
+  }
+  for (int64_t t = 0; t < batch.num_tokens; ++t) memory.parts_of[t + 1] += memory.parts_of[t];
+  memory.parts.resize(memory.parts_of[batch.num_tokens]);
+  std::vector<int64_t> next(memory.parts_of.begin(), memory.parts_of.end() - 1);
+  for (size_t u = 0; u < units.size(); ++u)
+    for (int64_t t = 0; t < units[u].num_tokens; ++t)
+      memory.parts[next[units[u].first_token + t]++] = int64_t(u);
+  buffers.q = memory.q.take<float>(batch.num_tokens * stack.num_heads * stack.head_dim);
+  buffers.sums = memory.sums.take<float>(rows * stack.head_dim);
+  buffers.highest = memory.highest.take<float>(rows);
+  buffers.totals = memory.totals.take<float>(rows);
+  return {int64_t(units.size()), units.data(), memory.parts_of.data(), memory.parts.data()};
+}
+
+// Instruction sets ---------------------------------------------------------------------------------------------------
+
+const Kernels* kernels_of(int32_t instructions) {
+  switch (instructions) {
+    case kAvx2: return &kAvx2Kernels;
+    case kAvx512: return &kAvx512Kernels;
+    default: return &kAvx512Bf16Kernels;
+  }
+}
+
+const Kernels* kernels = nullptr;
+
+}  // namespace
+
+// The best instruction set that this processor and its operating system offer; -1: not even AVX2 with FMA.
+EXPORT int32_t vsp_best_instructions() {
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return -1;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+}
+
+// Chooses an instruction set, no better than the best. Returns 0 if torch's OpenMP run-time was found, else 1: all
+// then runs in the calling thread.
+EXPORT int32_t vsp_initialize(int32_t instructions) {
+  kernels = kernels_of(instructions);
+  openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  openmp.num_threads = reinterpret_cast<decltype(openmp.num_threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+  openmp.thread_num = reinterpret_cast<decltype(openmp.thread_num)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  if (openmp.parallel && openmp.num_threads && openmp.thread_num) return 0;
+  openmp = OpenMp();
+  return 1;
+}
+
+// hidden [num_tokens][hidden_size]: in, embeddings; out, the normalised state after the last layer.
+EXPORT void vsp_run_stack(const Stack* stack, const Batch* batch, float* hidden, int32_t threads) {
+  Workspace& memory = workspace;
+  Buffers buffers{};
+  const AttentionPlan plan = make_plan(memory, *stack, *batch, buffers);
+  const int64_t tokens = batch->num_tokens, d = stack->head_dim;
+  buffers.x = memory.x.take<float>(tokens * stack->hidden_size);
+  buffers.attended = memory.attended.take<float>(tokens * stack->num_heads * d);
+  buffers.inner = memory.inner.take<float>(tokens * stack->intermediate_size);
+  buffers.qkv = memory.qkv.take<float>(tokens * (stack->num_heads + 2 * stack->num_kv_heads) * d);
+  const int64_t longest = std::max({stack->hidden_size, stack->intermediate_size, stack->num_heads * d});
+  reserve_panels(memory, buffers, longest, threads);
+  run_team(threads, [&](Team& team, int index) {
+    kernels->run_stack(team, index, *stack, *batch, plan, buffers, hidden);
+  });
+}
+
+// x [rows][k] → out [rows][n]
+EXPORT void vsp_linear(const float* x, int64_t rows, const Matrix* w, float* out, int32_t arithmetic,
+                       int32_t threads) {
+  Workspace& memory = workspace;
+  Buffers buffers{};
+  buffers.x = memory.x.take<float>(rows * w->k);
+  reserve_panels(memory, buffers, w->k, threads);
+  run_team(threads, [&](Team& team, int index) {
+    kernels->linear(team, index, x, rows, *w, buffers, arithmetic, out);
+  });
+}
+
+// x [rows][k] → silu(gate) · up [rows][n/2]
+EXPORT void vsp_swiglu(const float* x, int64_t rows, const Matrix* w, float* out, int32_t arithmetic,
+                       int32_t threads) {
+  Workspace& memory = workspace;
+  Buffers buffers{};
+  buffers.x = memory.x.take<float>(rows * w->k);
+  reserve_panels(memory, buffers, w->k, threads);
+  run_team(threads, [&](Team& team, int index) {
+    kernels->swiglu(team, index, x, rows, *w, buffers, arithmetic, out);
+  });
+}
+
+EXPORT void vsp_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out,
+                         int32_t threads) {
+  run_team(threads, [&](Team& team, int index) { kernels->rms_norm(team, index, x, rows, size, weight, eps, out); });
+}
+
+// qkv [num_tokens][(heads + 2 KVH) D] → K and V in their slots, q [num_tokens][heads][D]; all are turned by position.
+EXPORT void vsp_rope_and_write(const Stack* stack, const Batch* batch, const float* qkv, void* k_cache, void* v_cache,
+                               float* q, int32_t threads) {
+  run_team(threads, [&](Team& team, int index) {
+    kernels->rope_and_write(team, index, *stack, *batch, qkv, k_cache, v_cache, q);
+  });
+}
+
+// q [num_tokens][heads][D] → out, alike: attention of every token over its extents and its own slots up to itself.
+EXPORT void vsp_attention(const Stack* stack, const Batch* batch, const float* q, const void* k_cache,
+                          const void* v_cache, float* out, int32_t threads) {
+  Buffers buffers{};
+  const AttentionPlan plan = make_plan(workspace, *stack, *batch, buffers);
+  run_team(threads, [&](Team& team, int index) {
+    kernels->attention(team, index, *stack, *batch, plan, buffers, q, k_cache, v_cache, out);
+  });
+}
+
+// Packs row-major weights [n][k], float32 or bfloat16 as `format` says, into `to`. k is a multiple of 16.
+// `interleave`: the rows are a gate and an up projection, n/2 each, whose tiles shall alternate.
+EXPORT void vsp_pack(const void* from, int64_t n, int64_t k, int32_t format, int32_t interleave, void* to) {
+  const int64_t tiles = ceil_div(n, kLanes), half = tiles / 2;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = (interleave ? t / 2 + t % 2 * half : t) * kLanes;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t row = first + i;
+      if (format == kFloat32) {
+        float* tile = static_cast<float*>(to) + t * kLanes * k;
+        const float* line = static_cast<const float*>(from) + row * k;
+        for (int64_t j = 0; j < k; ++j) tile[j * kLanes + i] = row < n ? line[j] : 0.0f;
+      } else {
+        uint16_t* tile = static_cast<uint16_t*>(to) + t * kLanes * k;
+        const uint16_t* line = static_cast<const uint16_t*>(from) + row * k;
+        for (int64_t j = 0; j < k; ++j) tile[(j / 2 * kLanes + i) * 2 + j % 2] = row < n ? line[j] : uint16_t(0);
+      }
+    }
+  }
+}
+
+// Quantises row-major float32 weights [n][k] to int8, symmetric, one factor a row, and packs them; scale [n padded].
+EXPORT void vsp_pack_int8(const float* from, int64_t n, int64_t k, int32_t interleave, int8_t* to, float* scale) {
+  const int64_t tiles = ceil_div(n, kLanes), half = tiles / 2;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = (interleave ? t / 2 + t % 2 * half : t) * kLanes;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t row = first + i;
+      const float* line = from + row * k;
+      float top = 0.0f;
+      for (int64_t j = 0; j < k && row < n; ++j) top = std::max(top, std::fabs(line[j]));
+      const float factor = top > 0.0f ? top / 127.0f : 1.0f;
+      scale[t * kLanes + i] = factor;
+      int8_t* tile = to + t * kLanes * k;
+      for (int64_t j = 0; j < k; ++j)
+        tile[(j / 4 * kLanes + i) * 4 + j % 4] = row < n ? int8_t(std::lrintf(line[j] / factor)) : int8_t(0);
+    }
+  }
+}
+
+// Copies blocks of `bytes`; pairs [count][2] of (from, to). All sources are read before any destination is written.
+EXPORT void vsp_copy_blocks(char* cache, const int64_t* pairs, int64_t count, int64_t bytes) {
+  std::vector<char> held(size_t(count * bytes));
+  for (int64_t i = 0; i < count; ++i) std::memcpy(held.data() + i * bytes, cache + pairs[2 * i] * bytes, bytes);
+  for (int64_t i = 0; i < count; ++i) std::memcpy(cache + pairs[2 * i + 1] * bytes, held.data() + i * bytes, bytes);
+}

@@ -1,0 +1,116 @@
+// Sixteen float32 lanes in two AVX2 registers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+// Finite, so that differences with it are no NaN.
+constexpr float kHidden = -3e38f;
+
+struct Simd {
+  struct V {
+    __m256 lo, hi;
+  };
+  static constexpr int kRows = 6;  // 6 x 1 tiles of two registers, 2 weights, 1 broadcast: 15 of 16 registers
+  static constexpr int kTiles = 1;
+
+  static V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static V set1(float x) {
+    const __m256 v = _mm256_set1_ps(x);
+    return {v, v};
+  }
+  static V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, V v) {
+    _mm256_storeu_ps(p, v.lo);
+    _mm256_storeu_ps(p + 8, v.hi);
+  }
+  static V add(V a, V b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static V sub(V a, V b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static V mul(V a, V b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static V div(V a, V b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static V max(V a, V b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+  static float sum(V v) {
+    const __m256 both = _mm256_add_ps(v.lo, v.hi);
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  static float highest(V v) {
+    const __m256 both = _mm256_max_ps(v.lo, v.hi);
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+
+  static V load_bf16(const uint16_t* p) {
+    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i lo = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(packed));
+    const __m256i hi = _mm256_cvtepu16_epi32(_mm256_extracti128_si256(packed, 1));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  }
+  static void store_bf16(uint16_t* p, V v) {
+    const __m256i lo = rounded(v.lo), hi = rounded(v.hi);
+    // packus works within 128-bit halves; the permutation puts the halves back in order.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
+  // The two bfloat16 of each 32-bit lane.
+  static V even(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(words(p), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(words(p + 16), 16))};
+  }
+  static V odd(const uint16_t* p) {
+    const __m256i high = _mm256_set1_epi32(int32_t(0xffff0000));
+    return {_mm256_castsi256_ps(_mm256_and_si256(words(p), high)),
+            _mm256_castsi256_ps(_mm256_and_si256(words(p + 16), high))};
+  }
+  // Byte `i` of each 32-bit lane, signed.
+  template <int i>
+  static V byte(const int8_t* p) {
+    return {signed_byte<i>(words(p)), signed_byte<i>(words(p + 32))};
+  }
+  // Lanes from `first` on become a score so low that its power of two is 0.
+  static V hide_from(V v, int first) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256 hidden = _mm256_set1_ps(kHidden);
+    const __m256i lo = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), lanes);
+    const __m256i hi = _mm256_cmpgt_epi32(_mm256_set1_epi32(first - 8), lanes);
+    return {_mm256_blendv_ps(hidden, v.lo, _mm256_castsi256_ps(lo)),
+            _mm256_blendv_ps(hidden, v.hi, _mm256_castsi256_ps(hi))};
+  }
+  // v * 2^n for integral n; 0 below the smallest normal number, and no more than 2^127 v.
+  static V scale(V v, V n) { return {scaled(v.lo, n.lo), scaled(v.hi, n.hi)}; }
+  static V round(V v) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(v.lo, mode), _mm256_round_ps(v.hi, mode)};
+  }
+
+ private:
+  static __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  template <int i>
+  static __m256 signed_byte(__m256i word) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(word, 24 - 8 * i), 24));
+  }
+  static __m256 scaled(__m256 v, __m256 n) {
+    // The exponent field holds -126 ... 127.
+    const __m256 low = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+    const __m256 held = _mm256_min_ps(_mm256_max_ps(n, _mm256_set1_ps(-126.0f)), _mm256_set1_ps(127.0f));
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(held), _mm256_set1_epi32(127));
+    return _mm256_andnot_ps(low, _mm256_mul_ps(v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))));
+  }
+  // Round to nearest, ties to even, into the low half of each lane; a NaN stays one because its quiet bit is set.
+  static __m256i rounded(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(up, quiet, nan), 16);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,70 @@
+// Sixteen float32 lanes in one AVX-512 register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace {
+
+// Finite, so that differences with it are no NaN.
+constexpr float kHidden = -3e38f;
+
+struct Simd {
+  using V = __m512;
+  static constexpr int kRows = 6;   // 6 x 4 accumulators, 4 weights, 1 broadcast: 29 of 32 registers
+  static constexpr int kTiles = 4;
+
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set1(float x) { return _mm512_set1_ps(x); }
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(V v) { return _mm512_reduce_add_ps(v); }
+  static float highest(V v) { return _mm512_reduce_max_ps(v); }
+
+  static V load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static void store_bf16(uint16_t* p, V v) {
+#ifdef __AVX512BF16__
+    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(v);
+#else
+    // Round to nearest, ties to even; a NaN stays one because its quiet bit is set first.
+    __m512i bits = _mm512_castps_si512(v);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    bits = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+#endif
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+  }
+  // The two bfloat16 of each 32-bit lane.
+  static V even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
+  static V odd(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(int32_t(0xffff0000))));
+  }
+  // Byte `i` of each 32-bit lane, signed.
+  template <int i>
+  static V byte(const int8_t* p) {
+    const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * i);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(high, 24));
+  }
+  // Lanes from `first` on become a score so low that its power of two is 0.
+  static V hide_from(V v, int first) {
+    const __mmask16 hidden = first <= 0 ? __mmask16(0xffff) : first >= 16 ? __mmask16(0) : __mmask16(0xffff << first);
+    return _mm512_mask_mov_ps(v, hidden, _mm512_set1_ps(kHidden));
+  }
+  // v * 2^n for integral n
+  static V scale(V v, V n) { return _mm512_scalef_ps(v, n); }
+  static V round(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+};
+
+}  // namespace

@@ -1,0 +1,398 @@
+"""The compiled CPU kernels of `csrc/cpu`, called by ctypes; the structs mirror `csrc/cpu/api.h`.
+
+The library asks nothing of Python or torch but the OpenMP run-time that torch has loaded, so one build serves every
+version of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vllm import envs
+from vllm.attention.metadata import AttentionMetadata
+from vllm.exceptions import StartupError
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+TILE = 16
+"""Columns of a packed tile; slots of a tile of KV memory."""
+
+MAX_HEAD_DIM = 512
+INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16")
+WIDEN, DOT = 0, 1
+"""How bfloat16 operands are multiplied: widened to float32, or by dot products of pairs."""
+
+_LIBRARY = Path(__file__).parents[3] / "cpu_kernels.so"
+_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+_INT8 = 2
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("format", c_int32),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("post_attention_norm", c_void_p),
+        ("qkv", _Matrix),
+        ("o", _Matrix),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+    ]
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [
+        ("num_layers", c_int64),
+        ("hidden_size", c_int64),
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("intermediate_size", c_int64),
+        ("norm_eps", c_float),
+        ("scale", c_float),
+        ("cos_sin", c_void_p),
+        ("final_norm", c_void_p),
+        ("layers", POINTER(_Layer)),
+        ("cache_format", c_int32),
+        ("arithmetic", c_int32),
+    ]
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = [
+        ("num_tokens", c_int64),
+        ("positions", c_void_p),
+        ("slots", c_void_p),
+        ("num_seqs", c_int64),
+        ("query_lens", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+        ("block_size", c_int64),
+        ("num_groups", c_int64),
+        ("groups", c_void_p),
+    ]
+
+
+@lru_cache
+def library() -> ctypes.CDLL | None:
+    """The library, ready for use with the best instructions of this processor, or those of `VLLM_CPU_INSTRUCTIONS` if
+    they are lesser; None, said once why, where there is none."""
+    if not _LIBRARY.exists():
+        logger.warning(
+            "The compiled CPU kernels are not built (%s is missing); torch computes instead, several times slower. "
+            "Install g++ (11 or newer) and run: pip install -e .",
+            _LIBRARY.name,
+        )
+        return None
+    try:
+        lib = ctypes.CDLL(str(_LIBRARY))
+    except OSError as error:
+        logger.warning("The compiled CPU kernels cannot be loaded (%s); torch computes instead.", error)
+        return None
+    best = lib.vsp_best_instructions()
+    if best < 0:
+        logger.warning("The compiled CPU kernels need a processor with AVX2 and FMA; torch computes instead.")
+        return None
+    asked = envs.cpu_instructions()
+    if asked is not None and asked not in INSTRUCTIONS:
+        raise StartupError(f"VLLM_CPU_INSTRUCTIONS is {asked!r}; it takes {', '.join(INSTRUCTIONS)}.")
+    if lib.vsp_initialize(best if asked is None else min(best, INSTRUCTIONS.index(asked))):
+        logger.warning("torch's OpenMP run-time is not to be found: the compiled CPU kernels use one thread.")
+    return lib
+
+
+def misfit_of_attention(head_dim: int, block_size: int, dtype: torch.dtype) -> str | None:
+    """Why the attention kernels cannot serve a model, or None."""
+    if head_dim % TILE or head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is no multiple of {TILE} up to {MAX_HEAD_DIM}"
+    if block_size % TILE:
+        return f"--block-size {block_size} is no multiple of {TILE}"
+    if dtype not in _FORMATS:
+        return f"dtype {str(dtype).removeprefix('torch.')} is neither float32 nor bfloat16"
+    return None
+
+
+def _kernels() -> ctypes.CDLL:
+    lib = library()
+    if lib is None:
+        raise RuntimeError("the compiled CPU kernels are not available")
+    return lib
+
+
+def _address(tensor: torch.Tensor | None) -> c_void_p:
+    return c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _threads() -> c_int32:
+    return c_int32(torch.get_num_threads())
+
+
+def _format(dtype: torch.dtype) -> int:
+    if dtype not in _FORMATS:
+        raise ValueError(f"the compiled CPU kernels take float32 and bfloat16, not {dtype}")
+    return _FORMATS[dtype]
+
+
+@lru_cache
+def arithmetic() -> int:
+    """How bfloat16 operands multiply fastest on this processor, measured: dot products of pairs, or widened to float32.
+
+    Processors with the same instructions differ: AMD's Zen 4 does twice as much in dot products as in float32, some of
+    Intel's do less.
+    """
+    weight = PackedMatrix(torch.zeros(512, 512, dtype=torch.bfloat16))
+    x = torch.zeros(96, 512)
+    times = {}
+    for candidate in (WIDEN, DOT):
+        linear(x, weight, candidate)
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            linear(x, weight, candidate)
+            seconds.append(time.perf_counter() - started)
+        times[candidate] = min(seconds)
+    return min(times, key=times.__getitem__)
+
+
+class PackedMatrix:
+    """A weight [N, K] in the kernels' own order; see `csrc/cpu/api.h`.
+
+    Args:
+        weight: float32 or bfloat16; K is a multiple of 16.
+        bias: [N], or None.
+        interleave: The rows are a gate and an up projection, N/2 each (a multiple of 16), for SwiGLU.
+        int8: Quantise: symmetric, one factor a row.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, interleave: bool = False, int8: bool = False
+    ) -> None:
+        self.n, self.k = weight.shape
+        unit = 2 * TILE if interleave else 1
+        if self.k % TILE or self.n % unit:
+            raise ValueError(f"cannot pack a matrix of {self.n} x {self.k}: K must be a multiple of 16, N of {unit}")
+        tiles = -(-self.n // TILE)
+        self.scale = torch.empty(tiles * TILE) if int8 else None
+        self.data = torch.empty(tiles * TILE * self.k, dtype=torch.int8 if int8 else weight.dtype)
+        weight = (weight.float() if int8 else weight).contiguous()
+        n, k, interleaved = c_int64(self.n), c_int64(self.k), c_int32(interleave)
+        if int8:
+            _kernels().vsp_pack_int8(_address(weight), n, k, interleaved, _address(self.data), _address(self.scale))
+        else:
+            kind = c_int32(_format(weight.dtype))
+            _kernels().vsp_pack(_address(weight), n, k, kind, interleaved, _address(self.data))
+        self.bias = None if bias is None else bias.float()
+        if self.bias is not None and interleave:
+            self.bias = self.bias.view(2, -1, TILE).transpose(0, 1).flatten().contiguous()
+        kind_of_data = _INT8 if int8 else _format(weight.dtype)
+        self.struct = _Matrix(_address(self.data), _address(self.scale), _address(self.bias), n, k, kind_of_data)
+
+
+def linear(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
+    """`x Wᵀ + b`: float32 [R, K] → float32 [R, N]."""
+    out = torch.empty((x.shape[0], weight.n))
+    _kernels().vsp_linear(
+        _address(x), c_int64(x.shape[0]), byref(weight.struct), _address(out), c_int32(arithmetic), _threads()
+    )
+    return out
+
+
+def swiglu(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
+    """`silu(gate) * up` of x times an interleaved matrix: float32 [R, K] → float32 [R, N/2]."""
+    out = torch.empty((x.shape[0], weight.n // 2))
+    _kernels().vsp_swiglu(
+        _address(x), c_int64(x.shape[0]), byref(weight.struct), _address(out), c_int32(arithmetic), _threads()
+    )
+    return out
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """float32 [R, N], float32 [N] → float32 [R, N]; N is a multiple of 16."""
+    out = torch.empty_like(x)
+    _kernels().vsp_rms_norm(
+        _address(x), c_int64(x.shape[0]), c_int64(x.shape[1]), _address(weight), c_float(eps), _address(out), _threads()
+    )
+    return out
+
+
+def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor, block_size: int) -> None:
+    """Copies blocks of `block_size` rows of `cache`: int64 `pairs` [P, 2] of (from, to); all are read before any is
+    written."""
+    size = block_size * cache.stride(0) * cache.element_size()
+    _kernels().vsp_copy_blocks(_address(cache), _address(pairs), c_int64(len(pairs)), c_int64(size))
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch as the kernels read it, with the tensors that it points to."""
+
+    struct: _Batch
+    tensors: tuple[torch.Tensor, ...]
+
+
+def prepare(metadata: AttentionMetadata) -> PreparedBatch:
+    """Positions are given later, to what needs them."""
+    lens = torch.tensor([metadata.query_lens, metadata.context_lens], dtype=torch.int64)
+    groups = torch.tensor(
+        [(g.first_token, g.num_tokens, g.first_slot, g.length) for g in metadata.groups], dtype=torch.int64
+    )
+    slots, tables = metadata.slot_mapping.contiguous(), metadata.block_tables.contiguous()
+    struct = _Batch(
+        len(slots),
+        None,
+        _address(slots),
+        lens.shape[1],
+        _address(lens[0]),
+        _address(lens[1]),
+        _address(tables),
+        tables.stride(0),
+        metadata.block_size,
+        len(metadata.groups),
+        _address(groups),
+    )
+    return PreparedBatch(struct, (lens, groups, slots, tables))
+
+
+def rope_and_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+) -> torch.Tensor:
+    """As `AttentionBackend.rope_and_write`, for float32 `qkv` [T, (num_heads + 2 KVH) D]; q is float32 [T, H, D]."""
+    q = torch.empty(len(qkv), num_heads, k_cache.shape[2])
+    slots = slot_mapping.contiguous()
+    batch = _Batch(num_tokens=len(qkv), positions=_address(positions), slots=_address(slots))
+    stack = _attention_of(num_heads, k_cache, 1.0, cos_sin)
+    _kernels().vsp_rope_and_write(
+        byref(stack), byref(batch), _address(qkv), _address(k_cache), _address(v_cache), _address(q), _threads()
+    )
+    return q
+
+
+def attention(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, scale: float, batch: PreparedBatch, arithmetic: int
+) -> torch.Tensor:
+    """As `AttentionBackend.forward`, for float32 `q` [T, H, D]; returns float32."""
+    out = torch.empty_like(q)
+    stack = _attention_of(q.shape[1], k_cache, scale, None, arithmetic)
+    _kernels().vsp_attention(
+        byref(stack), byref(batch.struct), _address(q), _address(k_cache), _address(v_cache), _address(out), _threads()
+    )
+    return out
+
+
+def _attention_of(
+    num_heads: int, k_cache: torch.Tensor, scale: float, cos_sin: torch.Tensor | None, arithmetic: int = WIDEN
+) -> _Stack:
+    """A stack of which only what attention reads is filled in."""
+    num_kv_heads, head_dim = k_cache.shape[1:]
+    return _Stack(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        cos_sin=_address(cos_sin),
+        cache_format=_format(k_cache.dtype),
+        arithmetic=arithmetic,
+    )
+
+
+class LayerWeights(NamedTuple):
+    """One pre-norm decoder layer: norms float32 [hidden_size], matrices packed (`gate_up` interleaved)."""
+
+    input_norm: torch.Tensor
+    post_attention_norm: torch.Tensor
+    qkv: PackedMatrix
+    o: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+
+
+class DecoderStack:
+    """All layers of a network in one call: pre-norm, rotary positions, grouped-query attention, SwiGLU.
+
+    Between its matrix products everything is float32.
+
+    Args:
+        layers: From the first to the last.
+        final_norm: float32 [hidden_size].
+        cos_sin: Rotary table; float32 [positions, head_dim].
+        num_heads, num_kv_heads, head_dim, norm_eps: Of every layer.
+    """
+
+    def __init__(
+        self,
+        layers: list[LayerWeights],
+        final_norm: torch.Tensor,
+        cos_sin: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+    ) -> None:
+        self._weights = (layers, final_norm, cos_sin)
+        self._layers = (_Layer * len(layers))()
+        for struct, layer in zip(self._layers, layers, strict=True):
+            struct.input_norm = _address(layer.input_norm)
+            struct.post_attention_norm = _address(layer.post_attention_norm)
+            struct.qkv, struct.o = layer.qkv.struct, layer.o.struct
+            struct.gate_up, struct.down = layer.gate_up.struct, layer.down.struct
+        self._struct = _Stack(
+            num_layers=len(layers),
+            hidden_size=final_norm.shape[0],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=layers[0].down.k,
+            norm_eps=norm_eps,
+            scale=head_dim**-0.5,
+            cos_sin=_address(cos_sin),
+            final_norm=_address(final_norm),
+            layers=self._layers,
+            arithmetic=arithmetic(),
+        )
+        self._caches: list[torch.Tensor] = []
+
+    def forward(
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        k_caches: list[torch.Tensor],
+        v_caches: list[torch.Tensor],
+        batch: PreparedBatch,
+    ) -> torch.Tensor:
+        """[T, hidden_size] → the normalised states after the last layer, float32, alike; writes K and V."""
+        if self._caches is not k_caches:
+            self._caches = k_caches
+            self._struct.cache_format = _format(k_caches[0].dtype)
+            for struct, k, v in zip(self._layers, k_caches, v_caches, strict=True):
+                struct.k_cache, struct.v_cache = _address(k), _address(v)
+        hidden = embeddings.to(torch.float32, copy=True)
+        batch.struct.positions = _address(positions)
+        _kernels().vsp_run_stack(byref(self._struct), byref(batch.struct), _address(hidden), _threads())
+        return hidden
