@@ -30,7 +30,9 @@ class Outcome(StrEnum):
 class PromptState(StrEnum):
     PENDING = "pending"
     COMPUTING = "computing"
+    LOADING = "loading"
     PINNED = "pinned"
+    HOST = "host"
     REMOVING = "removing"
     REMOVED = "removed"
 
@@ -76,6 +78,8 @@ class PinnedPrompt:
         children: Prompts whose parent it is; they hold it as readers do.
         readers: Unfinished sequences attached to it, running or waiting.
         waiters: Those of them that wait for its prefill.
+        payer: The one that brought it, whose usage says that it was computed; only until it is.
+        is_being_saved: Its extent is being copied to the host.
         order: Admission order of the request that brought it; decides who waits for whom when memory is short.
         next_expiry: When its ttl is looked at next; None while nothing is due.
         tokens_saved: Tokens that requests read from it and its parents instead of computing them.
@@ -116,6 +120,8 @@ class PinnedPrompt:
         self.readers = 0
         self.children: set[PinnedPrompt] = set()
         self.waiters: list[Sequence] = []
+        self.payer: Sequence | None = None
+        self.is_being_saved = False
         self.prefill_started = 0.0
         self.next_expiry: float | None = None
         self._block_size = block_size
@@ -161,8 +167,8 @@ class PinnedPrompt:
 
     @property
     def is_held(self) -> bool:
-        """Whether a reader or a child needs its KV."""
-        return self.readers > 0 or bool(self.children)
+        """Whether a reader, a child or a copy on its way to the host needs its KV."""
+        return self.readers > 0 or bool(self.children) or self.is_being_saved
 
     @property
     def expires(self) -> float | None:

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from vllm.config import SchedulerConfig
 from vllm.core.block_manager import BlockManager
-from vllm.core.system_prompt_pool import PinnedPrompt, SystemPromptPool
+from vllm.core.prompt_tiers import LoadState
+from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.inputs import CacheMark
 from vllm.sequence import Sequence, SequenceStatus
 from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan, SystemPromptChunk
@@ -115,7 +116,8 @@ class Scheduler:
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED)
 
     def has_work(self) -> bool:
-        return bool(self._requests) or self.pool.has_prefill or bool(self._freed) or bool(self._in_flight)
+        pool = self.pool.has_prefill or self.pool.tiers.has_work
+        return bool(self._requests) or pool or bool(self._freed) or bool(self._in_flight)
 
     @property
     def num_waiting(self) -> int:
@@ -147,6 +149,10 @@ class Scheduler:
         plan.freed = self._freed
         self._freed = []
         self._fill_batch(plan)
+        for prompt in self.pool.tiers.plan_rest(plan, bool(self.running)):
+            self.pool.end_save(prompt)
+        if not plan.is_empty:
+            self._in_flight.append(PlannedBatch([seq for seq, _ in self._scheduled], plan.starts, self._prefilled))
         return plan
 
     def _plan_system_prompt(self, plan: StepPlan) -> int | None:
@@ -166,7 +172,9 @@ class Scheduler:
             if moves:
                 plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
             prompt = self.pool.begin_prefill(start)
-        if prompt is None:
+        if prompt is not None and prompt.state == PromptState.LOADING:
+            self._plan_load(plan, prompt)
+        if prompt is None or prompt is not self.pool.computing or prompt.state == PromptState.LOADING:
             return None
         done = prompt.sequence.num_computed_tokens
         token_ids = prompt.token_ids[done : done + self.pool.config.chunk_tokens]
@@ -181,6 +189,14 @@ class Scheduler:
             for seq in self.pool.end_prefill():
                 heapq.heappush(self._waiting, seq)
         return None
+
+    def _plan_load(self, plan: StepPlan, prompt: PinnedPrompt) -> None:
+        state = self.pool.tiers.plan_load(plan, bool(self.running))
+        if state == LoadState.DONE:
+            for seq in self.pool.end_load(prompt):
+                heapq.heappush(self._waiting, seq)
+        elif state == LoadState.FAILED:
+            self.pool.fail_load(prompt)
 
     def _plan_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
         """Plans what already runs, in order. A decode token is never held back by the budget, only prefill is.
@@ -294,8 +310,6 @@ class Scheduler:
             )
             seq.num_computed_tokens += count
             seq.num_in_flight += samples
-        if not plan.is_empty:
-            self._in_flight.append(PlannedBatch([seq for seq, _ in self._scheduled], plan.starts, self._prefilled))
 
     def _ends_by_length(self, seq: Sequence) -> bool:
         """Whether the last token that `seq` may have is drawn already, perhaps in flight."""

@@ -3,6 +3,9 @@
 State of a prompt:
 
     pending ──room found──▶ computing ──last chunk done──▶ pinned ──removed, nobody holds it──▶ (gone)
+       │                       ▲ damaged                     ▲ ▲│
+       ├──room found, kept in a tier──▶ loading ──copied─────┘ ││ room needed, nobody holds it, copy on the host
+       ▲─────────────────────────asked for──────────── host ◀──┘
        └───no contiguous room──▶ (refused: its waiters run on what is left of its chain)
 
 The pool decides; the scheduler moves blocks and runs the prefill. `_enter` is the one place where a state changes.
@@ -29,6 +32,7 @@ from vllm.core.pinned_prompt import (
     prompt_id,
 )
 from vllm.core.prefix_tree import PrefixTree, common_prefix_len
+from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.varying_prompts import VaryingPrompts
 from vllm.inputs import CacheMark
 from vllm.logger import init_logger
@@ -92,6 +96,7 @@ class SystemPromptPool:
         on_release: Called with an extent whose pin has ended, so that its blocks become schedulable again.
         clock: Seconds since the epoch; replaced in tests.
         bytes_per_block: Of K and V, over all layers and ranks; shown in listings.
+        tiers: Where prompts are kept besides the device; by default nowhere.
     """
 
     def __init__(
@@ -102,8 +107,10 @@ class SystemPromptPool:
         on_release: Callable[[Extent], None],
         clock: Callable[[], float] = time.time,
         bytes_per_block: int = 0,
+        tiers: PromptTiers | None = None,
     ) -> None:
         self.config = config
+        self.tiers = tiers or PromptTiers()
         self.blocks = blocks
         self.block_size = block_size
         self.bytes_per_block = bytes_per_block
@@ -170,6 +177,7 @@ class SystemPromptPool:
         for want in decision.creates:
             leaf = self._register(seq.token_ids[: want.num_tokens], want)
             leaf.order = seq.order
+            leaf.payer = seq
             seq.num_cache_write_tokens += leaf.num_own_tokens
         if leaf is None:
             return decision.refused[-1][1] if decision.refused else None
@@ -256,11 +264,12 @@ class SystemPromptPool:
         return found
 
     def is_waiting(self, seq: Sequence) -> bool:
-        """Whether `seq` waits for its system prompt's prefill."""
+        """Whether `seq` waits for its system prompt's prefill, or for its way back to the device."""
         prompt = seq.system_prompt
-        return prompt is not None and prompt.state in (PromptState.PENDING, PromptState.COMPUTING)
+        return prompt is not None and prompt.state != PromptState.PINNED
 
     def _attach(self, seq: Sequence, prompt: PinnedPrompt) -> None:
+        self._recall(prompt)
         seq.system_prompt = prompt
         prompt.readers += 1
         self.num_readers += 1
@@ -304,6 +313,7 @@ class SystemPromptPool:
         if ttl != prompt.ttl:
             prompt.ttl = ttl
             self._track_ttl(prompt)
+        self.tiers.note_change(prompt)
 
     def _note_refusal(self, token_ids: list[int], want: Want, outcome: Outcome, request_id: str) -> None:
         key = prompt_id(token_ids, want.scope)
@@ -399,6 +409,8 @@ class SystemPromptPool:
             existing.source, existing.pin, existing.ttl = source, pin, ttl
             existing.name = name or existing.name
             self._track_ttl(existing)
+            self.tiers.note_change(existing)
+            self._recall(existing)
             return existing
         refusal = Outcome.DISABLED if self.config.mode == "off" else None
         if refusal is None:
@@ -422,6 +434,7 @@ class SystemPromptPool:
             prompt.ttl = changes["ttl"]
             prompt.touch(self._clock())
             self._track_ttl(prompt)
+        self.tiers.note_change(prompt)
         return prompt
 
     def remove(self, key: str) -> PinnedPrompt:
@@ -527,13 +540,42 @@ class SystemPromptPool:
         if self.blocks.fits(needed):
             return None
         missing = self.blocks.pinned_blocks + needed - self.blocks.budget_blocks
-        if pin == PinClass.HARD and sum(p.num_blocks for p in self._displaceable()) >= missing:
-            return None
-        return Outcome.OVER_BUDGET
+        going = set(self._demotable()).union(self._displaceable() if pin == PinClass.HARD else ())
+        return None if sum(p.num_blocks for p in going) >= missing else Outcome.OVER_BUDGET
+
+    def _demotable(self) -> list[PinnedPrompt]:
+        """Prompts that could leave the device at once without being lost, the oldest use first. Children may, but no
+        parent: what its children hold must stay."""
+        if not self.tiers.host.budget_blocks:
+            return []
+        on_host = [
+            p
+            for p in self._prompts.values()
+            if p.state == PromptState.PINNED
+            and p.pin != PinClass.HARD
+            and not (p.is_held or p.doomed)
+            and self.tiers.is_on_host(p)
+        ]
+        return sorted(on_host, key=lambda p: p.last_used)
+
+    def _demote(self, prompt: PinnedPrompt) -> None:
+        """Ends the extent of a prompt that the host tier holds."""
+        logger.debug("System prompt %s leaves the device for the host.", prompt.id)
+        self._enter(prompt, PromptState.HOST)
+        self._give_back_extent(prompt)
+
+    def _recall(self, prompt: PinnedPrompt) -> None:
+        """A prompt that is on the host only is asked for: it waits for room on the device like a new one."""
+        if prompt.state == PromptState.HOST:
+            self._enter(prompt, PromptState.PENDING)
 
     def _displaceable(self) -> list[PinnedPrompt]:
         """Soft pins that could make room at once, in the order in which they would go: the oldest use first."""
-        soft = [p for p in self._prompts.values() if p.pin == PinClass.SOFT and p.state == PromptState.PINNED]
+        soft = [
+            p
+            for p in self._prompts.values()
+            if p.pin == PinClass.SOFT and p.state == PromptState.PINNED and not p.is_being_saved
+        ]
         going: list[PinnedPrompt] = []
         # A parent is used whenever a child is, so children of the same age are all that must be put before it.
         for p in sorted(soft, key=lambda p: (p.last_used, -p.num_tokens)):
@@ -578,9 +620,12 @@ class SystemPromptPool:
         return fitting[-1] if fitting else None
 
     def _register(self, token_ids: list[int], want: Want, name: str | None = None) -> PinnedPrompt:
+        parent = self._parent(token_ids, want.scope)
+        if parent is not None:
+            self._recall(parent)
         prompt = PinnedPrompt(
             token_ids,
-            self._parent(token_ids, want.scope),
+            parent,
             self.block_size,
             name=name,
             source=want.source,
@@ -589,15 +634,16 @@ class SystemPromptPool:
             scope=want.scope,
             now=self._clock(),
         )
-        # Room that soft pins take is only worth having for what replaces them, so they go no sooner than now.
+        # Room that others take is only worth having for what replaces them, so they go no sooner than now.
+        while not self.blocks.fits(self._promised_blocks + prompt.num_blocks) and (going := self._demotable()):
+            self._demote(going[0])
         while not self.blocks.fits(self._promised_blocks + prompt.num_blocks) and (going := self._displaceable()):
             self._displace(going[0])
         self._watch_variation(prompt.id, token_ids, want)
         self._refused.pop(prompt.id, None)
         self._prompts[prompt.id] = prompt
         self._trees.setdefault(prompt.scope, PrefixTree()).insert(token_ids, prompt)
-        self._pending.append(prompt)
-        self._promised_blocks += prompt.num_blocks
+        self._enqueue(prompt)
         prompt.touch(prompt.created)
         self._track_ttl(prompt)
         logger.info("System prompt %s: %d tokens to be pinned (%s).", prompt.id, prompt.num_tokens, prompt.source)
@@ -610,9 +656,9 @@ class SystemPromptPool:
             heapq.heappush(self._expiries, (prompt.next_expiry, prompt.id))
 
     def _release_if_done(self, prompt: PinnedPrompt) -> None:
-        if not prompt.doomed or prompt.is_held or prompt.state in (PromptState.COMPUTING, PromptState.REMOVED):
-            return
-        self._forget(prompt)
+        settled = prompt.state not in (PromptState.COMPUTING, PromptState.LOADING, PromptState.REMOVED)
+        if prompt.doomed and settled and not prompt.is_held:
+            self._forget(prompt)
 
     def _forget(self, prompt: PinnedPrompt) -> None:
         """Ends a prompt that nobody holds, and gives its room back."""
@@ -623,12 +669,16 @@ class SystemPromptPool:
         if not tree:
             del self._trees[prompt.scope]
         if prompt.extent is not None:
-            self._on_release(self.blocks.unpin(prompt.id))
-            self.pinned_tokens -= prompt.num_own_tokens
-            prompt.extent = None
+            self._give_back_extent(prompt)
+        self.tiers.forget(prompt)
         if prompt.parent is not None:
             prompt.parent.children.discard(prompt)
             self._let_go(prompt.parent)
+
+    def _give_back_extent(self, prompt: PinnedPrompt) -> None:
+        self._on_release(self.blocks.unpin(prompt.id))
+        self.pinned_tokens -= prompt.num_own_tokens
+        prompt.extent = None
 
     def _enter(self, prompt: PinnedPrompt, state: PromptState) -> None:
         if prompt.state == PromptState.PENDING:
@@ -637,8 +687,14 @@ class SystemPromptPool:
         if prompt is self.computing:
             self.computing = None
         prompt.state = state
-        if state == PromptState.COMPUTING:
+        if state == PromptState.PENDING:
+            self._enqueue(prompt)
+        if state in (PromptState.COMPUTING, PromptState.LOADING):
             self.computing = prompt
+
+    def _enqueue(self, prompt: PinnedPrompt) -> None:
+        self._pending.append(prompt)
+        self._promised_blocks += prompt.num_blocks
 
     # Prefill, driven by the scheduler ---------------------------------------------------------------------------
 
@@ -654,20 +710,51 @@ class SystemPromptPool:
         """First block of the place for the first pending prompt; None when no contiguous room can be had."""
         prompt = self._pending[0]
         start = self.blocks.find_window(prompt.num_blocks)
+        if start is None and self._refusal(prompt.num_tokens, 0, prompt.pin) is None:
+            while start is None and (going := self._demotable()):
+                self._demote(going[0])
+                start = self.blocks.find_window(prompt.num_blocks)
         while start is None and prompt.pin == PinClass.HARD and (going := self._displaceable()):
             self._displace(going[0])
             start = self.blocks.find_window(prompt.num_blocks)
         return start
 
     def begin_prefill(self, start: int) -> PinnedPrompt:
-        """The first pending prompt gets the (emptied) blocks from `start` on and is computed from now."""
+        """The first pending prompt gets the (emptied) blocks from `start` on and is computed from now, or loaded where
+        a tier has it."""
         prompt = self._pending[0]
-        self._enter(prompt, PromptState.COMPUTING)
+        may_load = self.tiers.can_load(prompt)
+        self._enter(prompt, PromptState.LOADING)
         prompt.place(self.blocks.pin(prompt.id, start, prompt.num_blocks))
         self.pinned_tokens += prompt.num_own_tokens
+        if may_load:
+            self.tiers.begin_load(prompt)
+        else:
+            self._begin_computing(prompt)
+        return prompt
+
+    def _begin_computing(self, prompt: PinnedPrompt) -> None:
+        self._enter(prompt, PromptState.COMPUTING)
         prompt.prefill_started = time.perf_counter()
         self.num_prefills += 1
-        return prompt
+
+    def fail_load(self, prompt: PinnedPrompt) -> None:
+        """What a tier had of a prompt was worth nothing; it is computed, in the extent that it has."""
+        self._begin_computing(prompt)
+
+    def end_load(self, prompt: PinnedPrompt) -> list[Sequence]:
+        """A prompt is back on the device; returns the sequences that waited for it."""
+        if prompt.payer is not None:
+            prompt.payer.num_cache_write_tokens -= prompt.num_own_tokens
+        prompt.sequence.num_computed_tokens = prompt.num_tokens
+        waiters = self.end_prefill()
+        self._release_if_done(prompt)
+        return waiters
+
+    def end_save(self, prompt: PinnedPrompt) -> None:
+        """The extent of a prompt has been copied to the host."""
+        prompt.is_being_saved = False
+        self._let_go(prompt)
 
     def end_prefill(self) -> list[Sequence]:
         """The last chunk of the prompt under computation is planned; returns the sequences that waited for it."""
@@ -675,6 +762,7 @@ class SystemPromptPool:
         if prompt is None:
             raise RuntimeError("no system prompt is being computed")
         self._enter(prompt, PromptState.PINNED)
+        prompt.payer = None
         prompt.touch(self._clock())
         waiters, prompt.waiters = prompt.waiters, []
         return waiters
@@ -682,6 +770,7 @@ class SystemPromptPool:
     def note_prefill(self, prompt: PinnedPrompt) -> None:
         """The last chunk of a prompt has run. Keeps how long its prefill took; a prompt that was removed meanwhile goes
         only now, since its blocks were being written."""
+        prompt.is_being_saved = not prompt.doomed and self.tiers.save(prompt)
         self._release_if_done(prompt)
         self.prefill_seconds.append(time.perf_counter() - prompt.prefill_started)
 
@@ -705,7 +794,12 @@ class SystemPromptPool:
             self._note_refusal(prompt.token_ids, want, Outcome.BUSY, seq.request_id)
             if parent is not None:
                 self._attach(seq, parent)
-        self._forget(prompt)
+        prompt.payer = None
+        if prompt.pin != PinClass.HARD and self.tiers.is_on_host(prompt):
+            self._enter(prompt, PromptState.HOST)
+            self._release_if_done(prompt)
+        else:
+            self._forget(prompt)
         return [seq for seq in waiters if not self.is_waiting(seq)]
 
     def check_integrity(self, readers: dict[str, int]) -> None:
@@ -721,8 +815,10 @@ class SystemPromptPool:
         for p in prompts:
             assert p.readers == readers.get(p.id, 0), (p.id, p.readers, readers.get(p.id, 0))
             assert len(p.waiters) <= p.readers
-            assert (p.state == PromptState.PENDING) == (p in self._pending) == (p.extent is None)
-            assert (p.state == PromptState.COMPUTING) == (p is self.computing)
+            assert (p.state == PromptState.PENDING) == (p in self._pending)
+            assert (p.state in (PromptState.PENDING, PromptState.HOST)) == (p.extent is None)
+            assert (p.state in (PromptState.COMPUTING, PromptState.LOADING)) == (p is self.computing)
+            assert p.state != PromptState.HOST or (self.tiers.is_on_host(p) and not p.is_held), p
             assert p.children == {c for c in prompts if c.parent is p}, (p, p.children)
             assert p.depth <= MAX_CHAIN and p.num_blocks == self._blocks_of(p.num_own_tokens), p
             if p.parent is not None:
@@ -733,6 +829,7 @@ class SystemPromptPool:
                 assert p.last_used <= p.parent.last_used
             if p.extent is not None:
                 assert sum(e.num_tokens for e in p.prefix) == p.num_tokens, p.prefix
+        self.tiers.check_integrity(self._prompts)
         assert {p.id for tree in self._trees.values() for p in tree} == set(self._prompts)
         assert self._promised_blocks == sum(p.num_blocks for p in self._pending)
         assert self.num_readers == sum(readers.values()), (self.num_readers, readers)
