@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from vllm import envs
@@ -22,6 +24,7 @@ from vllm.exceptions import StartupError
 from vllm.platforms import current_platform
 from vllm.platforms.base import Platform
 from vllm.transformers_utils.config import (
+    SAMPLING_KEYS,
     eos_token_ids,
     load_generation_config,
     load_hf_config,
@@ -56,7 +59,8 @@ class EngineArgs:
     chat_template: str | None = None
     trust_request_chat_template: bool = False
     trust_remote_code: bool = False
-    generation_config: Literal["auto", "vllm"] = "auto"
+    generation_config: str = "auto"
+    override_generation_config: dict[str, float] = dataclasses.field(default_factory=dict)
     max_logprobs: int = 20
     block_size: int = 16
     num_gpu_blocks_override: int | None = None
@@ -115,7 +119,12 @@ class EngineArgs:
         add("chat_template", "Template text, or a file that holds it, in place of the tokenizer's own.")
         add("trust_request_chat_template", "Let requests bring a chat_template of their own.")
         add("trust_remote_code", "Run code that a checkpoint's tokenizer brings.")
-        add("generation_config", "auto: sampling defaults of the checkpoint; vllm: none.", choices=("auto", "vllm"))
+        add(
+            "generation_config", "auto: sampling defaults of the checkpoint; vllm: none; or a folder to take them from."
+        )
+        add(
+            "override_generation_config", "Sampling defaults that win over those, as a JSON object.", type=_json_numbers
+        )
         add("max_logprobs", "Most log-probabilities a request may ask for.", type=int)
         add = adder("KV cache")
         add("block_size", "Tokens in a KV block.", type=int)
@@ -220,13 +229,28 @@ class EngineArgs:
             seed=self.seed,
             chat_template=_read_template(self.chat_template),
             trust_request_chat_template=self.trust_request_chat_template,
+            trust_remote_code=self.trust_remote_code,
             max_logprobs=self.max_logprobs,
             weights_digest=weights_digest(model_path),
             tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
             chat_template_digest=_template_digest(_read_template(self.chat_template) or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
-            generation_defaults=load_generation_config(model_path) if self.generation_config == "auto" else {},
+            generation_defaults=self._generation_defaults(model_path),
         )
+
+    def _generation_defaults(self, model_path: str) -> dict[str, float]:
+        source = model_path if self.generation_config == "auto" else self.generation_config
+        if source not in (model_path, "vllm") and not (Path(source) / "generation_config.json").is_file():
+            raise StartupError(
+                f"--generation-config must be auto, vllm or a folder with generation_config.json, got {source}."
+            )
+        defaults = {} if source == "vllm" else load_generation_config(source)
+        for name in self.override_generation_config:
+            if name not in SAMPLING_KEYS:
+                raise StartupError(
+                    f"--override-generation-config holds {name}; it may hold {', '.join(SAMPLING_KEYS)}."
+                )
+        return defaults | {SAMPLING_KEYS[name]: value for name, value in self.override_generation_config.items()}
 
     def _max_model_len(self, declared: int) -> int:
         asked = self.max_model_len
@@ -287,6 +311,17 @@ def _human_int(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 8k or 4G") from None
+
+
+def _json_numbers(text: str) -> dict[str, float]:
+    """A JSON object whose values are numbers."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, dict) and all(type(v) in (int, float) for v in value.values()):
+        return value
+    raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object of numbers such as {{"temperature": 0.2}}')
 
 
 def _template_digest(value: object) -> str:

@@ -22,7 +22,7 @@ logger = init_logger(__name__)
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_SAMPLING_KEYS = {
+SAMPLING_KEYS = {
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -98,7 +98,7 @@ def load_generation_config(model_path: str) -> dict[str, float]:
     if not path.is_file():
         return {}
     values = _read_json(path)
-    known = {name: values[key] for key, name in _SAMPLING_KEYS.items() if values.get(key) is not None}
+    known = {name: values[key] for key, name in SAMPLING_KEYS.items() if values.get(key) is not None}
     for name, value in known.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise StartupError(f"{path} has {value!r} for {name}, which must be a number.")

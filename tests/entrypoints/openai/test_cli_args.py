@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
 from vllm.entrypoints.openai import cli_args
+from vllm.exceptions import StartupError
 
 
 @pytest.fixture
@@ -43,6 +45,7 @@ def test_lists_of_origins(parse):
         ["--num-scheduler-steps", "8"],
         ["--no-enable-chunked-prefill"],
         ["--compilation-config", '{"level": 3}'],
+        ["--optimization-level", "3"],
     ],
 )
 def test_flags_without_effect_are_accepted_with_a_warning(parse, args, monkeypatch):
@@ -107,9 +110,138 @@ def test_unknown_flags_and_abbreviations_are_one_line(parse, args, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+# What deployments pass to vLLM, with a value where it takes one.
+DEPLOYED = """
+tensor-parallel-size=1 tool-call-parser=hermes reasoning-parser=qwen3 max-model-len=8k enable-auto-tool-choice
+gpu-memory-utilization=0.9 trust-remote-code speculative-config={} max-num-seqs=8 model=m max-num-batched-tokens=4096
+kv-cache-dtype=auto port=80 compilation-config={} host=::1 enable-expert-parallel attention-backend=TORCH block-size=16
+served-model-name=m enable-prefix-caching no-enable-prefix-caching enforce-eager kv-transfer-config={}
+data-parallel-size=1 async-scheduling max-cudagraph-capture-size=64 load-format=auto chat-template=t quantization=none
+dtype=auto hf-overrides={} seed=1 default-chat-template-kwargs={} tokenizer-mode=auto enable-chunked-prefill
+chat-template-content-format=auto tokenizer=t generation-config=vllm distributed-executor-backend=mp
+pipeline-parallel-size=1 api-key=k enable-lora lora-modules=a=b enable-prompt-tokens-details kv-offloading-size=1
+revision=main root-path=/a allowed-origins=* uvicorn-log-level=info disable-log-requests max-log-len=9
+response-role=assistant swap-space=4 use-v2-block-manager num-scheduler-steps=8
+""".split()  # noqa: SIM905 - as one reads it on a command line
+
+
+@pytest.mark.parametrize("flag", DEPLOYED)
+@pytest.mark.parametrize("spelling", ["dashes", "underscores"])
+def test_flags_of_deployments_parse_or_are_refused_by_name(parse, flag, spelling, capsys):
+    name, equals, value = flag.partition("=")
+    argument = "--" + (name.replace("-", "_") if spelling == "underscores" else name)
+    try:
+        parse(argument, *([value] if equals else []))
+    except SystemExit as end:
+        assert end.code == 1
+        message = capsys.readouterr().err
+        assert f"--{name}" in message
+        assert "not supported" in message
+
+
+def test_keys_of_json_flags(parse):
+    args = parse("--default-chat-template-kwargs.enable_thinking", "false", "--default_chat_template_kwargs.a.b_c=x")
+    assert args.default_chat_template_kwargs == {"enable_thinking": False, "a": {"b_c": "x"}}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def test_a_config_file_gives_flags_and_the_command_line_wins(parse, config_file):
+    path = config_file(
+        "model: from-file\nport: 8123\nserved_model_name: [a, b]\nenable-prefix-caching: false\n"
+        "disable-uvicorn-access-log: true\nallow-credentials: false\napi-key: [x, y]\nseed:\n"
+        "default-chat-template-kwargs: {enable_thinking: false}\nallowed-origins: ['http://a']\n"
+    )
+    args = parse("--config", path, "--api_key", "z", "--port=9")
+    assert (args.model, args.port, args.api_key, args.served_model_name) == ("from-file", 9, ["z"], ["a", "b"])
+    assert (args.enable_prefix_caching, args.disable_uvicorn_access_log, args.allow_credentials) == (False, True, False)
+    assert (args.default_chat_template_kwargs, args.allowed_origins) == ({"enable_thinking": False}, ["http://a"])
+    assert args.seed is None
+    assert parse(f"--config={path}", "--enable-prefix-caching").enable_prefix_caching is True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("no-such: 1", "--no-such"),
+        ("enforce-eager: 3", "true or false"),
+        ("- a", "`name: value`"),
+        ("a: [", "not YAML"),
+        ("port: eighty", "0 to 65535"),
+        ("enable-lora: true", "--enable-lora"),
+    ],
+)
+def test_wrong_config_files_are_one_line(parse, config_file, text, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--config", config_file(text))
+    assert end.value.code == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert words in message
+
+
+def test_a_config_file_must_exist(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", "/no/such.yaml")
+    assert "/no/such.yaml cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("topic", "shown", "hidden"),
+    [
+        ("listgroup", "KV cache\n", "--port"),
+        ("KV-cache", "--block-size", "--port"),
+        ("max_num", "--max-num-seqs", "--port"),
+        ("all", "--port", "no such thing"),
+    ],
+)
+def test_help_on_a_topic(parse, topic, shown, hidden, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(f"--help={topic}")
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert shown in text
+    assert hidden not in text
+
+
+def test_help_on_nothing_that_exists(parse, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse("--help=nonsense")
+    assert end.value.code == 2
+    assert "listgroup" in capsys.readouterr().err
+
+
 def test_help_has_groups(parse, capsys):
     with pytest.raises(SystemExit):
         parse("--help")
     text = capsys.readouterr().out
     for title in ("model:", "KV cache:", "scheduler:", "system prompts:", "HTTP server:", "flags of other servers:"):
         assert f"\n{title}\n" in text
+
+
+def test_sampling_defaults_come_from_a_folder_and_by_flag(tiny_model_dir, tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.3, "top_k": 7}')
+
+    def defaults(**args):
+        return EngineArgs(model=str(tiny_model_dir), **args).create_engine_config().model.generation_defaults
+
+    more = {"temperature": 0.5, "max_new_tokens": 9}
+    assert defaults(generation_config=str(tmp_path)) == {"temperature": 0.3, "top_k": 7}
+    assert defaults(generation_config=str(tmp_path), override_generation_config=more) == {
+        "temperature": 0.5,
+        "top_k": 7,
+        "max_tokens": 9,
+    }
+    assert defaults(generation_config="vllm") == {}
+    with pytest.raises(StartupError, match=r"--override-generation-config holds max_tokens"):
+        defaults(override_generation_config={"max_tokens": 1})
+    with pytest.raises(StartupError, match=r"--generation-config must be .* /no/such"):
+        defaults(generation_config="/no/such")

@@ -7,6 +7,9 @@ import argparse
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
 from vllm.exceptions import StartupError
 
+USAGE = "[MODEL] [options]"
+DESCRIPTION = "Serves a model over the OpenAI API. --help=listgroup names the groups of flags, --help=GROUP shows one."
+
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
     from vllm.entrypoints.openai.cli_args import make_arg_parser

@@ -22,84 +22,167 @@ DEFAULT_SHUTDOWN_TIMEOUT_S = 30
 # Flags that would only change speed or logs in other servers, by what follows them: nothing, or a value.
 _NO_EFFECT_SWITCHES = (
     "async-scheduling",
+    "cudagraph-metrics",
     "disable-async-output-proc",
+    "disable-cascade-attn",
+    "disable-chunked-mm-input",
     "disable-custom-all-reduce",
     "disable-frontend-multiprocessing",
+    "disable-hybrid-kv-cache-manager",
     "disable-log-requests",
     "disable-log-stats",
+    "disable-mm-preprocessor-cache",
     "enable-chunked-prefill",
+    "enable-dbo",
+    "enable-eplb",
     "enable-expert-parallel",
+    "enable-layerwise-nvtx-tracing",
+    "enable-log-deltas",
+    "enable-log-outputs",
     "enable-log-requests",
+    "enable-mfu-metrics",
     "enable-prompt-tokens-details",
     "enable-server-load-tracking",
+    "interleave-mm-strings",
+    "kv-cache-metrics",
+    "kv-sharing-fast-prefill",
+    "language-model-only",
+    "log-error-stack",
+    "ray-workers-use-nsight",
+    "skip-mm-profiling",
     "use-tqdm-on-load",
     "use-v2-block-manager",
 )
 _NO_EFFECT_VALUES = (
+    "all2all-backend",
+    "allowed-local-media-path",
+    "allowed-media-domains",
     "block-allocator",
+    "collect-detailed-traces",
     "compilation-config",
     "cuda-graph-sizes",
+    "data-parallel-address",
+    "data-parallel-backend",
+    "data-parallel-rpc-port",
     "download-dir",
     "guided-decoding-backend",
+    "h11-max-header-count",
+    "h11-max-incomplete-event-size",
+    "ignore-patterns",
+    "kv-offloading-backend",
     "kv-offloading-size",
     "limit-mm-per-prompt",
+    "log-config-file",
+    "long-prefill-token-threshold",
+    "lora-dtype",
+    "master-addr",
+    "master-port",
+    "max-cpu-loras",
     "max-cudagraph-capture-size",
     "max-log-len",
+    "max-long-partial-prefills",
+    "max-lora-rank",
+    "max-loras",
+    "max-num-partial-prefills",
     "max-parallel-loading-workers",
     "max-seq-len-to-capture",
+    "mm-encoder-tp-mode",
+    "mm-processor-cache-gb",
     "num-lookahead-slots",
     "num-scheduler-steps",
+    "optimization-level",
     "otlp-traces-endpoint",
+    "performance-mode",
     "preemption-mode",
+    "prefix-caching-hash-algo",
+    "pt-load-map-location",
+    "safetensors-load-strategy",
     "scheduler-delay-factor",
+    "show-hidden-metrics-for-version",
+    "stream-interval",
     "swap-space",
 )
 
 # Flags whose feature does not exist here: the values that mean what this server does anyway.
 _UNSUPPORTED_SWITCHES = (
+    "calculate-kv-scales",
+    "disable-sliding-window",
     "enable-auto-tool-choice",
     "enable-force-include-usage",
     "enable-lora",
     "enable-prompt-embeds",
     "enable-reasoning",
+    "enable-return-routed-experts",
     "enable-sleep-mode",
+    "enable-ssl-refresh",
+    "enable-tokenizer-info-endpoint",
+    "headless",
     "skip-tokenizer-init",
 )
 _UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
+    "additional-config": ("{}",),
     "api-server-count": ("1",),
+    "attention-config": ("{}",),
     "chat-template-content-format": ("auto", "string"),
+    "code-revision": (),
     "config-format": ("auto", "hf"),
     "convert": ("auto", "none"),
     "cpu-offload-gb": ("0",),
+    "data-parallel-rank": ("0",),
     "data-parallel-size": ("1",),
+    "data-parallel-size-local": ("1",),
     "distributed-executor-backend": ("uni", "mp"),
+    "hf-config-path": (),
     "hf-overrides": ("{}",),
+    "hf-token": (),
+    "io-processor-plugin": (),
+    "kv-cache-dtype-skip-layers": (),
+    "kv-events-config": (),
     "kv-transfer-config": (),
     "logits-processors": (),
+    "logprobs-mode": ("raw_logprobs",),
     "lora-modules": (),
-    "override-generation-config": ("{}",),
+    "media-io-kwargs": ("{}",),
+    "middleware": (),
+    "mm-processor-kwargs": ("{}",),
+    "model-impl": ("auto", "vllm"),
+    "model-loader-extra-config": ("{}",),
+    "nnodes": ("1",),
+    "node-rank": ("0",),
+    "num-speculative-tokens": (),
+    "override-pooler-config": (),
     "pipeline-parallel-size": ("1",),
+    "pooler-config": (),
     "quantization": ("none",),
     "reasoning-parser": (),
     "rope-scaling": (),
     "rope-theta": (),
     "runner": ("auto", "generate"),
+    "scheduler-cls": (),
     "scheduling-policy": ("fcfs",),
     "speculative-config": (),
+    "speculative-model": (),
+    "ssl-ciphers": (),
     "structured-outputs-config": (),
     "task": ("auto", "generate"),
     "tokenizer-mode": ("auto", "hf"),
     "tokenizer-revision": (),
     "tool-call-parser": (),
     "tool-parser-plugin": (),
+    "uds": (),
+    "worker-cls": ("auto",),
+    "worker-extension-cls": (),
 }
 
 
 def make_arg_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
     """Adds all flags of the server: the engine's, the HTTP server's, and those of other servers."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with flags as `name: value` lines; those given here win"
+    )
     EngineArgs.add_cli_args(parser)
     _add_http_args(parser)
-    _add_compatibility_args(parser)
+    add_compatibility_args(parser)
     return parser
 
 
@@ -174,7 +257,7 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_compatibility_args(parser: FlexibleArgumentParser) -> None:
+def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
     accepted = sorted(_NO_EFFECT_SWITCHES + _NO_EFFECT_VALUES)
     refused = [f"--{name}" for name in _UNSUPPORTED_SWITCHES]
     refused += [f"--{n} other than {' or '.join(v)}" if v else f"--{n}" for n, v in _UNSUPPORTED_VALUES.items()]

@@ -1,0 +1,1 @@
+"""What `vllm bench` runs."""
