@@ -18,6 +18,10 @@ class StartupError(RuntimeError):
     """The engine cannot start with these arguments on this machine; printed as one line, without a traceback."""
 
 
+class ServerBusyError(RuntimeError):
+    """What the request needs is taken by others; the same request may succeed later."""
+
+
 class EngineDeadError(RuntimeError):
     """The engine process has ended; no request can be served any more."""
 

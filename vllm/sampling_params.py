@@ -29,6 +29,34 @@ class RequestOutputKind(IntEnum):
     FINAL_ONLY = 2
 
 
+class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
+    """What the output must look like: exactly one of the first six.
+
+    Attributes:
+        json: JSON schema, as an object or as its text.
+        regex: The whole output matches it.
+        choice: The output is one of these.
+        grammar: In GBNF (with a rule `root`) or Lark (with a rule `start`).
+        json_object: Any JSON object.
+        structural_tag: Structural tag of xgrammar, as an object or as its text.
+        disable_any_whitespace: JSON in one line, with a space after commas and colons and nowhere else.
+        disable_additional_properties: Accepted; what a schema does not name is never allowed unless it says so.
+        whitespace_pattern: Not supported.
+        after: The constraint begins after the first time that this text comes, anything before it is free.
+    """
+
+    json: Any = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    after: str | None = None
+
+
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """Sampling parameters of a request, named as vLLM and the OpenAI API name them.
 
@@ -64,6 +92,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

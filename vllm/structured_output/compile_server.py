@@ -1,0 +1,266 @@
+"""The process that compiles constraints, each in a child of its own: `python -m vllm.structured_output.compile_server`.
+
+Whoever writes a schema or a regular expression decides what compiling it costs. A child forked for it shares the
+vocabulary with this process, has a limit of CPU time, memory and wall time, and may be killed at any moment.
+
+Jobs come on standard input and results go to standard output (`messages`). The end of standard input ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import resource
+import selectors
+import signal
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import msgspec
+import numpy as np
+import orjson
+import xgrammar
+
+from vllm.structured_output.matcher import TokenMatcher
+from vllm.structured_output.messages import LENGTH, CompileJob, CompileResult, CompileServerArgs, write_frame
+from vllm.structured_output.vocabulary import tokenizer_info
+from vllm.transformers_utils.tokenizer import load_tokenizer
+
+MAX_CPU_S = 4
+MAX_WALL_S = 20.0
+MAX_MEMORY_BYTES = 2**30
+MAX_DATA_BYTES = 16 * 2**20
+# Requests go first.
+_NICE = 10
+# Outputs that are tried on a grammar: how many, and how long.
+_PROBES = 2
+_PROBE_TOKENS = 96
+_MAX_REASON_CHARS = 300
+
+
+class CompileServer:
+    """Runs jobs, as many at a time as the machine can spare cores."""
+
+    def __init__(self, info: xgrammar.TokenizerInfo) -> None:
+        self._info = info
+        self._most = max(1, min(4, (os.cpu_count() or 1) // 2))
+        self._waiting: deque[CompileJob] = deque()
+        self._running: dict[int, _Child] = {}
+        self._selector = selectors.DefaultSelector()
+        self._input = bytearray()
+
+    def run(self) -> None:
+        os.set_blocking(0, False)
+        self._selector.register(0, selectors.EVENT_READ)
+        while True:
+            timeout = min((child.deadline for child in self._running.values()), default=None)
+            wait = None if timeout is None else max(0.0, timeout - time.monotonic())
+            for key, _ in self._selector.select(wait):
+                if key.fd == 0:
+                    if not self._read_jobs():
+                        self._kill_all()
+                        return
+                else:
+                    self._read_child(self._running[key.fd])
+            for child in [c for c in self._running.values() if c.deadline <= time.monotonic()]:
+                child.kill()
+                self._finish(child)
+            while self._waiting and len(self._running) < self._most:
+                self._start(self._waiting.popleft())
+
+    def _read_jobs(self) -> bool:
+        """Takes in what has come; returns whether more may come."""
+        data = os.read(0, 2**16)
+        self._input += data
+        while len(self._input) >= LENGTH.size:
+            end = LENGTH.size + LENGTH.unpack_from(self._input)[0]
+            if len(self._input) < end:
+                break
+            self._waiting.append(msgspec.msgpack.decode(bytes(self._input[LENGTH.size : end]), type=CompileJob))
+            del self._input[:end]
+        return bool(data)
+
+    def _start(self, job: CompileJob) -> None:
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            _run_child(job, self._info, writer)
+        os.close(writer)
+        self._running[reader] = _Child(job.id, pid, reader)
+        self._selector.register(reader, selectors.EVENT_READ)
+
+    def _read_child(self, child: _Child) -> None:
+        data = os.read(child.fd, 2**20)
+        child.output += data
+        if not data:
+            self._finish(child)
+
+    def _finish(self, child: _Child) -> None:
+        self._selector.unregister(child.fd)
+        os.close(child.fd)
+        del self._running[child.fd]
+        _, status = os.waitpid(child.pid, 0)
+        if os.waitstatus_to_exitcode(status) == 0:
+            message = bytes(child.output)
+        else:
+            message = msgspec.msgpack.encode(CompileResult(child.id, error=_why_killed(status)))
+        write_frame(sys.stdout.buffer, message)
+
+    def _kill_all(self) -> None:
+        for child in self._running.values():
+            child.kill()
+
+
+class _Child:
+    def __init__(self, id: int, pid: int, fd: int) -> None:
+        self.id = id
+        self.pid = pid
+        self.fd = fd
+        self.output = bytearray()
+        self.deadline = time.monotonic() + MAX_WALL_S
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _why_killed(status: int) -> str:
+    if os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXCPU):
+        return f"takes more than {MAX_CPU_S} seconds to compile; simplify it"
+    return "needs too much memory, or nests too deeply, to be compiled; simplify it"
+
+
+def _run_child(job: CompileJob, info: xgrammar.TokenizerInfo, writer: int) -> None:
+    """Compiles, writes the result, and ends the process."""
+    code = 1
+    try:
+        # The compiler warns on stderr of what it ignores; what users write is no business of the server's log.
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(nowhere, fd)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
+        most = _virtual_memory_bytes() + MAX_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        with open(writer, "wb") as stream:
+            stream.write(msgspec.msgpack.encode(_result(job, info)))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _virtual_memory_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def _result(job: CompileJob, info: xgrammar.TokenizerInfo) -> CompileResult:
+    try:
+        grammar = compile_source(job.source, info)
+        error = _probe(grammar, info)
+        if error is not None:
+            return CompileResult(job.id, error=error)
+        data = grammar.serialize_json().encode()
+    except RuntimeError as exc:
+        if "bad_alloc" in str(exc):
+            raise MemoryError from None
+        return CompileResult(job.id, error=_explain(exc))
+    except (ValueError, TypeError) as exc:
+        return CompileResult(job.id, error=f"is not valid: {exc!s:.{_MAX_REASON_CHARS}}")
+    if len(data) > MAX_DATA_BYTES:
+        return CompileResult(job.id, error="is too large when compiled; simplify it")
+    return CompileResult(job.id, data=data)
+
+
+def compile_source(source: bytes, info: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
+    """Compiles a `constraint_source`.
+
+    Raises:
+        RuntimeError: it is malformed.
+    """
+    wanted = orjson.loads(source)
+    content = _as_structural(wanted["format"])
+    if wanted["after"] is not None:
+        free = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": wanted["after"]}
+        content = {"type": "sequence", "elements": [free, content]}
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    return compiler.compile_structural_tag(orjson.dumps({"type": "structural_tag", "format": content}).decode())
+
+
+def _as_structural(node: Any) -> Any:
+    """A format with its schemas and Lark grammars turned into GBNF."""
+    if isinstance(node, list):
+        return [_as_structural(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    kind = node.get("type")
+    if kind == "lark":
+        return {"type": "grammar", "grammar": str(xgrammar.Grammar.from_lark(node["grammar"]))}
+    if kind == "compact_json":
+        return {"type": "grammar", "grammar": _schema_grammar(node["json_schema"], any_whitespace=False)}
+    if kind == "json_schema":
+        if node.get("style", "json") != "json" or node.get("excludes"):
+            return node
+        options = {key: node[key] for key in ("any_order", "max_whitespace_cnt") if node.get(key) is not None}
+        return {"type": "grammar", "grammar": _schema_grammar(node.get("json_schema"), **options)}
+    return {key: _as_structural(value) for key, value in node.items()}
+
+
+def _schema_grammar(schema: Any, **options: Any) -> str:
+    grammar = str(xgrammar.Grammar.from_json_schema(orjson.dumps(schema).decode(), **options))
+    # Strings of limited length may not hold control characters either; xgrammar 0.2.8 lets them in.
+    return grammar.replace(r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]")
+
+
+def _probe(grammar: xgrammar.CompiledGrammar, info: xgrammar.TokenizerInfo) -> str | None:
+    """Follows some outputs through a grammar; returns what is wrong with it, if anything is.
+
+    One output takes the lowest token id each time (in most vocabularies single characters, which make ambiguous
+    grammars grow the fastest), the others any.
+    """
+    bitmask = np.empty((1, -(-info.vocab_size // 32)), np.int32)
+    draw = random.Random(0)
+    stops = set(info.stop_token_ids)
+    for probe in range(_PROBES):
+        matcher = TokenMatcher(grammar)
+        for step in range(_PROBE_TOKENS):
+            matcher.fill(bitmask, 0)
+            allowed = np.flatnonzero(np.unpackbits(bitmask.view(np.uint8), bitorder="little"))
+            if not len(allowed) and not step and not matcher.error:
+                return "allows no output at all"
+            going_on = [int(t) for t in allowed[:16] if int(t) not in stops] if probe == 0 else []
+            matcher.accept(going_on[0] if going_on else int(draw.choice(allowed)))
+            if matcher.error is not None:
+                return matcher.error
+            if matcher.ended:
+                break
+    return None
+
+
+def _explain(error: RuntimeError) -> str:
+    """What xgrammar says, without the time and its source file."""
+    text = re.sub(r"\[[\d:]+\] \S+:\d+: ", "", str(error)).strip()
+    text = re.sub(r"^Check failed: .*? is false: ", "", text)
+    return f"is not valid: {' '.join(text.split()):.{_MAX_REASON_CHARS}}"
+
+
+def main() -> None:
+    # The parent decides when to stop; Ctrl-C reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(_NICE)
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            return
+        line += byte
+    args = msgspec.json.decode(line, type=CompileServerArgs)
+    tokenizer = load_tokenizer(args.tokenizer_path, args.trust_remote_code)
+    CompileServer(tokenizer_info(tokenizer, args.vocab_size, args.stop_token_ids)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""One output on its way through a grammar, and the limit of what it may cost the engine."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import xgrammar
+
+# CPU time that matching may take, in seconds: so much at first, and so much more a token. A JSON schema takes 0.1 ms a
+# token; an ambiguous grammar takes more the longer the output gets, without end.
+_FREE_S = 0.05
+_PER_TOKEN_S = 0.001
+
+TOO_COSTLY = "takes too long to match: its grammar is too ambiguous or repeats too much; simplify it"
+
+
+class TokenMatcher:
+    """Follows the tokens of one output.
+
+    Attributes:
+        ended: Nothing may follow: a stop token came where the grammar allows it, or matching failed.
+        error: Why it failed, or None.
+    """
+
+    def __init__(self, grammar: xgrammar.CompiledGrammar) -> None:
+        self._matcher = xgrammar.GrammarMatcher(grammar)
+        self._cost_s = 0.0
+        self._num_tokens = 0
+        self.ended = False
+        self.error: str | None = None
+
+    def accept(self, token_id: int) -> None:
+        """Takes in the token that was drawn."""
+        if self.ended:
+            return
+        self._num_tokens += 1
+        started = time.thread_time()
+        try:
+            if not self._matcher.accept_token(token_id):
+                self.error = f"could not be followed: token {token_id} was drawn, which its grammar forbids"
+        except RuntimeError as error:
+            self.error = f"could not be followed: {error}"
+        self._charge(started)
+        self.ended = self.error is not None or self._matcher.is_terminated()
+
+    def fill(self, bitmask: np.ndarray, row: int) -> None:
+        """Writes which tokens may come next.
+
+        Args:
+            bitmask: int32 [rows, ceil(vocab_size / 32)]; bit i % 32 of word i // 32 stands for token i.
+        """
+        started = time.thread_time()
+        try:
+            self._matcher.fill_next_token_bitmask(bitmask, row)
+        except RuntimeError as error:
+            self.error = f"could not be followed: {error}"
+            bitmask[row] = -1
+        self._charge(started)
+
+    def _charge(self, started: float) -> None:
+        self._cost_s += time.thread_time() - started
+        if self._cost_s > _FREE_S + _PER_TOKEN_S * self._num_tokens:
+            self.error = TOO_COSTLY
