@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vllm.engine.messages import EngineOutput, EngineRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.step import PositionLogprobs
@@ -236,7 +237,8 @@ class OutputProcessor:
                 continue
             if news.error is not None:
                 del self.requests[news.request_id]
-                state.deliver(RuntimeError(news.error))
+                blamed = news.param is not None
+                state.deliver(VLLMValidationError(news.error, news.param) if blamed else RuntimeError(news.error))
                 continue
             out = state.outputs[news.index]
             if out.finish_reason is not None:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from vllm.exceptions import EngineDeadError, VLLMValidationError
+from vllm.exceptions import EngineDeadError, ServerBusyError, VLLMValidationError
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -83,6 +83,8 @@ def describe(exc: BaseException) -> ApiError:
         return exc
     if isinstance(exc, VLLMValidationError):
         return ApiError(400, str(exc), exc.param)
+    if isinstance(exc, ServerBusyError):
+        return ApiError(503, str(exc))
     if isinstance(exc, EngineDeadError):
         return ApiError(500, str(exc))
     logger.error("A request failed.", exc_info=exc)

@@ -116,6 +116,19 @@ class RareParams:
     bad_words: list[list[int]]
 
 
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens may be drawn, for some rows of the logits.
+
+    Attributes:
+        rows: Which ones; int64 [M].
+        bits: Bit i % 8 of byte i // 8 allows token i; uint8 [M, at least vocab_size / 8].
+    """
+
+    rows: torch.Tensor
+    bits: torch.Tensor
+
+
 class Sampler:
     """Sampling state of the running sequences, and the draw.
 
@@ -203,7 +216,12 @@ class Sampler:
         return not unusual.any() and (not self._rare or self._rare.keys().isdisjoint(rows.tolist()))
 
     def sample(
-        self, logits: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, token_ids: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        rows: np.ndarray,
+        num_tokens: np.ndarray,
+        token_ids: torch.Tensor,
+        masks: TokenMasks | None = None,
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
         """Draws a token for each row of `logits`.
 
@@ -212,6 +230,7 @@ class Sampler:
             rows: Row of each sequence; int64 [R].
             num_tokens: Tokens each sequence has so far, prompt and output; int64 [R].
             token_ids: Tokens of all rows; int64 [rows, positions].
+            masks: Where the form of the output decides what may be drawn.
 
         Returns the tokens, int64 [R] on the device, and the log-probabilities if any row asked for them (of the model's
         own distribution, before any parameter changed it).
@@ -224,6 +243,8 @@ class Sampler:
         penalised = np.flatnonzero(self._penalised[rows])
         if len(penalised):
             self._apply_penalties(logits, penalised, rows[penalised])
+        if masks is not None:
+            self._apply_masks(logits, masks)
         drawn = logits.argmax(dim=-1)
         random = self._temperature[rows] > 0
         if random.any():
@@ -329,6 +350,14 @@ class Sampler:
                     end = int(num_tokens[i])
                     if token_ids[row, end - head : end].tolist() == word[:-1]:
                         logits[i, word[-1]] = float("-inf")
+
+    def _apply_masks(self, logits: torch.Tensor, masks: TokenMasks) -> None:
+        """Leaves the tokens that a mask allows. Where other parameters leave none of them, they give way."""
+        bit = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=self.device)
+        allowed = (masks.bits.unsqueeze(-1) & bit).ne(0).flatten(1)[:, : self.vocab_size]
+        scores = logits[masks.rows].masked_fill_(~allowed, float("-inf"))
+        none_left = scores.amax(dim=-1, keepdim=True) == float("-inf")
+        logits[masks.rows] = scores.masked_fill_(allowed & none_left, 0.0)
 
     def _apply_penalties(self, logits: torch.Tensor, picked: np.ndarray, rows: np.ndarray) -> None:
         """Presence and frequency as OpenAI defines them over the output; repetition over prompt and output
