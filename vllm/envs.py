@@ -18,6 +18,11 @@ def api_key() -> str | None:
     return os.environ.get("VLLM_API_KEY") or None
 
 
+def admin_api_key() -> str | None:
+    """Key of the routes that are the operator's (`VLLM_ADMIN_API_KEY`), or None."""
+    return os.environ.get("VLLM_ADMIN_API_KEY") or None
+
+
 def logging_level() -> str:
     """`VLLM_LOGGING_LEVEL`: DEBUG, INFO, WARNING or ERROR."""
     return os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper()

@@ -17,6 +17,7 @@ from vllm.config import (
     ParallelConfig,
     SchedulerConfig,
     SystemPromptConfig,
+    SystemPromptMarkers,
     SystemPromptMode,
     VllmConfig,
 )
@@ -42,6 +43,10 @@ _MAX_SEQS = 65_536
 # gaps between the tokens of running requests short; a GPU needs more rows to be busy.
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
+
+# What a step copies between device and host for prompts that change tiers, so that no token comes much later for it:
+# some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.
+_COPY_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 
 @dataclass
@@ -75,6 +80,8 @@ class EngineArgs:
     system_prompt_cache_fraction: float = 0.5
     system_prompt_min_tokens: int = 1
     system_prompt_ttl: float | None = None
+    system_prompt_private: bool = False
+    system_prompt_markers: SystemPromptMarkers = "soft"
     system_prompt_cache_dir: str | None = None
     system_prompt_cache_dir_gib: float = 20.0
     system_prompt_host_cache_gib: float = 0.0
@@ -142,6 +149,13 @@ class EngineArgs:
         add("system_prompt_cache_fraction", "Share of the KV cache that may be pinned.", type=float)
         add("system_prompt_min_tokens", "Shorter system prompts run unpinned.", type=int)
         add("system_prompt_ttl", "Seconds unused after which an automatic pin ends; never if not given.", type=float)
+        add("system_prompt_private", "Pin what requests bring for each API key by itself.")
+        add(
+            "system_prompt_markers",
+            "What becomes of prefixes that requests mark (cache_control, prompt_cache_retention): soft pins, which "
+            "give way to hard ones; hard pins; or off, nothing.",
+            choices=("off", "soft", "hard"),
+        )
         add("system_prompt_cache_dir", "Folder for snapshots of pinned prompts, which outlive a restart.")
         add("system_prompt_cache_dir_gib", "Most GiB that snapshots take; the longest unused go first.", type=float)
         add("system_prompt_host_cache_gib", "Host memory for prompts that do not fit the pool's budget.", type=float)
@@ -185,10 +199,13 @@ class EngineArgs:
                 budget_fraction=self.system_prompt_cache_fraction,
                 min_tokens=self.system_prompt_min_tokens,
                 ttl=self.system_prompt_ttl,
+                private=self.system_prompt_private,
+                markers=self.system_prompt_markers,
                 chunk_tokens=max(self.block_size, chunk),
                 snapshot_dir=self.system_prompt_cache_dir,
                 snapshot_bytes=int(self.system_prompt_cache_dir_gib * 2**30),
                 host_bytes=int(self.system_prompt_host_cache_gib * 2**30),
+                copy_bytes=_COPY_BYTES[platform.device_type],
             ),
             scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),

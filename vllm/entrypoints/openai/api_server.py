@@ -13,6 +13,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -23,6 +24,8 @@ from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
 from vllm.entrypoints.openai.app import build_app
 from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.openai.prompts import PromptReader
+from vllm.entrypoints.openai.system_prompt_files import preload, read_system_prompt_file
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
 
@@ -64,8 +67,10 @@ async def _load_and_serve(args: argparse.Namespace) -> int:
     # The port is taken before the model loads: a long wait must not end in "address in use".
     sock = bind_socket(args.host, args.port)
     with contextlib.closing(sock):
+        files = [read_system_prompt_file(Path(path)) for path in args.system_prompt_file]
         engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args), args.engine_restarts)
         try:
+            await preload(engine, PromptReader(engine, args.default_chat_template_kwargs), files)
             return await _serve(engine, sock, args)
         finally:
             engine.shutdown()

@@ -198,6 +198,21 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="key that requests must carry; may be given several times (default: VLLM_API_KEY)",
     )
+    group.add_argument(
+        "--admin-api-key",
+        type=_api_key,
+        metavar="KEY",
+        help="key of /v1/system_prompts; without one only clients on this machine may use it "
+        "(default: VLLM_ADMIN_API_KEY)",
+    )
+    group.add_argument(
+        "--system-prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="system prompt to pin before the server answers: its text, or as .json the body of a POST to "
+        "/v1/system_prompts (messages, tools, name, ttl, pin); may be given several times",
+    )
     group.add_argument("--root-path", type=_root_path, default="", help="path under which a proxy serves this server")
     group.add_argument("--ssl-keyfile", type=_file, help="private key for HTTPS")
     group.add_argument("--ssl-certfile", type=_file, help="certificate for HTTPS")

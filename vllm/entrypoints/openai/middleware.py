@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import uuid
 from collections.abc import Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm.engine.tenant import current_tenant
 from vllm.entrypoints.openai.errors import ApiError, error_response
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics")
@@ -22,18 +25,25 @@ class ApiKeyMiddleware:
     The decision rests on `scope["path"]`, the very path that the router matches, and denies by default: a route is
     guarded unless its exact path is listed. Keys are compared as digests, in constant time.
 
+    Where there are several keys, the one that a request carries is its tenant (`current_tenant`).
+
     Args:
         keys: Accepted keys; not empty.
         root_path: Prefix under which a proxy serves the app (`--root-path`).
+        admin_key: Accepted as well; the routes of operators ask for it (`AdminGuard`).
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], root_path: str = "") -> None:
+    def __init__(self, app: ASGIApp, keys: Iterable[str], root_path: str = "", admin_key: str | None = None) -> None:
         self.app = app
-        self._digests = [_digest(key.encode(errors="surrogateescape")) for key in keys]
+        keys = list(keys)
+        self._tells_tenants = len(keys) > 1
+        self._digests = [_digest_of_key(key) for key in [*keys, *([admin_key] if admin_key else [])]]
         self._open = frozenset(OPEN_PATHS) | frozenset(root_path + path for path in OPEN_PATHS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or self._is_open(scope) or self._has_key(scope):
+        key = _match(scope, self._digests) if scope["type"] != "lifespan" else None
+        if scope["type"] == "lifespan" or self._is_open(scope) or key is not None:
+            current_tenant.set(key.hex() if key is not None and self._tells_tenants else None)
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -48,13 +58,54 @@ class ApiKeyMiddleware:
     def _is_open(self, scope: Scope) -> bool:
         return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in self._open
 
-    def _has_key(self, scope: Scope) -> bool:
-        headers = Headers(scope=scope)
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
-        digests = [_digest(key.strip().encode("latin-1")) for key in given]
-        # All keys are compared, so that the time does not tell which one came close.
-        return any([hmac.compare_digest(one, other) for one in digests for other in self._digests])
+
+class AdminGuard:
+    """Dependency of the routes that are the operator's: it travels with them, whatever path leads there.
+
+    Args:
+        key: Must come with every request (`--admin-api-key`); None lets clients of this machine in, and nobody else.
+    """
+
+    def __init__(self, key: str | None) -> None:
+        self._digests = [_digest_of_key(key)] if key is not None else None
+
+    def __call__(self, request: Request) -> None:
+        if self._digests is not None:
+            if _match(request.scope, self._digests) is None:
+                raise ApiError(
+                    401,
+                    "This route is the operator's: send the key of --admin-api-key as `Authorization: Bearer KEY`.",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+        elif not _is_loopback(request.client.host if request.client is not None else ""):
+            raise ApiError(
+                403,
+                "Without --admin-api-key, this route answers only to clients on the server's own machine.",
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _match(scope: Scope, digests: list[bytes]) -> bytes | None:
+    """Digest of the key that a request carries, if it is one of these."""
+    headers = Headers(scope=scope)
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    given = [bearer if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+    found = [_digest(key.strip().encode("latin-1")) for key in given]
+    # All keys are compared, so that the time does not tell which one came close.
+    matches = [other for one in found for other in digests if hmac.compare_digest(one, other)]
+    return matches[0] if matches else None
+
+
+def _digest_of_key(key: str) -> bytes:
+    return _digest(key.encode(errors="surrogateescape"))
 
 
 def _digest(key: bytes) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast
 
@@ -159,6 +159,38 @@ class SystemPromptRequest(ApiModel):
     prompt_token_ids: _List[int] | None = None
     name: str | None = None
     ttl: float | None = None
+    pin: Literal["hard", "soft"] = "hard"
+
+
+class SystemPromptChange(ApiModel):
+    """`PATCH /v1/system_prompts/{id}`: what is given changes; a `ttl` of null keeps the prompt for good."""
+
+    name: str | None = None
+    ttl: float | None = None
+
+
+class SystemPromptPoolChange(ApiModel):
+    """`PATCH /v1/system_prompts`."""
+
+    budget_tokens: int
+
+
+class ExplainRequest(ApiModel):
+    """`POST /v1/system_prompts?explain=1`: the body of a chat or text completion, of which only what shapes the prompt
+    is read."""
+
+    messages: list[Any] | None = None
+    tools: _List[dict[str, Any]] | None = None
+    documents: _List[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    prompt: str | _List[int] | None = None
+    prompt_logprobs: int | None = None
+    cache_salt: str | None = None
 
 
 def now() -> int:

@@ -1,4 +1,4 @@
-"""`/v1/system_prompts`: what operators pin, look at and release."""
+"""`/v1/system_prompts`: what operators pin, look at, change and release."""
 
 from __future__ import annotations
 
@@ -6,30 +6,50 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.varying_prompts import describe_varying
 from vllm.entrypoints.openai.chat_messages import check_messages
 from vllm.entrypoints.openai.errors import ApiError
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
-from vllm.entrypoints.openai.protocol import SystemPromptRequest
+from vllm.entrypoints.openai.protocol import (
+    ExplainRequest,
+    SystemPromptChange,
+    SystemPromptPoolChange,
+    SystemPromptRequest,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import SystemPromptInfo
-from vllm.sampling_params import check_float
+from vllm.sampling_params import SamplingParams, check_float
+from vllm.transformers_utils.tokenizer import Tokenizer
 
 MAX_NAME_CHARS = 256
 MAX_TTL_SECONDS = 10 * 365 * 86400.0
+MAX_BUDGET_TOKENS = 2**40
+_SHOWN_TOKENS = 16
 _SYSTEM_ROLES = ("system", "developer")
 # The system part of a chat ends where the next turn's text begins, so a turn must follow it.
 _NEXT_TURN = {"role": "user", "content": "Hello"}
+_REASONS = {
+    "hit": "It starts with a pinned system prompt, which is read instead of computed.",
+    "created": "Its system prompt is not pinned yet: this request would have it computed once and pinned.",
+    "disabled": "The mode of the pool does not let requests pin anything (--system-prompt-cache).",
+    "prompt_logprobs": "It asks for prompt_logprobs, for which every token of the prompt is computed.",
+    None: "It has no system prompt, and starts with none that is pinned.",
+}
 
 
 class ServingSystemPrompts:
-    """Creates, lists and releases pinned system prompts."""
+    """Creates, lists, changes and releases pinned system prompts."""
 
     def __init__(self, engine: AsyncLLMEngine, prompts: PromptReader) -> None:
         self._engine = engine
         self._prompts = prompts
 
     async def create(self, request: SystemPromptRequest) -> dict[str, Any]:
+        """See `pin`."""
+        return _json(await self.pin(request))
+
+    async def pin(self, request: SystemPromptRequest, source: str = "declared") -> SystemPromptInfo:
         """Pins a system prompt, given as the messages (and tools) of a chat, as text, or as token ids.
 
         Raises:
@@ -42,16 +62,13 @@ class ServingSystemPrompts:
                 + (f", not {' and '.join(given)}." if given else "."),
                 given[-1] if given else None,
             )
-        if request.name is not None and not 1 <= len(request.name) <= MAX_NAME_CHARS:
-            raise VLLMValidationError(
-                f"name must have 1 to {MAX_NAME_CHARS} characters, got {len(request.name)}.", "name"
-            )
-        if request.ttl is not None:
-            check_float("ttl", request.ttl, 0.0, MAX_TTL_SECONDS, low_open=True)
+        _check_name_and_ttl(request.name, request.ttl)
         prompt = await self._prompt(request)
         if not prompt:
             raise VLLMValidationError(f"{given[0]} must not be empty.", given[0])
-        return _json(await self._engine.add_system_prompt(prompt, name=request.name, ttl=request.ttl))
+        return await self._engine.add_system_prompt(
+            prompt, name=request.name, ttl=request.ttl, pin=request.pin, source=source
+        )
 
     async def _prompt(self, request: SystemPromptRequest) -> str | list[int]:
         if request.prompt_token_ids is not None:
@@ -74,7 +91,26 @@ class ServingSystemPrompts:
         return rendered.prompt_token_ids[: rendered.num_system_tokens]
 
     async def list(self) -> dict[str, Any]:
-        return {"object": "list", "data": [_json(info) for info in await self._engine.list_system_prompts()]}
+        """All prompts of the pool, what it is up to, which prompts it refused, and what it would advise."""
+        pool = await self._engine.system_prompt_pool()
+        tokenizer = self._engine.tokenizer
+        totals = {key: value for key, value in vars(pool).items() if key not in ("refused", "varying")}
+        return {
+            "object": "list",
+            "data": [_json(info) for info in await self._engine.list_system_prompts()],
+            "refused": [asdict(info) for info in pool.refused],
+            "warnings": [
+                {
+                    "message": describe_varying(span, tokenizer),
+                    "position": span.position,
+                    "examples": [tokenizer.decode(ids) for ids in span.examples],
+                    "num_prompts": span.num_prompts,
+                    "num_shared_tokens": span.num_shared,
+                }
+                for span in pool.varying
+            ],
+            "pool": totals,
+        }
 
     async def get(self, prompt_id: str) -> dict[str, Any]:
         """Raises ApiError 404 for an id that is not in the pool."""
@@ -83,11 +119,114 @@ class ServingSystemPrompts:
                 return _json(info)
         raise _unknown(prompt_id)
 
-    async def delete(self, prompt_id: str) -> dict[str, Any]:
-        """Releases a prompt once its last reader has finished; raises ApiError 404 for an unknown id."""
+    async def change(self, prompt_id: str, change: SystemPromptChange) -> dict[str, Any]:
+        """Changes what is given of name and ttl; raises ApiError 404 for an unknown id."""
+        changes = {name: getattr(change, name) for name in ("name", "ttl") if name in change.model_fields_set}
+        if not changes:
+            raise VLLMValidationError("Give name or ttl, or both.")
+        _check_name_and_ttl(changes.get("name"), changes.get("ttl"))
         await self.get(prompt_id)
-        await self._engine.remove_system_prompt(prompt_id)
-        return {"id": prompt_id, "object": "system_prompt", "deleted": True}
+        return _json(await self._engine.update_system_prompt(prompt_id, **changes))
+
+    async def change_pool(self, change: SystemPromptPoolChange) -> dict[str, Any]:
+        """Changes the pool's budget; raises VLLMValidationError while more than that is pinned."""
+        if not 0 <= change.budget_tokens <= MAX_BUDGET_TOKENS:
+            raise VLLMValidationError(
+                f"budget_tokens must be from 0 to {MAX_BUDGET_TOKENS}, got {change.budget_tokens}.", "budget_tokens"
+            )
+        return {"budget_tokens": await self._engine.set_system_prompt_budget(change.budget_tokens)}
+
+    async def delete(self, prompt_id: str) -> dict[str, Any]:
+        """Releases a prompt, now or once nobody holds it, and says which; raises ApiError 404 for an unknown id."""
+        await self.get(prompt_id)
+        info = await self._engine.remove_system_prompt(prompt_id)
+        gone = info.state == "removed"
+        message = "Released." if gone else _why_deferred(info)
+        answer = {"id": prompt_id, "object": "system_prompt", "deleted": gone, "state": info.state, "message": message}
+        return answer | {"readers": info.readers, "children": info.children}
+
+    async def explain(self, request: ExplainRequest) -> dict[str, Any]:
+        """What the pool would do for a chat or text completion, and why; nothing is changed.
+
+        Raises:
+            VLLMValidationError: the request would be refused.
+        """
+        if (request.messages is None) == (request.prompt is None):
+            raise VLLMValidationError("Give the body of a request to explain: messages or prompt, and not both.")
+        system: int | None = None
+        if request.messages is not None:
+            options = ChatOptions(
+                tools=request.tools,
+                documents=request.documents,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                add_special_tokens=request.add_special_tokens,
+                chat_template=request.chat_template,
+                chat_template_kwargs=request.chat_template_kwargs,
+                reasoning_effort=request.reasoning_effort,
+            )
+            rendered = await self._prompts.chat(request.messages, options)
+            token_ids, system = rendered.prompt_token_ids, rendered.num_system_tokens
+        elif isinstance(request.prompt, str):
+            special = request.add_special_tokens is not False
+            token_ids = await self._prompts.text(request.prompt, "prompt", add_special_tokens=special)
+        else:
+            token_ids = request.prompt or []
+        params = SamplingParams(prompt_logprobs=request.prompt_logprobs)
+        found = await self._engine.explain_request(
+            token_ids, params, num_system_tokens=system, cache_salt=request.cache_salt
+        )
+        return {
+            "object": "system_prompt.explanation",
+            "prompt_tokens": len(token_ids),
+            "system_tokens": system,
+            **found,
+            "nearest": _nearest_json(found["nearest"], token_ids, self._engine.tokenizer),
+            "reason": _reason(found),
+        }
+
+
+def _nearest_json(nearest: dict[str, Any] | None, token_ids: list[int], tokenizer: Tokenizer) -> dict[str, Any] | None:
+    if nearest is None:
+        return None
+    position = nearest["position"]
+    shown = {key: nearest[key] for key in ("id", "name", "num_tokens", "position")}
+    for key in ("pinned_token", "request_token"):
+        token = nearest[key]
+        shown[key] = None if token is None else {"id": token, "text": tokenizer.token_text(token)}
+    return shown | {"before": tokenizer.decode(token_ids[max(0, position - _SHOWN_TOKENS) : position])}
+
+
+def _reason(found: dict[str, Any]) -> str:
+    refused = found["refused"]
+    reason = _REASONS.get(found["outcome"]) or refused[-1]["reason"]
+    if refused and found["outcome"] in ("hit", "created"):
+        reason += f" More of it cannot be pinned: {refused[-1]['reason']}"
+    nearest = found["nearest"]
+    if nearest is not None and nearest["position"] < nearest["num_tokens"]:
+        reason += (
+            f" It leaves the pinned prompt {nearest['id']} of {nearest['num_tokens']} tokens at token "
+            f"{nearest['position']}."
+        )
+    return reason
+
+
+def _why_deferred(info: SystemPromptInfo) -> str:
+    holders = []
+    if info.readers:
+        holders.append(f"requests that read it ({info.readers})")
+    if info.children:
+        holders.append(f"pinned prompts that continue it ({info.children})")
+    return (
+        f"Deferred until it is held no more by {' and '.join(holders) or 'its own prefill'}; it takes no new readers."
+    )
+
+
+def _check_name_and_ttl(name: str | None, ttl: float | None) -> None:
+    if name is not None and not 1 <= len(name) <= MAX_NAME_CHARS:
+        raise VLLMValidationError(f"name must have 1 to {MAX_NAME_CHARS} characters, got {len(name)}.", "name")
+    if ttl is not None:
+        check_float("ttl", ttl, 0.0, MAX_TTL_SECONDS, low_open=True)
 
 
 def _unknown(prompt_id: str) -> ApiError:
