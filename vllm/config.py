@@ -113,6 +113,7 @@ class SystemPromptConfig:
         snapshot_dir: Folder in which snapshots of pinned prompts outlive the server; None keeps none.
         snapshot_bytes: Most bytes that they take.
         host_bytes: Host memory for prompts that the budget has no room for.
+        copy_bytes: Bytes that a step copies between device and host while requests run.
     """
 
     mode: SystemPromptMode = "auto"
@@ -126,6 +127,7 @@ class SystemPromptConfig:
     snapshot_dir: str | None = None
     snapshot_bytes: int = 0
     host_bytes: int = 0
+    copy_bytes: int = 8 << 20
 
     def host_blocks(self, block_bytes: int, num_ranks: int) -> int:
         """Blocks of the host tier, given the bytes of one on each rank."""

@@ -37,8 +37,8 @@ IDENTITY = SnapshotIdentity(
 SIZE = 4 * 5 * 48
 
 
-def record(name: str = "sp-a", tokens: int = 18, hard: bool = False) -> SnapshotRecord:
-    return SnapshotRecord(name, list(range(tokens)), 0, 5, hard)
+def record(name: str = "sp-a", tokens: int = 18, pin: str = "automatic") -> SnapshotRecord:
+    return SnapshotRecord(name, list(range(tokens)), 0, 5, pin)
 
 
 def image(seed: int = 0) -> np.ndarray:
@@ -65,9 +65,9 @@ def folder_of(store: SnapshotStore) -> Path:
 
 def test_a_snapshot_is_read_back_by_another_store(make_store: Callable[..., SnapshotStore]) -> None:
     store = make_store()
-    assert store.write(record(hard=True), image()) == SnapshotOutcome.OK
+    assert store.write(record(pin="hard"), image()) == SnapshotOutcome.OK
     again = make_store()
-    assert again.scan() == [record(hard=True)]
+    assert again.scan() == [record(pin="hard")]
     outcome, found = read(again, record())
     assert outcome == SnapshotOutcome.OK
     assert np.array_equal(found, image())
@@ -103,7 +103,7 @@ def test_a_prompt_written_again_replaces_its_snapshot(make_store: Callable[..., 
 def test_how_a_prompt_is_pinned_can_change_later(make_store: Callable[..., SnapshotStore]) -> None:
     store = make_store()
     store.write(record(), image())
-    changed = msgspec.structs.replace(record(hard=True), name="Rules", ttl=60.0)
+    changed = msgspec.structs.replace(record(pin="hard"), name="Rules", ttl=60.0)
     assert store.update(changed) == SnapshotOutcome.OK
     assert make_store().scan() == [changed]
     assert read(store, record())[0] == SnapshotOutcome.OK
@@ -178,7 +178,7 @@ def test_an_edited_manifest_is_found_even_when_it_is_well_formed(make_store: Cal
     store = make_store()
     store.write(record(), image())
     path = folder_of(store) / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"hard":false', b'"hard":true'))
+    path.write_bytes(path.read_bytes().replace(b'"pin":"automatic"', b'"pin":"hard"'))
     assert store.scan() == []
     assert read(store, record())[0] == SnapshotOutcome.DAMAGED
 
@@ -289,7 +289,7 @@ def test_the_longest_unused_go_first_and_an_operators_last(make_store: Callable[
     size = sum(file.stat().st_size for file in folder_of(make_store()).iterdir())
     store = make_store(max_bytes=4 * size + 100)
     for i, name in enumerate(("sp-hard", "sp-1", "sp-2", "sp-3")):
-        store.write(record(name, hard=name == "sp-hard"), image())
+        store.write(record(name, pin="hard" if name == "sp-hard" else "soft"), image())
         os.utime(store.folder / store._name(name) / "manifest.json", (1000 + i, 1000 + i))
     assert read(store, record("sp-1"))[0] == SnapshotOutcome.OK, "a use"
     assert store.write(record("sp-4"), image()) == SnapshotOutcome.OK

@@ -87,7 +87,7 @@ def test_an_extent_goes_to_the_host_and_comes_back_elsewhere(device: str, start:
 @pytest.mark.parametrize("start", [None, 2])
 def test_a_snapshot_is_saved_and_loaded_beside_the_steps(device: str, start: int | None, tmp_path: Path) -> None:
     cache = make_cache(device)
-    record = SnapshotRecord("sp-a", list(range(10)), 0, 3, True)
+    record = SnapshotRecord("sp-a", list(range(10)), 0, 3, "hard")
     image = HostImage("sp-a", 3, start)
     transfers = ExtentTransfers(cache, 8, make_store(tmp_path))
     *slices, last = copies(image, 1, True)
@@ -98,7 +98,7 @@ def test_a_snapshot_is_saved_and_loaded_beside_the_steps(device: str, start: int
 
     fresh = make_cache(device)
     transfers = ExtentTransfers(fresh, 8, make_store(tmp_path))
-    changed = msgspec.structs.replace(record, hard=False)
+    changed = msgspec.structs.replace(record, pin="soft")
     run(transfers, StepPlan(jobs=[SnapshotJob("load", record, image), SnapshotJob("update", changed)]))
     assert transfers.ended_jobs(30.0)[0] == EndedJob("load", "sp-a", "ok")
     run(transfers, *copies(image, 7, False))
@@ -114,7 +114,7 @@ def test_a_snapshot_is_saved_and_loaded_beside_the_steps(device: str, start: int
 
 def test_ends_are_told_in_order_and_only_once(tmp_path: Path) -> None:
     transfers = ExtentTransfers(make_cache(), 0, make_store(tmp_path))
-    records = [SnapshotRecord(f"sp-{i}", [i], 0, 1, False) for i in range(5)]
+    records = [SnapshotRecord(f"sp-{i}", [i], 0, 1, "soft") for i in range(5)]
     transfers.begin(StepPlan(jobs=[SnapshotJob("delete", record) for record in records]))
     ended: list[EndedJob] = []
     while len(ended) < 5:
@@ -131,7 +131,7 @@ def test_a_job_that_breaks_is_an_error_of_its_own(tmp_path: Path, monkeypatch: p
     store = make_store(tmp_path)
     monkeypatch.setattr(store, "read", read)
     transfers = ExtentTransfers(make_cache(), 0, store)
-    record = SnapshotRecord("sp-a", [1], 0, 1, False)
+    record = SnapshotRecord("sp-a", [1], 0, 1, "soft")
     transfers.begin(StepPlan(jobs=[SnapshotJob("load", record, HostImage("sp-a", 1))]))
     assert transfers.ended_jobs(30.0) == [EndedJob("load", "sp-a", "error")]
     transfers.close()

@@ -21,6 +21,11 @@ from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.worker.cache_engine import PinnedBlockPool
 
 _OK = "ok"
+_PIN_NAMES: dict[PinClass, Literal["hard", "automatic", "soft"]] = {
+    PinClass.HARD: "hard",
+    PinClass.AUTOMATIC: "automatic",
+    PinClass.SOFT: "soft",
+}
 # While a load is all there is to do, a step waits so long for it; a request that comes meanwhile waits no longer.
 _PATIENCE_S = 0.01
 # Without other work, the end of a save is looked for so often.
@@ -208,7 +213,8 @@ class PromptTiers:
     def forget(self, prompt: PinnedPrompt) -> None:
         """A prompt is gone from the pool. Its snapshot stays, unless an operator asked for it: what has been removed
         must not come back with the next start."""
-        if prompt.pin == PinClass.HARD and prompt.id in self._stored:
+        coming = any(job.op == "save" and job.record.prompt_id == prompt.id for job in self._under_way)
+        if prompt.pin == PinClass.HARD and (coming or prompt.id in self._stored):
             self.delete_snapshot(prompt)
         image = self._images.get(prompt.id)
         if image is not None and image.owner is prompt:
@@ -303,7 +309,7 @@ def record_of(prompt: PinnedPrompt) -> SnapshotRecord:
         token_ids=prompt.token_ids,
         start=prompt.start,
         num_blocks=prompt.num_blocks,
-        hard=prompt.pin == PinClass.HARD,
+        pin=_PIN_NAMES[prompt.pin],
         name=prompt.name,
         source=prompt.source,
         ttl=prompt.ttl,

@@ -38,6 +38,7 @@ from vllm.inputs import CacheMark
 from vllm.logger import init_logger
 from vllm.outputs import RefusedPromptInfo, SystemPromptInfo, SystemPromptPoolInfo, VaryingSpanInfo
 from vllm.sequence import Sequence
+from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 __all__ = ["Outcome", "PinClass", "PinnedPrompt", "PromptState", "SystemPromptPool", "SystemPromptRefusedError"]
@@ -420,6 +421,27 @@ class SystemPromptPool:
         if refusal is not None:
             raise SystemPromptRefusedError(refusal, self._explain(refusal, len(token_ids)))
         return self._register(token_ids, Want(len(token_ids), pin, ttl, source, _EVERYBODY), name)
+
+    def restore(self, record: SnapshotRecord) -> bool:
+        """Pins again, with the next steps, what a snapshot is of. Returns False where it may not be pinned now."""
+        pin, scope = PinClass[record.pin.upper()], bytes.fromhex(record.scope)
+        key = prompt_id(record.token_ids, scope)
+        if key != record.prompt_id or key in self._prompts or self.config.mode == "off":
+            return False
+        if pin != PinClass.HARD and self.config.mode == "declared":
+            return False
+        parent = self._parent(record.token_ids, scope)
+        start = parent.num_tokens if parent is not None else 0
+        # Of an operator's prompt the tokens are enough: what the snapshot cannot give is computed.
+        if start != record.start and pin != PinClass.HARD:
+            return False
+        refusal = self._refusal(len(record.token_ids), self._blocks_of(len(record.token_ids) - start), pin)
+        if refusal is not None:
+            logger.warning("System prompt %s is not brought back from its snapshot: %s.", key, refusal.value)
+            return False
+        want = Want(len(record.token_ids), pin, record.ttl, record.source, scope)
+        self._register(record.token_ids, want, record.name)
+        return True
 
     def update(self, key: str, **changes: Any) -> PinnedPrompt:
         """Changes the `name` or `ttl` of a prompt; its ttl counts from now on.

@@ -15,6 +15,7 @@ import numpy as np
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
+from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import PlannedBatch, Scheduler
 from vllm.core.system_prompt_pool import PinClass, PinnedPrompt, PromptState, SystemPromptPool
 from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
@@ -25,12 +26,16 @@ from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.step import PositionLogprobs, StepPlan, StepResult
 from vllm.structured_output.store import ConstraintStore
+from vllm.system_prompt_store import SnapshotRecord
 from vllm.worker.cache_engine import PinnedBlockPool
 
 if TYPE_CHECKING:
     import xgrammar
 
 logger = init_logger(__name__)
+
+# What a step copies between device and host while no request runs: little enough for one that comes meanwhile.
+_IDLE_COPY_BYTES = 128 << 20
 
 # With nothing else to do, the engine waits so long for a constraint before it looks for other news.
 _CONSTRAINT_POLL_S = 0.005
@@ -65,6 +70,7 @@ class EngineCore:
             block_size,
             on_release=lambda e: blocks.give_back(e.start, e.num_blocks),
             bytes_per_block=self._bytes_per_block * config.parallel.tensor_parallel_size,
+            tiers=self._tiers(),
         )
         self.scheduler = Scheduler(
             config.scheduler, blocks, self.pool, config.model.max_model_len, config.model.eos_token_ids
@@ -75,6 +81,8 @@ class EngineCore:
         self._constraints = ConstraintStore(config.model)
         self._unready: dict[str, tuple[EngineRequest, futures.Future[xgrammar.CompiledGrammar]]] = {}
         self._in_flight: deque[tuple[int, Callable[[], StepResult]]] = deque()
+        self._to_restore: deque[SnapshotRecord] = deque()
+        self._restore_snapshots()
 
     @property
     def num_blocks(self) -> int:
@@ -97,6 +105,45 @@ class EngineCore:
                 "--kv-cache-memory-bytes or --gpu-memory-utilization."
             )
         return num_blocks
+
+    def _tiers(self) -> PromptTiers:
+        pool = self.config.system_prompt
+        return PromptTiers(
+            host_blocks=pool.host_blocks(self._bytes_per_block, self.config.parallel.tensor_parallel_size),
+            keeps_snapshots=pool.snapshot_dir is not None,
+            stored=self.executor.snapshots(),
+            busy_blocks=max(1, pool.copy_bytes // self._bytes_per_block),
+            idle_blocks=max(1, _IDLE_COPY_BYTES // self._bytes_per_block),
+        )
+
+    def _restore_snapshots(self) -> None:
+        """Brings back what an operator has pinned before, and leaves the rest to the steps to come."""
+        longest = self.config.model.max_model_len - 2
+        found = [record for record in self.executor.snapshots() if len(record.token_ids) <= longest]
+        # Parents before their children; otherwise what was used last comes first.
+        for record in sorted(found, key=lambda r: len(r.token_ids)):
+            if record.pin == "hard":
+                self.pool.restore(record)
+        while self.pool.has_prefill:
+            self.step()
+        if self.pool.num_prompts:
+            logger.info("%d pinned system prompts are back from snapshots.", self.pool.num_prompts)
+        self._to_restore.extend(record for record in found if record.pin != "hard")
+
+    def _restore_next(self) -> None:
+        """Brings back one more prompt; one at a time, so that a new one does not wait for all of them."""
+        record = self._to_restore.popleft()
+        parents = [
+            other
+            for other in self._to_restore
+            if other.scope in ("", record.scope)
+            and len(other.token_ids) <= record.start
+            and other.token_ids == record.token_ids[: len(other.token_ids)]
+        ]
+        for parent in sorted(parents, key=lambda r: len(r.token_ids)):
+            self._to_restore.remove(parent)
+            self.pool.restore(parent)
+        self.pool.restore(record)
 
     def _budget_blocks(self, num_blocks: int) -> int:
         pool = self.config.system_prompt
@@ -235,7 +282,9 @@ class EngineCore:
         Raises:
             KeyError: there is no such prompt.
         """
-        return self.pool.remove(prompt_id)
+        prompt = self.pool.remove(prompt_id)
+        self.pool.tiers.delete_snapshot(prompt)
+        return prompt
 
     def list_system_prompts(self) -> list[PinnedPrompt]:
         return self.pool.prompts()
@@ -247,12 +296,13 @@ class EngineCore:
     @staticmethod
     def is_computed(prompt: PinnedPrompt) -> bool:
         """Whether a declared prompt has left the states in which it waits for its prefill."""
-        return prompt.state not in (PromptState.PENDING, PromptState.COMPUTING)
+        return prompt.state not in (PromptState.PENDING, PromptState.COMPUTING, PromptState.LOADING)
 
     # Steps -----------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        return self.scheduler.has_work() or bool(self._failed) or bool(self._unready)
+        waiting = self._failed or self._unready or self._to_restore
+        return self.scheduler.has_work() or bool(waiting)
 
     def step(self) -> StepOutputs:
         """Plans a step and starts it; takes in the oldest one in flight and returns its news.
@@ -262,6 +312,8 @@ class EngineCore:
         """
         if self._unready:
             self._admit_ready()
+        if self._to_restore and not self.pool.has_prefill:
+            self._restore_next()
         plan = self.scheduler.schedule()
         if not plan.is_empty:
             if plan.masked:
@@ -273,6 +325,7 @@ class EngineCore:
             return StepOutputs(outputs=self._take_failed(), stats=self.stats(0))
         num_tokens, wait = self._in_flight.popleft()
         result = wait()
+        self.pool.tiers.end_jobs(result.ended_jobs)
         batch = self.scheduler.oldest_batch
         logprobs = {seq: f for seq, f in zip(batch.sequences, result.logprobs, strict=False) if f is not None}
         self._collect_prompt_logprobs(batch, result)
@@ -350,8 +403,13 @@ class EngineCore:
             pool_outcomes=dict(pool.outcomes),
             pool_prefill_seconds=prefill_seconds,
             varying_prompts=new_spans,
+            pool_host_tokens=pool.tiers.host.pinned_blocks * blocks.block_size,
+            pool_snapshots={f"{op}/{outcome}": n for (op, outcome), n in pool.tiers.outcomes.items()},
         )
 
     def shutdown(self) -> None:
+        """Ends the ranks. What has been computed for pinned prompts is saved first."""
+        while self.pool.tiers.has_work and not any(self.scheduler.unfinished()):
+            self.step()
         self._constraints.shutdown()
         self.executor.shutdown()

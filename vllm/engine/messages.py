@@ -94,6 +94,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
         iteration_tokens: Tokens computed in the step.
         pool_outcomes: Requests by what the pool did for them, e.g. `hit`, `created`, `over_budget`.
         pool_prefill_seconds: Durations of system-prompt prefills that ended in this step.
+        pool_host_tokens: Tokens, in whole blocks, that the host tier holds.
+        pool_snapshots: Operations on snapshots by `operation/outcome`.
         varying_prompts: Places where system prompts differ that are otherwise alike, noticed in this step.
     """
 
@@ -116,6 +118,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     pool_tokens_reused: int = 0
     pool_outcomes: dict[str, int] = {}
     pool_prefill_seconds: list[float] = []
+    pool_host_tokens: int = 0
+    pool_snapshots: dict[str, int] = {}
     varying_prompts: list[VaryingSpanInfo] = []
 
 

@@ -13,7 +13,7 @@ _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_POOL_STATES = ("pinned", "free")
+_POOL_STATES = ("pinned", "free", "host")
 
 
 def _token_buckets(longest: int) -> tuple[int, ...]:
@@ -91,6 +91,12 @@ class EngineMetrics(RequestObserver):
             (*_LABELS, "outcome"),
             registry=self.registry,
         )
+        self._pool_snapshots = Counter(
+            "vllm:system_prompt_snapshot",
+            "Operations on snapshots of system prompts by how they ended.",
+            (*_LABELS, "op", "outcome"),
+            registry=self.registry,
+        )
         self._pool_reused = counter("system_prompt_tokens_reused", "System-prompt tokens read instead of computed.")
         self._pool_prefills = counter("system_prompt_prefills", "Prefills of system prompts.")
         self._pool_prefill_seconds = hist("system_prompt_prefill_seconds", "Duration of a prefill.", _REQUEST_S)
@@ -144,10 +150,8 @@ class EngineMetrics(RequestObserver):
         self._preemptions.inc(self._news("num_preemptions", stats.num_preemptions))
         if stats.iteration_tokens:
             self._iteration_tokens.observe(stats.iteration_tokens)
-        tokens = dict(
-            zip(_POOL_STATES, (stats.pinned_tokens, stats.pool_budget_tokens - stats.pinned_tokens), strict=True)
-        )
-        for state, value in tokens.items():
+        free = stats.pool_budget_tokens - stats.pinned_tokens
+        for state, value in zip(_POOL_STATES, (stats.pinned_tokens, free, stats.pool_host_tokens), strict=True):
             self._pool_tokens.labels(**self._values, state=state).set(value)
         self._pool_budget.set(stats.pool_budget_tokens)
         self._pool_pinned.set(stats.pinned_prompts)
@@ -157,6 +161,10 @@ class EngineMetrics(RequestObserver):
         self._pool_prefills.inc(self._news("pool_prefills", stats.pool_prefills))
         for seconds in stats.pool_prefill_seconds:
             self._pool_prefill_seconds.observe(seconds)
+        for key, total in stats.pool_snapshots.items():
+            op, outcome = key.split("/")
+            news = self._news("snapshot", total, key)
+            self._pool_snapshots.labels(**self._values, op=op, outcome=outcome).inc(news)
 
     def _news(self, name: str, total: int, label: str = "") -> int:
         before = self._totals.get((name, label), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
 
 import msgspec
 
@@ -17,7 +18,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         token_ids: All of its tokens, from position 0 on.
         start: Position of the first token whose K/V the snapshot holds; not 0 for a prompt that extends another one.
         num_blocks: Blocks of the extent.
-        hard: An operator asked for it: a restart brings it back before it serves.
+        pin: Its class; what is pinned `hard` is brought back by a restart before it serves.
         name, source, ttl: As the pool has them.
         scope: Who may read it, in hexadecimal; empty for everybody.
     """
@@ -26,7 +27,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_ids: list[int]
     start: int
     num_blocks: int
-    hard: bool
+    pin: Literal["hard", "automatic", "soft"]
     name: str | None = None
     source: str = "auto"
     ttl: float | None = None

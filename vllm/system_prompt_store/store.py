@@ -94,7 +94,7 @@ class SnapshotStore:
         for what, count in others.items():
             logger.info("%d snapshots in %s are of another setup (%s) and are not used.", count, self.folder, what)
         found.sort(key=lambda entry: entry[0], reverse=True)
-        self._hard = {record.prompt_id for _, record in found if record.hard}
+        self._hard = {record.prompt_id for _, record in found if record.pin == "hard"}
         return [record for _, record in found]
 
     def read(self, record: SnapshotRecord, image: np.ndarray) -> SnapshotOutcome:
@@ -275,7 +275,7 @@ class SnapshotStore:
         return name.endswith(self._suffix) and name.removesuffix(self._suffix) in self._hard
 
     def _note_class(self, record: SnapshotRecord) -> None:
-        if record.hard:
+        if record.pin == "hard":
             self._hard.add(record.prompt_id)
         else:
             self._hard.discard(record.prompt_id)
