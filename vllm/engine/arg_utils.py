@@ -48,10 +48,6 @@ _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 # some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.
 _COPY_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
-# What a step copies between device and host for prompts that change tiers, so that no token comes much later for it:
-# some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.
-_COPY_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
-
 
 @dataclass
 class EngineArgs:
@@ -209,7 +205,6 @@ class EngineArgs:
                 snapshot_dir=self.system_prompt_cache_dir,
                 snapshot_bytes=int(self.system_prompt_cache_dir_gib * 2**30),
                 host_bytes=int(self.system_prompt_host_cache_gib * 2**30),
-                copy_bytes=_COPY_BYTES[platform.device_type],
                 copy_bytes=_COPY_BYTES[platform.device_type],
             ),
             scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),

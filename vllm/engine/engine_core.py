@@ -7,8 +7,6 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from concurrent import futures
-from typing import TYPE_CHECKING
-from concurrent import futures
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
