@@ -20,9 +20,8 @@ from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from vllm.entrypoints.anthropic.serving_messages import ServingMessages
 from vllm.entrypoints.openai.errors import ApiError, describe, error_response, handle_exception, handle_http_exception
-from vllm.entrypoints.openai.json_body import parse_model, read_json_object
+from vllm.entrypoints.openai.json_body import parse_model, read_json_object, snippet
 from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS, ApiKeyMiddleware, RequestIdMiddleware
-from vllm.entrypoints.openai.prompts import PromptReader
 from vllm.entrypoints.openai.protocol import (
     ApiModel,
     ChatCompletionRequest,
@@ -31,9 +30,10 @@ from vllm.entrypoints.openai.protocol import (
     SystemPromptRequest,
     TokenizeRequest,
 )
-from vllm.entrypoints.openai.serving_chat import ServingChat
-from vllm.entrypoints.openai.serving_completion import ServingCompletion
+from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
+from vllm.entrypoints.openai.services import Services
 from vllm.entrypoints.openai.serving_models import ServingModels
+from vllm.entrypoints.openai.serving_responses import ServingResponses
 from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
 from vllm.entrypoints.openai.serving_tokenization import ServingTokenization
 from vllm.entrypoints.openai.streaming import ClientGoneError, EventStream, unless_disconnected
@@ -58,11 +58,13 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     app.add_exception_handler(HTTPException, handle_http_exception)
     app.add_exception_handler(Exception, handle_exception)
 
-    models = ServingModels(engine.vllm_config)
-    prompts = PromptReader(engine, args.default_chat_template_kwargs)
-    _add_openai_routes(app, engine, args, models, prompts)
-    _add_tokenization_routes(app, ServingTokenization(engine, models, prompts))
-    _add_system_prompt_routes(app, ServingSystemPrompts(engine, prompts))
+    services = Services(engine, args)
+    _add_completion_routes(app, services)
+    _add_responses_routes(app, services.responses)
+    _add_anthropic_routes(app, services.messages)
+    _add_model_routes(app, services.models)
+    _add_tokenization_routes(app, services.tokenization)
+    _add_system_prompt_routes(app, services.system_prompts)
     _add_status_routes(app, engine)
     if envs.server_dev_mode():
         _add_development_routes(app, engine)
@@ -116,24 +118,66 @@ def _client_request_id(request: Request) -> str | None:
     return request.headers.get("x-request-id", "")[:MAX_REQUEST_ID_CHARS] or None
 
 
-def _add_openai_routes(
-    app: FastAPI, engine: AsyncLLMEngine, args: argparse.Namespace, models: ServingModels, prompts: PromptReader
-) -> None:
-    chat = ServingChat(engine, models, prompts, args.response_role, args.return_tokens_as_token_ids)
-    completion = ServingCompletion(engine, models, prompts, args.return_tokens_as_token_ids)
-
+def _add_completion_routes(app: FastAPI, services: Services) -> None:
     @app.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         request_id = _client_request_id(request)
-        return await _answer_body(request, ChatCompletionRequest, lambda parsed: chat.create(parsed, request_id))
+        return await _answer_body(
+            request, ChatCompletionRequest, lambda parsed: services.chat.create(parsed, request_id)
+        )
 
     @app.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         request_id = _client_request_id(request)
-        return await _answer_body(request, CompletionRequest, lambda parsed: completion.create(parsed, request_id))
+        return await _answer_body(
+            request, CompletionRequest, lambda parsed: services.completion.create(parsed, request_id)
+        )
 
-    messages = ServingMessages(chat, models, prompts)
+    @app.post("/invocations")
+    async def invoke(request: Request) -> Response:
+        """The one route of hosted endpoints that know no others: which API is meant shows in the body's fields."""
+        request_id = _client_request_id(request)
+        try:
+            body = await read_json_object(request)
+            work: Coroutine[Any, Any, dict[str, Any] | EventStream]
+            if "messages" in body:
+                work = services.chat.create(parse_model(ChatCompletionRequest, body), request_id)
+            elif "prompt" in body:
+                work = services.completion.create(parse_model(CompletionRequest, body), request_id)
+            elif "input" in body:
+                work = services.responses.create(parse_model(ResponsesRequest, body), request_id)
+            else:
+                raise ApiError(400, "The body must have messages, prompt or input, as the API it is meant for has.")
+        except Exception as exc:
+            return _error(exc, request)
+        return await _answer(work, request)
 
+
+def _add_responses_routes(app: FastAPI, responses: ServingResponses) -> None:
+    @app.post("/v1/responses")
+    async def create_response(request: Request) -> Response:
+        request_id = _client_request_id(request)
+        return await _answer_body(request, ResponsesRequest, lambda parsed: responses.create(parsed, request_id))
+
+    @app.get("/v1/responses/{response_id}")
+    async def get_response(request: Request, response_id: str) -> Response:
+        after = request.query_params.get("starting_after")
+        if after is not None and not after.isdecimal():
+            message = f"starting_after must be a whole number of 0 or more, got {snippet(after)}."
+            return _error(ApiError(400, message, "starting_after"), request)
+        stream = request.query_params.get("stream", "").lower() in ("true", "1")
+        return await _answer(responses.get(response_id, stream, None if after is None else int(after[:20])), request)
+
+    @app.post("/v1/responses/{response_id}/cancel")
+    async def cancel_response(request: Request, response_id: str) -> Response:
+        return await _answer(responses.cancel(response_id), request)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete_response(request: Request, response_id: str) -> Response:
+        return await _answer(responses.delete(response_id), request)
+
+
+def _add_anthropic_routes(app: FastAPI, messages: ServingMessages) -> None:
     @app.post("/v1/messages")
     async def create_message(request: Request) -> Response:
         request_id = _client_request_id(request)
@@ -143,6 +187,8 @@ def _add_openai_routes(
     async def count_tokens(request: Request) -> Response:
         return await _answer_body(request, CountTokensRequest, messages.count_tokens)
 
+
+def _add_model_routes(app: FastAPI, models: ServingModels) -> None:
     @app.get("/v1/models")
     async def list_models() -> Response:
         return _json(models.list())

@@ -1,0 +1,33 @@
+"""What answers requests: one object for each API, made once for a running engine."""
+
+from __future__ import annotations
+
+import argparse
+
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.anthropic.serving_messages import ServingMessages
+from vllm.entrypoints.openai.prompts import PromptReader
+from vllm.entrypoints.openai.serving_chat import ServingChat
+from vllm.entrypoints.openai.serving_completion import ServingCompletion
+from vllm.entrypoints.openai.serving_models import ServingModels
+from vllm.entrypoints.openai.serving_responses import ServingResponses
+from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
+from vllm.entrypoints.openai.serving_tokenization import ServingTokenization
+
+
+class Services:
+    """All that the routes and `run-batch` hand requests to.
+
+    Args:
+        args: The flags of `cli_args`.
+    """
+
+    def __init__(self, engine: AsyncLLMEngine, args: argparse.Namespace) -> None:
+        self.models = ServingModels(engine.vllm_config)
+        self.prompts = PromptReader(engine, args.default_chat_template_kwargs)
+        self.chat = ServingChat(engine, self.models, self.prompts, args.response_role, args.return_tokens_as_token_ids)
+        self.completion = ServingCompletion(engine, self.models, self.prompts, args.return_tokens_as_token_ids)
+        self.messages = ServingMessages(self.chat, self.models, self.prompts)
+        self.responses = ServingResponses(engine, self.models, self.chat)
+        self.tokenization = ServingTokenization(engine, self.models, self.prompts)
+        self.system_prompts = ServingSystemPrompts(engine, self.prompts)
