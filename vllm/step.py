@@ -25,7 +25,7 @@ class SequenceStart:
     """A sequence that begins (or begins again) to run, in a row of the ranks' buffers.
 
     Attributes:
-        token_ids: All tokens known so far.
+        token_ids: All tokens known so far, but for the first `num_skipped`, whose KV is pinned.
         prefix: The pinned extents it reads, in order of position; together they hold its first tokens.
         seed: 64-bit seed of its draws.
         stop_token_ids: Tokens that may not come before `min_tokens`.
@@ -39,6 +39,7 @@ class SequenceStart:
     sampling_params: SamplingParams
     seed: int
     stop_token_ids: tuple[int, ...]
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True)

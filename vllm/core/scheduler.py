@@ -248,10 +248,13 @@ class Scheduler:
             count = min(seq.num_tokens - seq.num_computed_tokens, budget)
             self._scheduled.append((seq, count))
             budget -= count
+            # Only a penalty on repetition looks at the tokens of a pinned prefix again.
+            skipped = seq.prefix_len if seq.sampling_params.repetition_penalty == 1.0 else 0
             plan.started.append(
                 SequenceStart(
                     row=seq.row,
-                    token_ids=list(seq.token_ids),
+                    token_ids=seq.token_ids[skipped:],
+                    num_skipped=skipped,
                     num_prompt_tokens=seq.num_prompt_tokens,
                     block_table=list(seq.block_table),
                     prefix=self._prefix(seq),

@@ -100,9 +100,9 @@ class ModelRunner:
             self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
             self.sampler.start(seq)
-        known = [np.array(seq.token_ids[self._prefix_len[seq.row] :], np.int64) for seq in sequences]
+        known = [np.array(seq.token_ids[self._prefix_len[seq.row] - seq.num_skipped :], np.int64) for seq in sequences]
         rows = np.repeat([seq.row for seq in sequences], [len(tokens) for tokens in known])
-        ends = [len(seq.token_ids) for seq in sequences]
+        ends = [seq.num_skipped + len(seq.token_ids) for seq in sequences]
         columns = np.concatenate([np.arange(e - len(tokens), e) for e, tokens in zip(ends, known, strict=True)])
         tokens = np.concatenate(known)
         where_row, where_column, values = self._to_device(np.stack((rows, columns, tokens)))

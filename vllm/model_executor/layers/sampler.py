@@ -187,7 +187,8 @@ class Sampler:
             shape = (self._max_num_seqs, self.vocab_size)
             self._output_counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
-        prompt, output = seq.token_ids[: seq.num_prompt_tokens], seq.token_ids[seq.num_prompt_tokens :]
+        boundary = seq.num_prompt_tokens - seq.num_skipped
+        prompt, output = seq.token_ids[:boundary], seq.token_ids[boundary:]
         self._in_prompt[seq.row] = False
         self._in_prompt[seq.row, torch.tensor(prompt, device=self.device)] = True
         counts = torch.zeros(self.vocab_size, dtype=torch.int32)
