@@ -41,6 +41,7 @@ class LLMEngine:
         self._processor = OutputProcessor(self.tokenizer)
         self._compiler = ConstraintCompiler(config.model)
         self._news: list[RequestOutput] = []
+        self._errors: list[Exception] = []
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
@@ -86,9 +87,11 @@ class LLMEngine:
         self.core.add_request(request)
 
     def _deliver(self, news: RequestOutput | Exception) -> None:
+        # What came of other requests in the same step must not be lost: `step` raises.
         if isinstance(news, Exception):
-            raise news
-        self._news.append(news)
+            self._errors.append(news)
+        else:
+            self._news.append(news)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
         """Ends requests; nothing more comes of them."""
@@ -97,8 +100,14 @@ class LLMEngine:
             self.core.abort(one)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step and returns what is new."""
+        """Runs one step and returns what is new.
+
+        Raises:
+            VLLMValidationError: a request cannot be gone on with, and has ended; the others go on.
+        """
         self._advance()
+        if self._errors:
+            raise self._errors.pop(0)
         news, self._news = self._news, []
         return news
 
@@ -110,7 +119,7 @@ class LLMEngine:
             log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._processor.requests) or bool(self._news)
+        return bool(self._processor.requests) or bool(self._news) or bool(self._errors)
 
     def get_num_unfinished_requests(self) -> int:
         return len(self._processor.requests)
