@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
 
 from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
