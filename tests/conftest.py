@@ -43,6 +43,27 @@ def default_model_path() -> str:
     return str(ensure_default_model())
 
 
+@pytest.fixture
+def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The compiled CPU kernels with the instructions that a test asks for, indirectly; two threads."""
+    import torch
+
+    from vllm.model_executor.layers.ops import cpu_kernels
+
+    library, threads = cpu_kernels.library(), torch.get_num_threads()
+    if library is None:
+        pytest.skip("the compiled CPU kernels are not built")
+    index = cpu_kernels.INSTRUCTIONS.index(request.param)
+    if index > library.vsp_best_instructions():
+        pytest.skip(f"this processor has no {request.param}")
+    library.vsp_initialize(index)
+    torch.set_num_threads(2)
+    yield request.param
+    torch.set_num_threads(threads)
+    cpu_kernels.library.cache_clear()
+    cpu_kernels.library()
+
+
 @pytest.fixture(scope="session")
 def server_factory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
     """`server_factory(*args, env=None, api_key=None, timeout=300)` returns a healthy server started with these flags.

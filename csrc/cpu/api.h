@@ -57,7 +57,7 @@ struct Group {
 struct Batch {
   int64_t num_tokens;
   const int64_t* positions;  // [num_tokens]
-  const int64_t* slots;      // [num_tokens]
+  const int64_t* slots;      // [num_tokens]; those of one tile are neighbours, ascending
   int64_t num_seqs;
   const int64_t* query_lens;    // [num_seqs]
   const int64_t* context_lens;  // [num_seqs]

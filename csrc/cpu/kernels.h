@@ -352,6 +352,19 @@ inline void rms_norm_row(const float* x, int64_t size, const float* weight, floa
     store_row(out + i, Simd::mul(Simd::mul(Simd::load(x + i), factor), Simd::load(weight + i)));
 }
 
+// Sets the values in the lanes after `lane` to 0, in one head's tile.
+template <class C>
+inline void clear_values_after(C* tile, int64_t lane, int64_t d) {
+  for (C* to = tile; to < tile + kLanes * d; to += kLanes * kLanes) {
+    if constexpr (std::is_same_v<C, float>) {
+      std::memset(to + (lane + 1) * kLanes, 0, (kLanes - 1 - lane) * kLanes * sizeof(C));
+    } else {
+      for (int64_t i = 0; lane % 2 == 0 && i < kLanes; ++i) to[(lane / 2 * kLanes + i) * 2 + 1] = 0;
+      std::memset(to + (lane / 2 + 1) * 2 * kLanes, 0, (kLanes / 2 - 1 - lane / 2) * 2 * kLanes * sizeof(C));
+    }
+  }
+}
+
 // q and k of one token are turned (Su et al., 2021; first half against second half), K and V written into their tiles,
 // and `take_q(head, turned)` called for each query head.
 template <class C, class TakeQ>
@@ -378,9 +391,16 @@ inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t
     else
       for (int64_t i = 0; i < d; ++i) to[(i / 2 * kLanes + lane) * 2 + i % 2] = float_to_bf16(turned[i]);
   }
+  // Tiles are multiplied whole, values after the last key by 0: an infinity or NaN that a former owner of the block left
+  // there would spread. So the first run of tokens that is written into a tile clears what comes after it.
+  auto in_tile = [&](int64_t other) {
+    return other >= 0 && other < batch.num_tokens && batch.slots[other] / kLanes == tile;
+  };
+  const bool clears = !in_tile(token + 1) && (lane == 0 || in_tile(token - 1));
   for (int64_t h = 0; h < kv_heads; ++h) {
     const float* x = qkv + (heads + kv_heads + h) * d;
     C* to = v_cache + (tile * kv_heads + h) * kLanes * d;
+    if (clears) clear_values_after(to, lane, d);
     for (int64_t i = 0; i < d; ++i) {
       const int64_t column = i / kLanes, within = i % kLanes;
       if constexpr (std::is_same_v<C, float>)

@@ -283,7 +283,11 @@ def rope_and_write(
     v_cache: torch.Tensor,
     num_heads: int,
 ) -> torch.Tensor:
-    """As `AttentionBackend.rope_and_write`, for float32 `qkv` [T, (num_heads + 2 KVH) D]; q is float32 [T, H, D]."""
+    """As `AttentionBackend.rope_and_write`, for float32 `qkv` [T, (num_heads + 2 KVH) D]; q is float32 [T, H, D].
+
+    Tokens whose slots are in one tile are neighbours, in the order of their slots. Values in the slots after them are
+    cleared, unless tokens of an earlier call precede them in the tile: it was cleared then.
+    """
     q = torch.empty(len(qkv), num_heads, k_cache.shape[2])
     slots = slot_mapping.contiguous()
     batch = _Batch(num_tokens=len(qkv), positions=_address(positions), slots=_address(slots))
