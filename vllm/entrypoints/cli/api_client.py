@@ -46,7 +46,7 @@ class ApiClient:
         except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as exc:
             raise self._unreachable(exc) from None
         if answer.status_code != 200:
-            raise StartupError(_error_of(answer.status_code, answer.text))
+            raise StartupError(error_of(answer.status_code, answer.text))
         models = answer.json().get("data") or []
         if not models:
             raise StartupError(f"The server at {self._url} lists no model; name one with --model-name.")
@@ -64,7 +64,7 @@ class ApiClient:
         try:
             with self._http.stream("POST", path, json=body | {"model": self.model, "stream": True}) as answer:
                 if answer.status_code != 200:
-                    raise StartupError(_error_of(answer.status_code, answer.read().decode(errors="replace")))
+                    raise StartupError(error_of(answer.status_code, answer.read().decode(errors="replace")))
                 for line in answer.iter_lines():
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if data in ("", "[DONE]"):
@@ -103,7 +103,8 @@ def converse(prompt: str, answer: Callable[[str], None]) -> int:
             print(f"error: {exc}")
 
 
-def _error_of(status: int, text: str) -> str:
+def error_of(status: int, text: str) -> str:
+    """What to tell of an answer that is an error."""
     try:
         message = json.loads(text)["error"]["message"]
     except (ValueError, KeyError, TypeError):

@@ -17,6 +17,7 @@ _COMMANDS = {
     "serve": "serve a model over HTTP (vllm serve --help lists its flags)",
     "chat": "chat with a model of a running server",
     "complete": "let a model of a running server complete a text",
+    "prompts": "show, add and remove the pinned system prompts of a running server",
     "bench": "measure a running server, or the engine by itself",
     "collect-env": "print what a bug report should say about this machine",
 }

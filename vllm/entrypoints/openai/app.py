@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar
 
 import orjson
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import generate_latest
@@ -21,12 +21,20 @@ from vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequ
 from vllm.entrypoints.anthropic.serving_messages import ServingMessages
 from vllm.entrypoints.openai.errors import ApiError, describe, error_response, handle_exception, handle_http_exception
 from vllm.entrypoints.openai.json_body import parse_model, read_json_object, snippet
-from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS, ApiKeyMiddleware, RequestIdMiddleware
+from vllm.entrypoints.openai.middleware import (
+    MAX_REQUEST_ID_CHARS,
+    AdminGuard,
+    ApiKeyMiddleware,
+    RequestIdMiddleware,
+)
 from vllm.entrypoints.openai.protocol import (
     ApiModel,
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    ExplainRequest,
+    SystemPromptChange,
+    SystemPromptPoolChange,
     SystemPromptRequest,
     TokenizeRequest,
 )
@@ -56,6 +64,7 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
         openapi_url=None if args.disable_fastapi_docs else "/openapi.json",
     )
     app.add_exception_handler(HTTPException, handle_http_exception)
+    app.add_exception_handler(ApiError, handle_exception)
     app.add_exception_handler(Exception, handle_exception)
 
     services = Services(engine, args)
@@ -64,7 +73,8 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     _add_anthropic_routes(app, services.messages)
     _add_model_routes(app, services.models)
     _add_tokenization_routes(app, services.tokenization)
-    _add_system_prompt_routes(app, services.system_prompts)
+    admin_key = args.admin_api_key or envs.admin_api_key()
+    _add_system_prompt_routes(app, services.system_prompts, AdminGuard(admin_key))
     _add_status_routes(app, engine)
     if envs.server_dev_mode():
         _add_development_routes(app, engine)
@@ -72,7 +82,7 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     # The one added last sees a request first.
     keys = args.api_key or ([envs.api_key()] if envs.api_key() else [])
     if keys:
-        app.add_middleware(ApiKeyMiddleware, keys=keys, root_path=args.root_path)
+        app.add_middleware(ApiKeyMiddleware, keys=keys, root_path=args.root_path, admin_key=admin_key)
     app.add_middleware(RequestIdMiddleware, always=args.enable_request_id_headers)
     app.add_middleware(
         CORSMiddleware,
@@ -212,22 +222,42 @@ def _add_tokenization_routes(app: FastAPI, tokenization: ServingTokenization) ->
         return await _answer_body(request, DetokenizeRequest, tokenization.detokenize)
 
 
-def _add_system_prompt_routes(app: FastAPI, system_prompts: ServingSystemPrompts) -> None:
-    @app.post("/v1/system_prompts")
+def _add_system_prompt_routes(app: FastAPI, system_prompts: ServingSystemPrompts, guard: AdminGuard) -> None:
+    router = APIRouter(prefix="/v1/system_prompts", dependencies=[Depends(guard)])
+
+    @router.post("")
     async def create_system_prompt(request: Request) -> Response:
+        if _asks_to_explain(request):
+            return await _answer_body(request, ExplainRequest, system_prompts.explain)
         return await _answer_body(request, SystemPromptRequest, system_prompts.create)
 
-    @app.get("/v1/system_prompts")
+    @router.get("")
     async def list_system_prompts(request: Request) -> Response:
+        if _asks_to_explain(request):
+            return await _answer_body(request, ExplainRequest, system_prompts.explain)
         return await _answer(system_prompts.list(), request)
 
-    @app.get("/v1/system_prompts/{prompt_id}")
+    @router.patch("")
+    async def change_pool(request: Request) -> Response:
+        return await _answer_body(request, SystemPromptPoolChange, system_prompts.change_pool)
+
+    @router.get("/{prompt_id}")
     async def get_system_prompt(request: Request, prompt_id: str) -> Response:
         return await _answer(system_prompts.get(prompt_id), request)
 
-    @app.delete("/v1/system_prompts/{prompt_id}")
+    @router.patch("/{prompt_id}")
+    async def change_system_prompt(request: Request, prompt_id: str) -> Response:
+        return await _answer_body(request, SystemPromptChange, lambda change: system_prompts.change(prompt_id, change))
+
+    @router.delete("/{prompt_id}")
     async def delete_system_prompt(request: Request, prompt_id: str) -> Response:
         return await _answer(system_prompts.delete(prompt_id), request)
+
+    app.include_router(router)
+
+
+def _asks_to_explain(request: Request) -> bool:
+    return request.query_params.get("explain", "") in ("1", "true")
 
 
 def _add_status_routes(app: FastAPI, engine: AsyncLLMEngine) -> None:
