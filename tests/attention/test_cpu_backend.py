@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.attention.random_batch import MIXED, Batch, Member
+from vllm.attention.backends import AttentionShape, get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
+from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops import rotary
+from vllm.exceptions import StartupError
 from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.layers.ops.cpu_kernels import DOT, WIDEN
 
@@ -220,3 +227,64 @@ def test_backend_gives_the_dtype_of_the_queries(cpu_instructions: str, dtype: to
     torch.testing.assert_close(
         out.double(), batch.reference(0.125), atol=3e-2 if dtype == torch.bfloat16 else 4e-6, rtol=0
     )
+
+
+SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=64, dtype=torch.float32, block_size=16)
+
+
+def test_what_the_kernels_do_not_take_is_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    misfits: list[tuple[dict[str, Any], str]] = [
+        ({"head_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
+        ({"head_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
+        ({"block_size": 8}, "--block-size 8 is no multiple of 16"),
+        ({"dtype": torch.float16}, "dtype float16 is neither float32 nor bfloat16"),
+    ]
+    for changes, why in misfits:
+        caplog.clear()
+        backend = get_backend("cpu", SHAPE._replace(**changes), CPU)
+        assert isinstance(backend, TorchAttentionBackend)
+        assert [r.levelname for r in caplog.records] == ["WARNING"]
+        assert f"do not serve this model ({why}); torch computes instead" in caplog.text
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library is looked for again, and again after the test."""
+    cpu_kernels.library.cache_clear()
+    yield
+    monkeypatch.undo()
+    cpu_kernels.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"), [(None, "are not built .* is missing"), (b"no library", "cannot be loaded")]
+)
+def test_without_the_library_torch_computes_and_says_so_once(
+    unloaded: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    content: bytes | None,
+    why: str,
+) -> None:
+    path = tmp_path / "cpu_kernels.so"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(cpu_kernels, "_LIBRARY", path)
+    for _ in range(2):
+        assert isinstance(get_backend("CPU", SHAPE, CPU), TorchAttentionBackend)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert re.search(f"{why}.*torch computes instead", caplog.text)
+
+
+def test_unknown_instructions(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu_kernels._LIBRARY.exists():
+        pytest.skip("the compiled CPU kernels are not built")
+    monkeypatch.setenv("VLLM_CPU_INSTRUCTIONS", "sse2")
+    with pytest.raises(StartupError, match=r"VLLM_CPU_INSTRUCTIONS is 'sse2'; it takes avx2, avx512, avx512_bf16\."):
+        get_backend("CPU", SHAPE, CPU)
+
+
+def test_the_backend_is_for_the_cpu() -> None:
+    with pytest.raises(StartupError, match="--attention-backend CPU computes on --device cpu"):
+        get_backend("CPU", SHAPE, torch.device("cuda"))
