@@ -45,6 +45,14 @@ def test_text_and_its_token_ids_give_the_same_answer(client):
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_texts_and_token_ids_may_come_in_one_batch(client):
+    ids = client.post("/tokenize", json={"prompt": "Once upon a time"}).json()["tokens"]
+    batch = complete(client, prompt=["The sky is", ids, "One"], echo=True)["choices"]
+    alone = [complete(client, prompt=prompt, echo=True)["choices"][0] for prompt in ("The sky is", ids, "One")]
+    assert [choice["text"] for choice in batch] == [choice["text"] for choice in alone]
+    assert batch[1]["text"].startswith("Once upon a time")
+
+
 def test_choices_of_many_prompts_are_numbered_prompt_by_prompt(client):
     answer = complete(client, prompt=["One", "Two two", "Three"], n=2, echo=True)
     assert [choice["index"] for choice in answer["choices"]] == list(range(6))
@@ -97,6 +105,40 @@ def test_echo_without_output_gives_the_prompt_alone(client):
 def test_streamed_echo_starts_with_the_prompt(client):
     chunks = stream(client, "/v1/completions", prompt="The sky is", echo=True)
     assert chunks[0]["choices"][0]["text"] == "The sky is"
+
+
+def test_streamed_echo_with_logprobs_covers_the_prompt(client):
+    prompts = ["The sky is", "Once upon a time"]
+    asked = {"prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 4, "ignore_eos": True}
+    chunks = stream(client, "/v1/completions", **asked)
+    for choice in complete(client, **asked)["choices"]:
+        parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        for key in ("tokens", "text_offset"):
+            assert [value for part in parts for value in part[key]] == choice["logprobs"][key]
+        streamed = [value for part in parts for value in part["token_logprobs"]]
+        assert streamed == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-3)
+
+
+def test_prompt_logprobs_are_right_over_cached_positions(client):
+    prompt = "The lighthouse keeper writes down every ship that passes by. " * 8
+
+    def prompt_logprobs(**fields: Any) -> list[dict[str, Any]]:
+        choice = complete(client, prompt=prompt, max_tokens=1, prompt_logprobs=2, **fields)["choices"][0]
+        first, *entries = choice["prompt_logprobs"]
+        assert first is None
+        return entries
+
+    # Under a salt of its own nothing of the prompt is cached.
+    fresh = prompt_logprobs(cache_salt="prompt-logprobs-fresh")
+    complete(client, prompt=prompt)
+    assert complete(client, prompt=prompt)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    for cached in (prompt_logprobs(), prompt_logprobs()):
+        assert len(cached) == len(fresh)
+        for entry, want in zip(cached, fresh, strict=True):
+            assert {key: lp["rank"] for key, lp in entry.items()} == {key: lp["rank"] for key, lp in want.items()}
+            assert [lp["logprob"] for lp in entry.values()] == pytest.approx(
+                [lp["logprob"] for lp in want.values()], abs=1e-3
+            )
 
 
 def test_token_ids_come_back_when_asked_for(client):

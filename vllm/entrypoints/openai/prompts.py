@@ -122,7 +122,7 @@ class PromptReader:
 
 
 def split_prompts(prompt: Any, n: int) -> list[str | list[int]]:
-    """The prompts of a text completion: given as text, a list of texts, token ids, or a list of lists of token ids.
+    """The prompts of a text completion: given as text, as token ids, or as a list of either or both.
 
     Raises:
         VLLMValidationError: anything else, or too many prompts or outputs.
@@ -143,12 +143,12 @@ def _as_list(prompt: Any) -> list[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt, list) and prompt:
-        if all(isinstance(item, str) for item in prompt) or all(_is_ids(item) for item in prompt):
+        if all(isinstance(item, str) or _is_ids(item) for item in prompt):
             return prompt
         if _is_ids(prompt):
             return [prompt]
     raise VLLMValidationError(
-        "prompt must be a string, a list of strings, a list of token ids or a list of lists of token ids, "
+        f"prompt must be a string, a list of token ids, or a list of strings and lists of token ids, "
         f"got {snippet(prompt)}.",
         "prompt",
     )

@@ -186,10 +186,10 @@ def check_completion(request: CompletionRequest) -> None:
     """Refuses text-completion fields whose feature does not exist here."""
     check_generation(request)
     if request.suffix:
-        raise VLLMValidationError("suffix is not supported.", "suffix")
+        raise VLLMValidationError(
+            "suffix is not supported: the model only goes on from the end of a prompt; leave it out.", "suffix"
+        )
     if request.prompt_embeds is not None:
         raise VLLMValidationError("prompt_embeds is not supported; send prompt.", "prompt_embeds")
     if request.logprobs is not None:
         check_int("logprobs", request.logprobs, 0, 2**31 - 1)
-    if request.stream and request.echo and request.logprobs is not None:
-        raise VLLMValidationError("echo with logprobs is not available when stream is true.", "echo")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,17 +150,12 @@ class ServingCompletion:
             "choices": choices,
             "service_tier": None,
             "system_fingerprint": None,
-            "usage": usage(
-                sum(len(item.prompt_token_ids) for item in last.values()),
-                completion_tokens,
-                sum(item.num_cached_tokens for item in last.values()),
-            ),
+            "usage": _usage(last.values(), completion_tokens),
             "kv_transfer_params": None,
         }
 
     def _choice(self, call: _Call, index: int, output: CompletionOutput, item: RequestOutput) -> dict[str, Any]:
         request = call.request
-        echoed = self._echoed(call, index // call.n, item)
         generated = CompletionOutput(index, "", [], finish_reason="length") if call.prompt_only else output
         logprobs = None
         if request.logprobs is not None:
@@ -172,7 +167,7 @@ class ServingCompletion:
             logprobs = completion_logprobs_json(token_ids, rows, self._engine.tokenizer, call.as_token_ids)
         return {
             "index": index,
-            "text": echoed + generated.text,
+            "text": self._echoed(call, index // call.n, item) + generated.text,
             "logprobs": logprobs,
             "finish_reason": generated.finish_reason,
             "stop_reason": generated.stop_reason,
@@ -186,19 +181,17 @@ class ServingCompletion:
         options = call.request.stream_options
         every_usage = bool(options and options.include_usage and options.continuous_usage_stats)
         head = call.head()
-        prompt_tokens: dict[int, int] = {}
-        cached_tokens: dict[int, int] = {}
+        prompts: dict[int, RequestOutput] = {}
         generated = [0] * (len(call.streams) * call.n)
         told = [0] * len(generated)
         async with aclosing(merge(call.streams)) as items:
             async for prompt_index, item in items:
-                starts = prompt_index not in prompt_tokens
-                if starts:
-                    prompt_tokens[prompt_index] = len(item.prompt_token_ids)
-                    cached_tokens[prompt_index] = item.num_cached_tokens
                 choices = []
-                if starts and (call.request.echo or call.request.return_token_ids):
-                    choices += [self._first_choice(call, prompt_index, i, item) for i in range(call.n)]
+                if prompt_index not in prompts:
+                    prompts[prompt_index] = item
+                    if call.request.echo or call.request.return_token_ids:
+                        choices += [self._first_choice(call, prompt_index * call.n + i, item) for i in range(call.n)]
+                        told[prompt_index * call.n : (prompt_index + 1) * call.n] = [len(choices[0]["text"])] * call.n
                 for output in item.outputs:
                     index = prompt_index * call.n + output.index
                     generated[index] += len(output.token_ids)
@@ -209,19 +202,20 @@ class ServingCompletion:
                 for choice in choices:
                     chunk = head | {"choices": [choice]}
                     if every_usage:
-                        chunk["usage"] = usage(
-                            prompt_tokens[prompt_index], generated[choice["index"]], cached_tokens[prompt_index]
-                        )
+                        chunk["usage"] = _usage([item], generated[choice["index"]])
                     yield sse(chunk)
         if options and options.include_usage:
             completion_tokens = 0 if call.prompt_only else sum(generated)
-            total = usage(sum(prompt_tokens.values()), completion_tokens, sum(cached_tokens.values()))
-            yield sse(head | {"choices": [], "usage": total})
+            yield sse(head | {"choices": [], "usage": _usage(prompts.values(), completion_tokens)})
         yield DONE
 
-    def _first_choice(self, call: _Call, prompt_index: int, i: int, item: RequestOutput) -> dict[str, Any]:
+    def _first_choice(self, call: _Call, index: int, item: RequestOutput) -> dict[str, Any]:
         """Repeats the prompt, as text with `echo` and as token ids if they were asked for."""
-        choice = _text_choice(prompt_index * call.n + i, self._echoed(call, prompt_index, item))
+        choice = _text_choice(index, self._echoed(call, index // call.n, item))
+        if call.request.echo and call.request.logprobs is not None:
+            choice["logprobs"] = completion_logprobs_json(
+                item.prompt_token_ids, item.prompt_logprobs, self._engine.tokenizer, call.as_token_ids
+            )
         if call.request.return_token_ids:
             choice |= {"prompt_token_ids": item.prompt_token_ids, "token_ids": []}
         return choice
@@ -244,6 +238,16 @@ class ServingCompletion:
         if request.return_token_ids:
             choice["token_ids"] = list(output.token_ids)
         return choice
+
+
+def _usage(prompts: Collection[RequestOutput], completion_tokens: int) -> dict[str, Any]:
+    """Usage of a request with these prompts, each given by any output of its."""
+    return usage(
+        sum(len(item.prompt_token_ids) for item in prompts),
+        completion_tokens,
+        sum(item.num_cached_tokens for item in prompts),
+        sum(item.num_cache_write_tokens for item in prompts),
+    )
 
 
 def _text_choice(
