@@ -34,6 +34,7 @@ class ServerProcess:
         log_path: File that its output goes to.
         env: Environment variables on top of ours.
         api_key: Key that our own requests carry; the server must be given it by flag or environment as well.
+        command: What to run, if not the server itself.
 
     Attributes:
         url: Base address, without a slash at the end and without `/v1`.
@@ -46,13 +47,13 @@ class ServerProcess:
         log_path: Path,
         env: Mapping[str, str] | None = None,
         api_key: str | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = log_path
         self.api_key = api_key
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
+        command = [*command, "--host", "127.0.0.1", "--port", str(self.port), *args]
         path = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(

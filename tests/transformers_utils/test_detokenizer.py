@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.transformers_utils.detokenizer import IncrementalDetokenizer
+from vllm.transformers_utils.detokenizer import ByteDetokenizer, WindowDetokenizer, incremental_detokenizer
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 TEXTS = [
@@ -20,8 +20,14 @@ TEXTS = [
 
 
 def stream(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool = True) -> list[str]:
-    detokenizer = IncrementalDetokenizer(tokenizer, prompt, skip)
-    return [*(detokenizer.append(i) for i in output), detokenizer.flush()]
+    """Pieces of the text, which is the same from each detokenizer that can do it."""
+    assert isinstance(incremental_detokenizer(tokenizer, prompt, skip), ByteDetokenizer) == tokenizer.joins_bytes
+    found = []
+    for kind in (incremental_detokenizer, WindowDetokenizer):
+        detokenizer = kind(tokenizer, prompt, skip)
+        found.append([*(detokenizer.append(i) for i in output), detokenizer.flush()])
+    assert "".join(found[0]) == "".join(found[1])
+    return found[0]
 
 
 def rest(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool = True) -> str:
@@ -50,7 +56,7 @@ def test_an_unfinished_character_comes_at_the_end(small_tokenizer: Tokenizer) ->
 
 
 def test_flush_is_empty_when_nothing_is_pending_and_the_second_time(small_tokenizer: Tokenizer) -> None:
-    detokenizer = IncrementalDetokenizer(small_tokenizer, [])
+    detokenizer = incremental_detokenizer(small_tokenizer, [])
     detokenizer.append(small_tokenizer.encode("\u00e9")[0])
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""
@@ -90,7 +96,7 @@ def test_characters_in_byte_tokens(sentencepiece_tokenizer: Tokenizer) -> None:
 
 def test_byte_tokens_that_are_no_text_do_not_pile_up(sentencepiece_tokenizer: Tokenizer) -> None:
     lone = sentencepiece_tokenizer.backend.token_to_id("<0xFF>")
-    detokenizer = IncrementalDetokenizer(sentencepiece_tokenizer, [])
+    detokenizer = incremental_detokenizer(sentencepiece_tokenizer, [])
     text = ""
     for _ in range(500):
         text += detokenizer.append(lone)
@@ -116,7 +122,7 @@ def test_long_output_that_is_no_text_stays_exact_and_its_window_small(small_toke
     lone = [small_tokenizer.encode("\U0001f600")[i] for i in range(4)]
     rng = random.Random(3)
     output = [rng.choice(lone) for _ in range(2000)] + [lone[0]] * 500
-    detokenizer = IncrementalDetokenizer(small_tokenizer, [])
+    detokenizer = WindowDetokenizer(small_tokenizer, [])
     text = ""
     for token_id in output:
         text += detokenizer.append(token_id)

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import zmq
@@ -57,12 +57,15 @@ class AsyncLLMEngine:
             `EngineDeadError`, as does whatever comes until the new process is ready; its caches start empty.
 
     Attributes:
+        process_command: Starts an engine process, which takes its arguments from standard input.
         stats: The engine core's state after its latest step.
         metrics_registry: Prometheus metrics.
 
     Raises:
         StartupError: the engine process cannot run with these arguments on this machine.
     """
+
+    process_command: ClassVar[Sequence[str]] = (sys.executable, "-m", "vllm.engine.core_process")
 
     def __init__(self, args: EngineArgs, max_restarts: int = 0) -> None:
         self._args = args
@@ -132,7 +135,7 @@ class AsyncLLMEngine:
 
     def _start(self, args: EngineArgs) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.engine.core_process"],
+            self.process_command,
             stdin=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
@@ -439,6 +442,16 @@ class AsyncLLMEngine:
     async def reset_prefix_cache(self) -> bool:
         """Forgets cached suffix blocks; pinned prompts stay."""
         return bool(await self._call("reset_prefix_cache"))
+
+    async def sleep(self, level: int = 1) -> None:
+        """Starts no step until `wake_up`; see `EngineCore.sleep`."""
+        await self._call("sleep", level)
+
+    async def wake_up(self) -> None:
+        await self._call("wake_up")
+
+    async def is_sleeping(self) -> bool:
+        return bool(await self._call("is_sleeping"))
 
     async def _call(self, method: str, *args: Any) -> Any:
         self._ensure_reading()

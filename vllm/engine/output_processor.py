@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.step import PositionLogprobs
-from vllm.transformers_utils.detokenizer import IncrementalDetokenizer
+from vllm.transformers_utils.detokenizer import incremental_detokenizer
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 
@@ -28,7 +28,7 @@ class OutputText:
         self.stop_string: str | None = None
         self._params = params
         self._detokenizer = (
-            IncrementalDetokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            incremental_detokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
             if params.detokenize
             else None
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from vllm.transformers_utils.tokenizer import Tokenizer
@@ -12,20 +14,61 @@ _MAX_WINDOW = 64
 _UTF8_MAX_BYTES = 4
 
 
-class IncrementalDetokenizer:
+class IncrementalDetokenizer(ABC):
     """Text of an output, token by token.
 
     All that `append` and `flush` return, joined, is `decode(prompt + output)` without `decode(prompt)`: the first
     token keeps its leading space, and a character whose bytes are spread over tokens comes out when it is whole.
     (Exception: with SentencePiece vocabularies the number of U+FFFD in a run of bytes that is no UTF-8 may differ.)
+    """
 
-    A window of the last tokens is decoded at each step and compared with what of it was handed out. `DecodeStream` of
-    the `tokenizers` library does the same, but raises on some outputs that are no UTF-8 and keeps its rest to itself.
+    @abstractmethod
+    def append(self, token_id: int) -> str:
+        """Returns the text that became certain; "" while a character is unfinished."""
+
+    @abstractmethod
+    def flush(self) -> str:
+        """Returns what is left at the end: an unfinished character as U+FFFD."""
+
+
+def incremental_detokenizer(
+    tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True
+) -> IncrementalDetokenizer:
+    """The detokenizer that fits a tokenizer.
 
     Args:
-        tokenizer: Decodes.
         prompt_token_ids: What precedes the output; read only at its end.
         skip_special_tokens: Leave control tokens out of the text.
+    """
+    kind = ByteDetokenizer if tokenizer.joins_bytes else WindowDetokenizer
+    return kind(tokenizer, prompt_token_ids, skip_special_tokens)
+
+
+class ByteDetokenizer(IncrementalDetokenizer):
+    """For tokens that are bytes: they are looked up and decoded as a stream of UTF-8."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._hidden = tokenizer.hidden_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # The prompt may end inside a character; it belongs to the output then.
+        for token_id in prompt_token_ids[-_CONTEXT_TOKENS:]:
+            self.append(token_id)
+
+    def append(self, token_id: int) -> str:
+        return "" if token_id in self._hidden else self._decoder.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+class WindowDetokenizer(IncrementalDetokenizer):
+    """For any tokenizer: a window of the last tokens is decoded at each step and compared with what was handed out.
+
+    `DecodeStream` of the `tokenizers` library does the same, but raises on some outputs that are no UTF-8 and keeps its
+    rest to itself.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
@@ -37,7 +80,6 @@ class IncrementalDetokenizer:
         self._settled = len(self._ids)
 
     def append(self, token_id: int) -> str:
-        """Returns the text that became certain; "" while a character is unfinished."""
         self._ids.append(token_id)
         self._text = self._decode(self._ids)
         end = len(self._text) - self._unfinished(self._text)
@@ -50,7 +92,6 @@ class IncrementalDetokenizer:
         return new
 
     def flush(self) -> str:
-        """Returns what is left at the end: an unfinished character as U+FFFD."""
         rest = self._text[self._sent :]
         self._sent = len(self._text)
         return rest

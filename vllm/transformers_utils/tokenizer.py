@@ -25,10 +25,12 @@ class Tokenizer:
     Attributes:
         hf: The same tokenizer as transformers' object; holds the chat template.
         vocab_size: Highest token id + 1.
-        all_special_ids: Ids of control tokens: those that `skip_special_tokens` leaves out.
+        all_special_ids: Ids of control tokens.
+        hidden_ids: Those that decoding with `skip_special_tokens` leaves out.
         max_chars_per_token: No token stands for more characters, so a text of more than n times as many characters
             has more than n tokens; lets callers turn a text away without encoding it.
         is_byte_level: Tokens stand for bytes, in GPT-2's alphabet.
+        joins_bytes: The text of tokens is their bytes one after the other, as UTF-8; nothing else is done to it.
     """
 
     def __init__(self, hf: PreTrainedTokenizerFast) -> None:
@@ -45,7 +47,11 @@ class Tokenizer:
         self.bos_token_id: int | None = hf.bos_token_id
         special = {token_id for token_id, token in self.added_tokens.items() if token.special}
         self.all_special_ids: list[int] = sorted(special | set(hf.all_special_ids))
-        self.is_byte_level = "ByteLevel" in _step_types(self.backend.decoder)
+        self.hidden_ids = frozenset(special)
+        steps = _step_types(self.backend.decoder)
+        self.is_byte_level = "ByteLevel" in steps
+        self.joins_bytes = steps == {"ByteLevel"}
+        self._known_bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Spellings of control tokens become those tokens.
@@ -68,6 +74,14 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes that a token stands for; empty for an id outside the vocabulary."""
+        known = self._known_bytes.get(token_id)
+        if known is None:
+            known = self._find_bytes(token_id)
+            if 0 <= token_id < self.vocab_size:
+                self._known_bytes[token_id] = known
+        return known
+
+    def _find_bytes(self, token_id: int) -> bytes:
         added = self.added_tokens.get(token_id)
         if added is not None:
             return added.content.encode()
