@@ -1,0 +1,248 @@
+"""The compiled CPU kernels against torch in float64, with every set of instructions that this processor has."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from vllm.attention.backends.base import AttentionBackend
+from vllm.attention.backends.cpu import CpuAttentionBackend
+from vllm.attention.backends.torch import TorchAttentionBackend
+from vllm.attention.layer import ForwardContext
+from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.distributed.parallel_state import TensorParallelGroup
+from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.model_executor.layers.ops.cpu_kernels import DOT, WIDEN, PackedMatrix
+from vllm.model_executor.models.llama import LlamaForCausalLM
+
+pytestmark = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
+# Weights, and how bfloat16 multiplies.
+KINDS = {
+    "float32": (torch.float32, False, WIDEN),
+    "bfloat16-widened": (torch.bfloat16, False, WIDEN),
+    "bfloat16-dot": (torch.bfloat16, False, DOT),
+    "int8-widened": (torch.float32, True, WIDEN),
+    "int8-dot": (torch.bfloat16, True, DOT),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Linear(NamedTuple):
+    """A packed matrix, how it multiplies, and what it holds, in float64; `narrow`: x becomes bfloat16 first."""
+
+    packed: PackedMatrix
+    arithmetic: int
+    weight: torch.Tensor
+    bias: torch.Tensor
+    narrow: bool
+
+    def reference(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.bfloat16() if self.narrow else x
+        return x.double() @ self.weight.T + self.bias
+
+
+def make(kind: str, n: int, k: int, instructions: str, bias: bool = True, interleave: bool = False) -> Linear:
+    dtype, int8, arithmetic = KINDS[kind]
+    weight = randn(n, k, seed=n + k).to(dtype)
+    offset = randn(n, seed=1).to(dtype) if bias else None
+    packed = PackedMatrix(weight, offset, interleave, int8)
+    held = weight.double()
+    if int8:
+        factor = weight.float().abs().amax(dim=1, keepdim=True) / 127
+        held = (weight.float() / factor).round().double() * factor.double()
+    narrow = arithmetic == DOT and instructions == "avx512_bf16"
+    return Linear(packed, arithmetic, held, torch.zeros(n) if offset is None else offset.double(), narrow)
+
+
+def assert_near(out: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Compares each element with the largest of its row, so that a wrong one shows."""
+    assert out.shape == want.shape
+    scale = want.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    assert float(((out.double() - want) / scale).abs().max()) <= tolerance
+
+
+@every_kind
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (16, 48), (40, 16), (63, 576), (65, 32), (200, 1536), (257, 64)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(cpu_instructions: str, kind: str, n: int, k: int, bias: bool) -> None:
+    linear = make(kind, n, k, cpu_instructions, bias)
+    for rows in (1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 31, 40, 193):
+        x = randn(rows, k, seed=rows)
+        found = cpu_kernels.linear(x, linear.packed, linear.arithmetic)
+        # Rounding is as large as the summands are, not the sum.
+        summands = x.double().abs() @ linear.weight.abs().T + linear.bias.abs()
+        assert float(((found - linear.reference(x)).abs() / summands).max()) <= 1e-6
+
+
+@every_kind
+@pytest.mark.parametrize(("n", "k"), [(32, 16), (96, 48), (224, 576), (3072, 64)])
+def test_swiglu(cpu_instructions: str, kind: str, n: int, k: int) -> None:
+    linear = make(kind, n, k, cpu_instructions, interleave=True)
+    for rows in (1, 4, 6, 7, 8, 17, 40):
+        x = randn(rows, k, seed=rows)
+        gate, up = linear.reference(x).chunk(2, dim=1)
+        found = cpu_kernels.swiglu(x, linear.packed, linear.arithmetic)
+        assert_near(found, torch.nn.functional.silu(gate) * up, 6e-6)
+
+
+def test_gates_of_any_size(cpu_instructions: str) -> None:
+    # A weight of 1 for each: gate and up projection are x itself, silu(x) x.
+    identity = PackedMatrix(torch.eye(16).repeat(2, 1), interleave=True)
+    x = torch.tensor(
+        [[-3e4, -200.0, -88.0, -87.0, -20.0, -1.0, -1e-6, -0.0, 0.0, 1e-6, 1.0, 20.0, 88.0, 1e3, 1e6, 1e18]]
+    )
+    want = torch.nn.functional.silu(x.double()) * x
+    torch.testing.assert_close(cpu_kernels.swiglu(x, identity, WIDEN).double(), want, rtol=2e-5, atol=1e-25)
+
+
+@every_kind
+def test_rows_do_not_depend_on_the_batch(cpu_instructions: str, kind: str) -> None:
+    # Rows are computed in blocks of a few, above them in others; a token must be the same in whatever company.
+    linear, both = make(kind, 200, 576, cpu_instructions), make(kind, 192, 576, cpu_instructions, interleave=True)
+    x = randn(40, 576)
+    for function, weight in ((cpu_kernels.linear, linear.packed), (cpu_kernels.swiglu, both.packed)):
+        together = function(x, weight, linear.arithmetic)
+        for first, end in ((0, 1), (17, 18), (39, 40), (3, 8), (10, 17), (20, 33)):
+            assert torch.equal(function(x[first:end], weight, linear.arithmetic), together[first:end])
+
+
+@every_kind
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_row(cpu_instructions: str, kind: str, value: float) -> None:
+    linear, both = make(kind, 70, 64, cpu_instructions), make(kind, 96, 64, cpu_instructions, interleave=True)
+    x = randn(11, 64)
+    for function, weight in ((cpu_kernels.linear, linear.packed), (cpu_kernels.swiglu, both.packed)):
+        before = function(x, weight, linear.arithmetic)
+        broken = x.clone()
+        broken[4, 9] = value
+        after = function(broken, weight, linear.arithmetic)
+        others = torch.arange(11) != 4
+        assert torch.equal(after[others], before[others])
+        assert not bool(after[4].isfinite().any())
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 16), (3, 48), (40, 576), (7, 1536)])
+def test_rms_norm(cpu_instructions: str, rows: int, size: int) -> None:
+    x, weight = randn(rows, size) * 3, randn(size, seed=1)
+    want = x.double() * (x.double().square().mean(dim=1, keepdim=True) + 1e-5).rsqrt() * weight
+    assert_near(cpu_kernels.rms_norm(x, weight, 1e-5), want, 1e-6)
+    zero = cpu_kernels.rms_norm(torch.zeros(2, size), weight, 1e-5)
+    assert torch.equal(zero, torch.zeros(2, size))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copy_blocks_reads_all_before_it_writes(cpu_instructions: str, dtype: torch.dtype) -> None:
+    cache = randn(6 * 16, 3, 5).to(dtype)
+    pairs = [(0, 1), (1, 0), (3, 5), (2, 2), (5, 4)]
+    want = cache.clone().view(6, -1)
+    want[[to for _, to in pairs]] = cache.view(6, -1)[[source for source, _ in pairs]]
+    cpu_kernels.copy_blocks(cache, torch.tensor(pairs), 16)
+    assert torch.equal(cache.view(6, -1), want)
+
+
+def test_matrices_that_cannot_be_packed(cpu_instructions: str) -> None:
+    with pytest.raises(ValueError, match="cannot pack a matrix of 32 x 24: K must be a multiple of 16"):
+        PackedMatrix(torch.zeros(32, 24))
+    with pytest.raises(ValueError, match=r"cannot pack a matrix of 48 x 16: .* N of 32"):
+        PackedMatrix(torch.zeros(48, 16), interleave=True)
+    with pytest.raises(ValueError, match=r"take float32 and bfloat16, not torch\.float16"):
+        PackedMatrix(torch.zeros(16, 16, dtype=torch.float16))
+
+
+# A network: prompts, one of them behind an extent, then two steps of decode.
+EXTENT = 20
+PROMPTS = (5, 33)
+
+
+def make_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+    """Random weights, always the same, rounded to bfloat16."""
+    model = LlamaForCausalLM(config, 64, TensorParallelGroup())
+    for i, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        centre = 1.0 if "norm" in name else 0.0
+        values = centre + randn(*parameter.shape, seed=i) * (
+            0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[1] ** 0.5
+        )
+        parameter.data = values.bfloat16().to(dtype)
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits_of_steps(
+    model: LlamaForCausalLM, config: LlamaConfig, backend: AttentionBackend, dtype: torch.dtype
+) -> torch.Tensor:
+    """The logits of every token of: the extent, both prompts at once, two decode steps."""
+    shape = (160, config.num_key_value_heads, config.head_dim)
+    k_caches, v_caches = ([torch.zeros(shape, dtype=dtype) for _ in model.layers] for _ in range(2))
+    blocks = [[8, 9], [3, 0, 7], [5, 1, 2]]
+    outs = []
+
+    def step(members: list[tuple[int, int, int]]) -> None:
+        """Members: row of `blocks`, tokens before, tokens to compute; row 1 continues the extent."""
+        slots, positions, groups = [], [], []
+        for row, done, count in members:
+            if row == 1:
+                groups.append(PrefixGroup(len(slots), count, 8 * 16, EXTENT))
+            own = range(done, done + count)
+            slots += [blocks[row][p // 16] * 16 + p % 16 for p in own]
+            positions += [p + (EXTENT if row == 1 else 0) for p in own]
+        metadata = AttentionMetadata(
+            torch.tensor(slots),
+            torch.tensor([(blocks[row] + [0])[:3] for row, *_ in members]),
+            [count for *_, count in members],
+            [done + count for _, done, count in members],
+            groups,
+            16,
+        )
+        where = torch.tensor(positions)
+        context = ForwardContext(backend, backend.prepare(metadata), where, metadata.slot_mapping, k_caches, v_caches)
+        tokens = torch.tensor(
+            [(7 * p + 3 * slot) % config.vocab_size for p, slot in zip(positions, slots, strict=True)]
+        )
+        outs.append(model.logits(model(tokens, context)).float())
+
+    step([(0, 0, EXTENT)])
+    first, second = PROMPTS
+    step([(1, 0, first), (2, 0, second)])
+    for i in range(2):
+        step([(1, first + i, 1), (2, second + i, 1)])
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 16), (9, 3, 64), (8, 1, 80), (6, 2, 96), (8, 8, 128), (3, 1, 256)]
+)
+def test_stack_of_layers(
+    cpu_instructions: str, dtype: torch.dtype, bias: bool, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    config = LlamaConfig(
+        vocab_size=107,
+        hidden_size=144,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=64,
+        tie_word_embeddings=bias,
+        attention_bias=bias,
+        mlp_bias=bias,
+    )
+    want = logits_of_steps(make_model(config, torch.float32), config, TorchAttentionBackend(), torch.float32)
+    model = make_model(config, dtype)
+    torch_logits = logits_of_steps(model, config, TorchAttentionBackend(), dtype)
+    model.pack_for_cpu()
+    logits = logits_of_steps(model, config, CpuAttentionBackend(), dtype)
+    error = float((logits - want).norm() / want.norm())
+    if dtype == torch.float32:
+        assert error < 4e-6
+    else:
+        assert error <= float((torch_logits - want).norm() / want.norm())
