@@ -71,6 +71,9 @@ class CoreProcess:
             "set_system_prompt_budget": self._set_system_prompt_budget,
             "explain_request": self._explain_request,
             "reset_prefix_cache": self._reset_prefix_cache,
+            "sleep": self._sleep,
+            "wake_up": self._wake_up,
+            "is_sleeping": self._is_sleeping,
         }
 
     def run(self) -> None:
@@ -159,6 +162,17 @@ class CoreProcess:
     def _reset_prefix_cache(self, call_id: int) -> bool:
         self._core.reset_prefix_cache()
         return True
+
+    def _sleep(self, call_id: int, level: int) -> bool:
+        self._core.sleep(level)
+        return True
+
+    def _wake_up(self, call_id: int) -> bool:
+        self._core.wake_up()
+        return True
+
+    def _is_sleeping(self, call_id: int) -> bool:
+        return self._core.is_sleeping
 
 
 def _end_with_parent() -> None:

@@ -73,6 +73,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             config.scheduler, blocks, self.pool, config.model.max_model_len, config.model.eos_token_ids
         )
+        self.is_sleeping = False
         self._seeds_drawn = 0
         self._prompt_logprobs: dict[str, PositionLogprobs] = {}
         self._failed: list[EngineOutput] = []
@@ -291,6 +292,22 @@ class EngineCore:
         """Forgets cached blocks of suffixes; pinned prompts stay."""
         self.scheduler.blocks.reset_prefix_cache()
 
+    def sleep(self, level: int) -> None:
+        """Starts no step until `wake_up`: requests wait, whether they run already or come meanwhile.
+
+        The memory of weights and KV cache stays reserved.
+
+        Args:
+            level: From 1 on, cached blocks of suffixes are forgotten as well; pinned prompts stay.
+        """
+        self.is_sleeping = True
+        if level >= 1:
+            self.reset_prefix_cache()
+
+    def wake_up(self) -> None:
+        """Goes on with the requests that wait."""
+        self.is_sleeping = False
+
     @staticmethod
     def is_computed(prompt: PinnedPrompt) -> bool:
         """Whether a declared prompt has left the states in which it waits for its prefill."""
@@ -299,6 +316,8 @@ class EngineCore:
     # Steps -----------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
+        if self.is_sleeping:
+            return bool(self._in_flight or self._failed)
         waiting = self._failed or self._unready or self._to_restore
         return self.scheduler.has_work() or bool(waiting)
 
@@ -308,11 +327,7 @@ class EngineCore:
         Where the device leaves the host free, the oldest is the step before: its tokens come back while the one that
         was just started computes.
         """
-        if self._unready:
-            self._admit_ready()
-        if self._to_restore and not self.pool.has_prefill:
-            self._restore_next()
-        plan = self.scheduler.schedule()
+        plan = StepPlan() if self.is_sleeping else self._plan()
         if not plan.is_empty:
             if plan.masked:
                 self._fill_masks(plan)
@@ -348,6 +363,13 @@ class EngineCore:
                 )
             )
         return StepOutputs(outputs=outputs, stats=self.stats(num_tokens))
+
+    def _plan(self) -> StepPlan:
+        if self._unready:
+            self._admit_ready()
+        if self._to_restore and not self.pool.has_prefill:
+            self._restore_next()
+        return self.scheduler.schedule()
 
     def _fill_masks(self, plan: StepPlan) -> None:
         """Writes which tokens may be drawn where the form of the output is constrained."""

@@ -142,9 +142,40 @@ def test_the_api_key_guards_the_running_server(start):
 
 
 def test_development_routes_open_in_development_mode(start):
-    server = start(env={"VLLM_SERVER_DEV_MODE": "1"})
-    assert httpx.get(f"{server.url}/server_info").json()["vllm_config"]["model"]["max_model_len"] == 4096
-    assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 200
+    server = start("--max-model-len", "2048", env={"VLLM_SERVER_DEV_MODE": "1"})
+    assert httpx.get(f"{server.url}/server_info").json()["vllm_config"]["model"]["max_model_len"] == 2048
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        chat = {
+            "messages": [{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": "Hi. " * 40}]
+        }
+
+        def cached_tokens() -> int:
+            answer = client.post("/v1/chat/completions", json=chat | {"max_tokens": 1}).json()
+            return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        cached_tokens()
+        with_suffix = cached_tokens()
+        assert client.post("/reset_prefix_cache").status_code == 200
+        pinned = cached_tokens()
+        assert 100 < pinned < with_suffix
+        assert cached_tokens() == with_suffix
+
+        assert client.post("/sleep?level=2").json()["error"]["param"] == "level"
+        assert client.get("/is_sleeping").json() == {"is_sleeping": False}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            long = {"prompt": "Once", "max_tokens": 200, "ignore_eos": True}
+            open_request = pool.submit(client.post, "/v1/completions", json=long)
+            wait_until_running(server)
+            assert client.post("/sleep?level=1").status_code == 200
+            assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+            assert client.get("/health").status_code == 200
+            waiting = pool.submit(cached_tokens)
+            time.sleep(0.5)
+            assert not open_request.done() and not waiting.done()
+            assert client.post("/wake_up").status_code == 200
+            assert open_request.result().json()["usage"]["completion_tokens"] == 200
+            assert waiting.result() == pinned
+        assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
 def test_sigterm_lets_open_requests_end(start):

@@ -299,11 +299,35 @@ def _add_development_routes(app: FastAPI, engine: AsyncLLMEngine) -> None:
 
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> Response:
-        async def reset() -> dict[str, Any]:
-            await engine.reset_prefix_cache()
-            return {}
+        return await _answer(_empty(engine.reset_prefix_cache()), request)
 
-        return await _answer(reset(), request)
+    @app.post("/sleep")
+    async def sleep(request: Request) -> Response:
+        """Pauses the engine; the memory of weights and KV cache stays reserved, which is what level 2 would give up."""
+        level, mode = (request.query_params.get(name, known) for name, known in (("level", "1"), ("mode", "keep")))
+        if level not in ("0", "1"):
+            message = f"level must be 0 (pause) or 1 (and forget cached suffixes), got {snippet(level)}."
+            return _error(ApiError(400, message, "level"), request)
+        if mode != "keep":
+            message = f"mode must be 'keep': open requests go on after /wake_up; got {snippet(mode)}."
+            return _error(ApiError(400, message, "mode"), request)
+        return await _answer(_empty(engine.sleep(int(level))), request)
+
+    @app.post("/wake_up")
+    async def wake_up(request: Request) -> Response:
+        return await _answer(_empty(engine.wake_up()), request)
+
+    @app.get("/is_sleeping")
+    async def is_sleeping(request: Request) -> Response:
+        async def ask() -> dict[str, Any]:
+            return {"is_sleeping": await engine.is_sleeping()}
+
+        return await _answer(ask(), request)
+
+
+async def _empty(work: Coroutine[Any, Any, Any]) -> dict[str, Any]:
+    await work
+    return {}
 
 
 def _config_json(engine: AsyncLLMEngine) -> dict[str, Any]:
