@@ -59,7 +59,7 @@ def check(batch: Batch, arithmetic: int, tolerance: float, merged_groups: bool =
 @pytest.mark.parametrize(("dtype", "arithmetic", "tolerance"), KINDS)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim"),
-    [(2, 2, 16), (9, 3, 64), (8, 1, 80), (3, 1, 96), (8, 8, 128), (4, 4, 256), (1, 1, 512)],
+    [(2, 2, 16), (9, 3, 64), (8, 1, 80), (3, 1, 96), (8, 8, 128), (4, 4, 256), (128, 1, 16), (1, 1, 512)],
 )
 def test_prefill_and_decode_in_several_groups(
     cpu_instructions: str, dtype: torch.dtype, arithmetic: int, tolerance: float, heads: int, kv_heads: int, dim: int
@@ -236,6 +236,7 @@ def test_what_the_kernels_do_not_take_is_left_to_torch(caplog: pytest.LogCapture
     misfits: list[tuple[dict[str, Any], str]] = [
         ({"head_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
         ({"head_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
+        ({"num_heads": 258}, "129 query heads share a KV head, more than 128"),
         ({"block_size": 8}, "--block-size 8 is no multiple of 16"),
         ({"dtype": torch.float16}, "dtype float16 is neither float32 nor bfloat16"),
     ]

@@ -41,7 +41,9 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
         from vllm.attention.backends.cpu import CpuAttentionBackend
         from vllm.model_executor.layers.ops import cpu_kernels
 
-        misfit = cpu_kernels.misfit_of_attention(shape.head_dim, shape.block_size, shape.dtype)
+        misfit = cpu_kernels.misfit_of_attention(
+            shape.num_heads // shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype
+        )
         if misfit is not None:
             logger.warning("The compiled CPU kernels do not serve this model (%s); torch computes instead.", misfit)
         if misfit is not None or cpu_kernels.library() is None:

@@ -27,6 +27,7 @@ TILE = 16
 """Columns of a packed tile; slots of a tile of KV memory."""
 
 MAX_HEAD_DIM = 512
+MAX_HEADS_PER_KV = 128
 INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16")
 WIDEN, DOT = 0, 1
 """How bfloat16 operands are multiplied: widened to float32, or by dot products of pairs."""
@@ -122,8 +123,10 @@ def library() -> ctypes.CDLL | None:
     return lib
 
 
-def misfit_of_attention(head_dim: int, block_size: int, dtype: torch.dtype) -> str | None:
+def misfit_of_attention(heads_per_kv: int, head_dim: int, block_size: int, dtype: torch.dtype) -> str | None:
     """Why the attention kernels cannot serve a model, or None."""
+    if heads_per_kv > MAX_HEADS_PER_KV:
+        return f"{heads_per_kv} query heads share a KV head, more than {MAX_HEADS_PER_KV}"
     if head_dim % TILE or head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is no multiple of {TILE} up to {MAX_HEAD_DIM}"
     if block_size % TILE:
