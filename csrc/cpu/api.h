@@ -81,6 +81,10 @@ struct AttentionUnit {
   int64_t first_row;  // of its results, [KVH][num_tokens][heads per KV head]
 };
 
+// Queries of a unit, heads counted apart; more only where one token has more. With some keys and values, these and
+// their sums fit the caches.
+constexpr int64_t kUnitQueries = 96;
+
 struct AttentionPlan {
   int64_t num_units;
   const AttentionUnit* units;
@@ -91,8 +95,8 @@ struct AttentionPlan {
 struct Buffers {
   void *x, *q, *attended, *inner;  // left operands of products
   float* qkv;
-  // Results of attention units: [row][head_dim] unnormalised sums, highest scores, sums of weights.
-  float *sums, *highest, *totals;
+  // Results of attention units: [row][head_dim] unnormalised sums, bases and sums of weights.
+  float *sums, *bases, *totals;
   uint16_t* panels;  // [threads][panel_size]: int8 weights made bfloat16
   int64_t panel_size;
 };

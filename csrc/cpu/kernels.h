@@ -12,32 +12,36 @@
 
 namespace {
 
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 using V = Simd::V;
 constexpr int kLanes = 16;
 constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMostUnitRows = 128;  // at least kUnitQueries; one token may have that many in a KV head
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// 2^x; relative error below 2e-7 (a Taylor polynomial of degree 6 over [-0.5, 0.5] times a power of two).
-inline V exp2(V x) {
-  const V n = Simd::round(x);
-  const V f = Simd::sub(x, n);
-  V p = Simd::set1(1.5403530e-4f);
-  p = Simd::fma(p, f, Simd::set1(1.3333558e-3f));
-  p = Simd::fma(p, f, Simd::set1(9.6181291e-3f));
-  p = Simd::fma(p, f, Simd::set1(5.5504109e-2f));
-  p = Simd::fma(p, f, Simd::set1(2.4022651e-1f));
-  p = Simd::fma(p, f, Simd::set1(6.9314718e-1f));
-  p = Simd::fma(p, f, Simd::set1(1.0f));
-  return Simd::scale(p, n);
-}
-
-inline float bf16_to_float(uint16_t x) {
-  const uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+// 2^x, as precise as its use: polynomials over [0, 1) fitted by weighted least squares, with relative errors below 8e-8
+// for what stays float32 and 8e-5 for what becomes bfloat16 (whose step is 4e-3), times a power of two.
+template <class A>
+ALWAYS_INLINE V exp2(V x) {
+  const V f = Simd::fraction(x);
+  V p;
+  if constexpr (std::is_same_v<A, float>) {
+    p = Simd::set1(1.877575555e-3f);
+    p = Simd::fma(p, f, Simd::set1(8.989342804e-3f));
+    p = Simd::fma(p, f, Simd::set1(5.582631577e-2f));
+    p = Simd::fma(p, f, Simd::set1(2.401536178e-1f));
+    p = Simd::fma(p, f, Simd::set1(6.931530731e-1f));
+    p = Simd::fma(p, f, Simd::set1(9.999999251e-1f));
+  } else {
+    p = Simd::set1(7.802442484e-2f);
+    p = Simd::fma(p, f, Simd::set1(2.260672948e-1f));
+    p = Simd::fma(p, f, Simd::set1(6.958334925e-1f));
+    p = Simd::fma(p, f, Simd::set1(9.999252208e-1f));
+  }
+  return Simd::scale(p, x);
 }
 
 inline uint16_t float_to_bf16(float x) {
@@ -59,7 +63,7 @@ struct Float32 {
   static constexpr Format kFormat = kFloat32;
 
   template <int rows, int tiles>
-  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+  static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     V w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = Simd::load(b[j]);
     for (int i = 0; i < rows; ++i) {
@@ -76,7 +80,7 @@ struct WidenedBf16 {
   static constexpr Format kFormat = kBFloat16;
 
   template <int rows, int tiles>
-  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+  static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     V w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = Simd::even(b[j]);
     for (int i = 0; i < rows; ++i) {
@@ -99,7 +103,7 @@ struct DotBf16 {
   static constexpr Format kFormat = kBFloat16;
 
   template <int rows, int tiles>
-  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+  static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     __m512bh w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j]);
     for (int i = 0; i < rows; ++i) {
@@ -119,7 +123,7 @@ struct WidenedInt8 {
   static constexpr Format kFormat = kInt8;
 
   template <int rows, int tiles>
-  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+  static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     add<0>(acc, a, lda, b);
     add<1>(acc, a, lda, b);
     add<2>(acc, a, lda, b);
@@ -128,7 +132,7 @@ struct WidenedInt8 {
 
  private:
   template <int depth, int rows, int tiles>
-  static void add(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+  static ALWAYS_INLINE void add(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     V w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = Simd::byte<depth>(b[j]);
     for (int i = 0; i < rows; ++i) {
@@ -146,7 +150,7 @@ struct DotInt8 {
   static constexpr Format kFormat = kInt8;
 
   template <int rows, int tiles>
-  static void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
+  static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     __m512bh first[tiles], second[tiles];
     for (int j = 0; j < tiles; ++j) {
       first[j] = pairs(Simd::byte<0>(b[j]), Simd::byte<1>(b[j]));
@@ -165,7 +169,7 @@ struct DotInt8 {
 
  private:
   // A whole number below 256 fits bfloat16, so its float32 form has zeros below.
-  static __m512bh pairs(V even, V odd) {
+  static ALWAYS_INLINE __m512bh pairs(V even, V odd) {
     return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
   }
 };
@@ -192,8 +196,8 @@ inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
 
 // acc[i][j] += sum over `steps` of a[i] b[j]
 template <class Kind, int rows, int tiles>
-inline __attribute__((always_inline)) void multiply(V (&acc)[rows][tiles], const typename Kind::A* a, int64_t lda,
-                                                    const typename Kind::B* const (&start)[tiles], int64_t steps) {
+ALWAYS_INLINE void multiply(V (&acc)[rows][tiles], const typename Kind::A* a, int64_t lda,
+                            const typename Kind::B* const (&start)[tiles], int64_t steps) {
   const typename Kind::B* b[tiles];
   for (int j = 0; j < tiles; ++j) b[j] = start[j];
   for (int64_t s = 0; s < steps; ++s) {
@@ -205,7 +209,7 @@ inline __attribute__((always_inline)) void multiply(V (&acc)[rows][tiles], const
 
 // out[i][16 j ...] = a[i] · tile j, for tiles whose starts are given by `tile(j)`.
 template <class Kind, int rows, int tiles, class TileAt>
-inline void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int64_t steps, float* out, int64_t ldo) {
+ALWAYS_INLINE void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int64_t steps, float* out, int64_t ldo) {
   V acc[rows][tiles];
   const typename Kind::B* b[tiles];
   for (int j = 0; j < tiles; ++j) b[j] = tile(j);
@@ -216,10 +220,12 @@ inline void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int6
     for (int j = 0; j < tiles; ++j) Simd::store(out + i * ldo + j * kLanes, acc[i][j]);
 }
 
-// Calls f(integral_constant<rows>) for a run-time number of rows, 1 ... Simd::kRows.
+// Calls f(integral_constant<rows>) for a run-time number of rows, 1 ... 8.
 template <class F>
-inline void with_rows(int64_t rows, F&& f) {
+ALWAYS_INLINE void with_rows(int64_t rows, F&& f) {
   switch (rows) {
+    case 8: return f(std::integral_constant<int, 8>());
+    case 7: return f(std::integral_constant<int, 7>());
     case 1: return f(std::integral_constant<int, 1>());
     case 2: return f(std::integral_constant<int, 2>());
     case 3: return f(std::integral_constant<int, 3>());
@@ -230,12 +236,18 @@ inline void with_rows(int64_t rows, F&& f) {
 }
 static_assert(Simd::kRows == 6);
 
+// Tiles that rows take at a time: what the registers hold.
+constexpr int tiles_for(int rows) { return rows <= Simd::kRows || Simd::kTiles == 1 ? Simd::kTiles : Simd::kTiles / 2; }
+
+// How many of the rows that are left go together: no small remainder, for which the weights would be read once more.
+inline int64_t next_rows(int64_t left) { return left <= Simd::kMostRows ? left : Simd::kRows; }
+
 // out[0 ... rows)[0 ... 16 tiles) = a · tiles; any number of both.
 template <class Kind, class TileAt>
-inline void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles, int64_t steps,
+ALWAYS_INLINE void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles, int64_t steps,
                     float* out, int64_t ldo) {
-  constexpr int wide = Simd::kTiles;
   with_rows(rows, [&](auto r) {
+    constexpr int wide = tiles_for(decltype(r)::value);
     int64_t j = 0;
     for (; j + wide <= tiles; j += wide)
       block_of<Kind, r, wide>(a, lda, [&](int i) { return tile(j + i); }, steps, out + j * kLanes, ldo);
@@ -271,7 +283,7 @@ struct SiluMul {
     A* to = out + row * ldo + column / 2;
     for (int64_t i = 0; i < width; i += 2 * kLanes, to += kLanes) {
       const V gate = Simd::load(block + i), up = Simd::load(block + i + kLanes);
-      const V power = exp2(Simd::mul(gate, Simd::set1(-1.44269504f)));
+      const V power = exp2<A>(Simd::mul(gate, Simd::set1(-1.44269504f)));
       store_row(to, Simd::mul(Simd::div(gate, Simd::add(Simd::set1(1.0f), power)), up));
     }
   }
@@ -285,9 +297,9 @@ template <class Kind, class Epilogue>
 inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
                         const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue) {
   const int64_t stride = w.k * kLanes, steps = w.k / Kind::kDepth, width = std::min(count * kLanes, w.n - column);
-  alignas(64) float block[Simd::kRows * kUnitTiles * kLanes];
-  for (int64_t row = first_row; row < end_row; row += Simd::kRows) {
-    const int64_t some = std::min<int64_t>(Simd::kRows, end_row - row);
+  alignas(64) float block[Simd::kMostRows * kUnitTiles * kLanes];
+  for (int64_t row = first_row, some; row < end_row; row += some) {
+    some = next_rows(end_row - row);
     product<Kind>(x + row * lda, lda, some, [&](int64_t j) { return tiles + j * stride; }, count, steps, block,
                   kUnitTiles * kLanes);
     for (int64_t i = 0; i < some; ++i) {
@@ -328,7 +340,7 @@ void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, i
       return;
     }
     const int8_t* data = static_cast<const int8_t*>(w.data) + start;
-    if (end - row <= Simd::kRows) {
+    if (end - row <= Simd::kMostRows) {
       linear_unit<typename Int8::Few>(x, lda, row, end, w, data, tile * kLanes, count, epilogue);
     } else {
       uint16_t* panel = buffers.panels + member.index * buffers.panel_size;
@@ -416,12 +428,18 @@ inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t
 // log2(e), by which scores become powers of two.
 constexpr float kLog2E = 1.44269504f;
 
-constexpr int64_t kKeys = 64;  // keys whose scores are in memory at a time
+constexpr int64_t kKeys = 128;  // keys whose scores are in memory at a time
 constexpr int64_t kKeyTiles = kKeys / kLanes;
+
+template <class C>
+inline void prefetch(const C* from, int64_t size) {
+  for (int64_t i = 0; i < size * int64_t(sizeof(C)); i += 64)
+    _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_T1);
+}
 
 // sums[i][16 column ...] = factors[i] · itself + weights[i] · values, over `count` tiles of 16 keys.
 template <class Kind, int rows, int tiles, class C>
-inline void add_values(const typename Kind::A* weights, const C* const* v_tiles, int64_t count, int64_t column,
+ALWAYS_INLINE void add_values(const typename Kind::A* weights, const C* const* v_tiles, int64_t count, int64_t column,
                        const float* factors, float* sums, int64_t d) {
   V acc[rows][tiles];
   for (int i = 0; i < rows; ++i)
@@ -436,19 +454,43 @@ inline void add_values(const typename Kind::A* weights, const C* const* v_tiles,
     for (int j = 0; j < tiles; ++j) Simd::store(sums + i * d + (column + j) * kLanes, acc[i][j]);
 }
 
+// The weights 2^(score - base) of one row. As online softmax does (Milakov and Gimelshein, 2018), but the base follows
+// the highest score only when that has left it far behind: any base will do while no weight overflows. Adds the weights
+// to `lanes`; returns the factor of all that was summed up relative to the base before.
+template <class A>
+ALWAYS_INLINE float weigh(const float* scores, int64_t tiles, float& base, float* lanes, A* weights) {
+  constexpr float kFar = 40.0f;
+  V top = Simd::load(scores);
+  for (int64_t t = 1; t < tiles; ++t) top = Simd::max(top, Simd::load(scores + t * kLanes));
+  float factor = 1.0f;
+  if (Simd::any_above(top, Simd::set1(base + kFar))) {
+    const float next = Simd::highest(top);
+    factor = base == kHidden ? 0.0f : std::exp2(base - next);
+    base = next;
+  }
+  const V b = Simd::set1(base == kHidden ? 0.0f : base);  // no key was visible yet: all weights shall be 0
+  V total = Simd::mul(Simd::load(lanes), Simd::set1(factor));
+  for (int64_t t = 0; t < tiles; ++t) {
+    const V p = exp2<A>(Simd::sub(Simd::load(scores + t * kLanes), b));
+    total = Simd::add(total, p);
+    store_row(weights + t * kLanes, p);
+  }
+  Simd::store(lanes, total);
+  return factor;
+}
+
 // One unit: the queries of some neighbouring tokens of one KV head against some keys. Leaves, for every row, the
-// unnormalised sum of values, the highest score and the sum of weights relative to it (online softmax: Milakov and
-// Gimelshein, 2018); scores are in powers of two.
+// unnormalised sum of values, the base of its weights and their sum; scores are in powers of two.
 template <class Kind, class C>
 void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit& unit, int64_t kv_head,
-                    const typename Kind::A* q, const C* k_cache, const C* v_cache, float* sums, float* highest,
+                    const typename Kind::A* q, const C* k_cache, const C* v_cache, float* sums, float* base,
                     float* totals) {
   using A = typename Kind::A;
   const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
   const int64_t rows = unit.num_tokens * per_kv, d_tiles = d / kLanes, head_size = kLanes * d;
   const A* queries = q + (kv_head * batch.num_tokens + unit.first_token) * per_kv * d;
-  alignas(64) float scores[Simd::kRows * kKeys];
-  alignas(64) A weights[Simd::kRows * kKeys];
+  alignas(64) float scores[Simd::kMostRows * kKeys];
+  alignas(64) A weights[Simd::kMostRows * kKeys];
 
   auto tile_start = [&](const C* cache, int64_t tile) {
     int64_t index;
@@ -461,10 +503,9 @@ void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit&
     return cache + (index * stack.num_kv_heads + kv_head) * head_size;
   };
 
-  for (int64_t r = 0; r < rows; ++r) {
-    highest[r] = -1e30f;
-    totals[r] = 0.0f;
-  }
+  alignas(64) float lanes[kMostUnitRows * kLanes];  // sums of weights, not yet added up over the lanes
+  std::fill_n(base, rows, kHidden);
+  std::memset(lanes, 0, rows * kLanes * sizeof(float));
   std::memset(sums, 0, rows * d * sizeof(float));
   for (int64_t key = unit.first_key; key < unit.end_key; key += kKeys) {
     const int64_t tiles = std::min(kKeyTiles, ceil_div(unit.end_key - key, kLanes));
@@ -473,8 +514,13 @@ void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit&
       k_tiles[t] = tile_start(k_cache, key / kLanes + t);
       v_tiles[t] = tile_start(v_cache, key / kLanes + t);
     }
-    for (int64_t row = 0; row < rows; row += Simd::kRows) {
-      const int64_t some = std::min<int64_t>(Simd::kRows, rows - row);
+    // Tiles of one head lie apart, which the processor's own prefetchers do not see through.
+    for (int64_t t = 0; t < std::min(kKeyTiles, ceil_div(unit.end_key - key - kKeys, kLanes)); ++t) {
+      prefetch(tile_start(k_cache, key / kLanes + kKeyTiles + t), head_size);
+      prefetch(tile_start(v_cache, key / kLanes + kKeyTiles + t), head_size);
+    }
+    for (int64_t row = 0, some; row < rows; row += some) {
+      some = next_rows(rows - row);
       // Keys that the last of these rows may see; without a causal limit, all.
       auto limit = [&](int64_t r) {
         return unit.causal ? std::min(unit.end_key, unit.first_position + r / per_kv + 1) : unit.end_key;
@@ -483,43 +529,26 @@ void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit&
       if (seen <= 0) continue;
       product<Kind>(queries + row * d, d, some, [&](int64_t t) { return k_tiles[t]; }, seen, d / Kind::kDepth, scores,
                     kKeys);
-      float factors[Simd::kRows];
+      float factors[Simd::kMostRows];
       for (int64_t i = 0; i < some; ++i) {
         float* line = scores + i * kKeys;
         const int64_t visible = limit(row + i) - key;
-        V top = Simd::set1(-1e30f);
-        for (int64_t t = 0; t < seen; ++t) {
-          V s = Simd::load(line + t * kLanes);
-          if ((t + 1) * kLanes > visible) {
-            s = Simd::hide_from(s, int(visible - t * kLanes));
-            Simd::store(line + t * kLanes, s);
-          }
-          top = Simd::max(top, s);
-        }
-        const float old = highest[row + i], now = std::max(old, Simd::highest(top));
-        V total = Simd::zero();
-        const V base = Simd::set1(now);
-        A* to = weights + i * kKeys;
-        for (int64_t t = 0; t < seen; ++t) {
-          const V p = exp2(Simd::sub(Simd::load(line + t * kLanes), base));
-          total = Simd::add(total, p);
-          store_row(to + t * kLanes, p);
-        }
-        factors[i] = old == now ? 1.0f : std::exp2(old - now);
-        highest[row + i] = now;
-        totals[row + i] = totals[row + i] * factors[i] + Simd::sum(total);
+        for (int64_t t = std::max<int64_t>(visible, 0) / kLanes; t < seen; ++t)
+          Simd::store(line + t * kLanes, Simd::hide_from(Simd::load(line + t * kLanes), int(visible - t * kLanes)));
+        factors[i] = weigh<A>(line, seen, base[row + i], lanes + (row + i) * kLanes, weights + i * kKeys);
       }
       with_rows(some, [&](auto r) {
         auto add = [&](auto width, int64_t column) {
           add_values<Kind, r, width>(weights, v_tiles, seen, column, factors, sums + row * d, d);
         };
+        constexpr int wide = tiles_for(decltype(r)::value);
         int64_t column = 0;
-        for (; column + Simd::kTiles <= d_tiles; column += Simd::kTiles)
-          add(std::integral_constant<int, Simd::kTiles>(), column);
+        for (; column + wide <= d_tiles; column += wide) add(std::integral_constant<int, wide>(), column);
         for (; column < d_tiles; ++column) add(std::integral_constant<int, 1>(), column);
       });
     }
   }
+  for (int64_t r = 0; r < rows; ++r) totals[r] = Simd::sum(Simd::load(lanes + r * kLanes));
 }
 
 // Joins the parts of one query row by their log-sum-exps and writes it, normalised.
@@ -533,13 +562,13 @@ inline void merge_row(const AttentionPlan& plan, const Buffers& parts, int64_t t
   };
   const int64_t first = plan.parts_of[token], end = plan.parts_of[token + 1];
   float top = kHidden;
-  for (int64_t p = first; p < end; ++p) top = std::max(top, parts.highest[row_of(p)]);
+  for (int64_t p = first; p < end; ++p) top = std::max(top, parts.bases[row_of(p)]);
   float total = 0.0f;
   V sum[kMaxHeadDim / kLanes];
   for (int64_t i = 0; i < d / kLanes; ++i) sum[i] = Simd::zero();
   for (int64_t p = first; p < end; ++p) {
     const int64_t row = row_of(p);
-    const float weight = std::exp2(parts.highest[row] - top);
+    const float weight = std::exp2(parts.bases[row] - top);
     total += weight * parts.totals[row];
     for (int64_t i = 0; i < d / kLanes; ++i)
       sum[i] = Simd::fma(Simd::load(parts.sums + row * d + i * kLanes), Simd::set1(weight), sum[i]);
@@ -558,7 +587,7 @@ void attention(Member& member, const Stack& stack, const Batch& batch, const Att
     const int64_t kv_head = i % stack.num_kv_heads;
     const int64_t row = unit.first_row + kv_head * unit.num_tokens * per_kv;
     attention_unit<Kind>(stack, batch, unit, kv_head, q, k_cache, v_cache, buffers.sums + row * d,
-                         buffers.highest + row, buffers.totals + row);
+                         buffers.bases + row, buffers.totals + row);
   });
   member.for_each_range(batch.num_tokens, 2, [&](int64_t from, int64_t to) {
     for (int64_t token = from; token < to; ++token)

@@ -83,7 +83,7 @@ class Memory {
 };
 
 struct Workspace {
-  Memory x, q, attended, inner, qkv, sums, highest, totals, panels;
+  Memory x, q, attended, inner, qkv, sums, bases, totals, panels;
   std::vector<AttentionUnit> units;
   std::vector<int64_t> parts_of, parts;
 };
@@ -98,12 +98,11 @@ void reserve_panels(Workspace& memory, Buffers& buffers, int64_t longest, int th
 
 // Attention plan -----------------------------------------------------------------------------------------------------
 
-constexpr int64_t kUnitQueryRows = 96;  // with 64 keys and their values, these and their sums fit the caches
 constexpr int64_t kRun = 512;           // keys of a unit, where there are few queries
 constexpr int64_t kFewTokens = 256;
 
 void add_units(std::vector<AttentionUnit>& units, AttentionUnit whole, int64_t per_kv, int64_t length) {
-  const int64_t step = std::max<int64_t>(1, kUnitQueryRows / per_kv), end_token = whole.first_token + whole.num_tokens;
+  const int64_t step = std::max<int64_t>(1, kUnitQueries / per_kv), end_token = whole.first_token + whole.num_tokens;
   // Runs of keys give every thread work when there are few queries; their results must be kept until they are joined.
   const int64_t run = whole.num_tokens <= kFewTokens ? kRun : length;
   for (int64_t token = whole.first_token; token < end_token; token += step) {
@@ -156,7 +155,7 @@ AttentionPlan make_plan(Workspace& memory, const Stack& stack, const Batch& batc
       memory.parts[next[units[u].first_token + t]++] = int64_t(u);
   buffers.q = memory.q.take<float>(batch.num_tokens * stack.num_heads * stack.head_dim);
   buffers.sums = memory.sums.take<float>(rows * stack.head_dim);
-  buffers.highest = memory.highest.take<float>(rows);
+  buffers.bases = memory.bases.take<float>(rows);
   buffers.totals = memory.totals.take<float>(rows);
   return {int64_t(units.size()), units.data(), memory.parts_of.data(), memory.parts.data()};
 }

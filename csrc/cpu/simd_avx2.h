@@ -15,6 +15,7 @@ struct Simd {
     __m256 lo, hi;
   };
   static constexpr int kRows = 6;  // 6 x 1 tiles of two registers, 2 weights, 1 broadcast: 15 of 16 registers
+  static constexpr int kMostRows = 6;
   static constexpr int kTiles = 1;
 
   static V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -44,6 +45,11 @@ struct Simd {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+
+  static bool any_above(V a, V b) {
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ),
+                                           _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ))) != 0;
   }
 
   static V load_bf16(const uint16_t* p) {
@@ -82,12 +88,12 @@ struct Simd {
     return {_mm256_blendv_ps(hidden, v.lo, _mm256_castsi256_ps(lo)),
             _mm256_blendv_ps(hidden, v.hi, _mm256_castsi256_ps(hi))};
   }
-  // v * 2^n for integral n; 0 below the smallest normal number, and no more than 2^127 v.
-  static V scale(V v, V n) { return {scaled(v.lo, n.lo), scaled(v.hi, n.hi)}; }
-  static V round(V v) {
-    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return {_mm256_round_ps(v.lo, mode), _mm256_round_ps(v.hi, mode)};
+  // x - floor(x)
+  static V fraction(V v) {
+    return {_mm256_sub_ps(v.lo, _mm256_floor_ps(v.lo)), _mm256_sub_ps(v.hi, _mm256_floor_ps(v.hi))};
   }
+  // v * 2^floor(x); 0 below the smallest normal number, and no more than 2^127 v.
+  static V scale(V v, V x) { return {scaled(v.lo, x.lo), scaled(v.hi, x.hi)}; }
 
  private:
   static __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -95,7 +101,8 @@ struct Simd {
   static __m256 signed_byte(__m256i word) {
     return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(word, 24 - 8 * i), 24));
   }
-  static __m256 scaled(__m256 v, __m256 n) {
+  static __m256 scaled(__m256 v, __m256 x) {
+    const __m256 n = _mm256_floor_ps(x);
     // The exponent field holds -126 ... 127.
     const __m256 low = _mm256_cmp_ps(n, _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
     const __m256 held = _mm256_min_ps(_mm256_max_ps(n, _mm256_set1_ps(-126.0f)), _mm256_set1_ps(127.0f));

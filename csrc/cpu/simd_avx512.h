@@ -13,6 +13,7 @@ constexpr float kHidden = -3e38f;
 struct Simd {
   using V = __m512;
   static constexpr int kRows = 6;   // 6 x 4 accumulators, 4 weights, 1 broadcast: 29 of 32 registers
+  static constexpr int kMostRows = 8;
   static constexpr int kTiles = 4;
 
   static V zero() { return _mm512_setzero_ps(); }
@@ -27,6 +28,8 @@ struct Simd {
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(V v) { return _mm512_reduce_add_ps(v); }
   static float highest(V v) { return _mm512_reduce_max_ps(v); }
+
+  static bool any_above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 
   static V load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -62,9 +65,10 @@ struct Simd {
     const __mmask16 hidden = first <= 0 ? __mmask16(0xffff) : first >= 16 ? __mmask16(0) : __mmask16(0xffff << first);
     return _mm512_mask_mov_ps(v, hidden, _mm512_set1_ps(kHidden));
   }
-  // v * 2^n for integral n
-  static V scale(V v, V n) { return _mm512_scalef_ps(v, n); }
-  static V round(V v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x - floor(x)
+  static V fraction(V v) { return _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+  // v * 2^floor(x)
+  static V scale(V v, V x) { return _mm512_scalef_ps(v, x); }
 };
 
 }  // namespace
