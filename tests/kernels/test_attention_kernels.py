@@ -18,6 +18,7 @@ from vllm.attention.ops.triton_merge import merge_partials, merge_partials_refer
 from vllm.attention.ops.triton_prefix import (
     PREFIX_FIELDS,
     group_array,
+    plan_chunk,
     plan_prefix,
     prefix_attention,
     prefix_attention_reference,
@@ -372,3 +373,76 @@ def test_plans_of_256_sequences_are_made_in_a_fraction_of_a_step() -> None:
         best = [min(best[0], middle - start), min(best[1], time.perf_counter() - middle)]
     # Around 0.1 ms each on an idle core; the bound leaves room for a busy one.
     assert max(best) < 1e-3, best
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 4097])
+@pytest.mark.parametrize(("shape", "dtype"), [((32, 8, 128), torch.bfloat16), ((6, 2, 64), torch.float16)])
+def test_hopper_kernel_over_lengths(length: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel uses instructions that only Hopper has")
+    for tokens in (1, 31, 100, 300):
+        check_hopper(
+            [PrefixGroup(0, tokens, 5, length), PrefixGroup(tokens, 3, 5 + length, 200)], tokens + 4, shape, dtype
+        )
+
+
+def check_hopper(groups: list[PrefixGroup], num_tokens: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from vllm.attention.ops.gluon_prefix import BLOCK_M, BLOCK_N, hopper_prefix_attention
+
+    heads, kv_heads, dim = shape
+    work, counts = plan_prefix(
+        group_array(groups),
+        num_tokens,
+        group_size=heads // kv_heads,
+        num_kv_heads=kv_heads,
+        tiles=TileConfig(BLOCK_M, BLOCK_N, 4, 2, 1),
+        num_programs=20,
+        max_partials=6,
+        max_work=10**6,
+    )
+    num_slots = max(g.first_slot + g.length for g in groups) + 3
+    q = randn(num_tokens, heads, dim, dtype=dtype)
+    k, v = (randn(num_slots, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+    foreign = torch.ones(num_slots, dtype=torch.bool, device=DEVICE)
+    for g in groups:
+        foreign[g.first_slot : g.first_slot + g.length] = False
+    k[foreign] = v[foreign] = float("nan")
+    out, lse = poisoned(6, num_tokens, heads, dim), poisoned(6, num_tokens, heads)
+    want, want_lse = poisoned(6, num_tokens, heads, dim), poisoned(6, num_tokens, heads)
+    prefix_attention_reference(q, k, v, dim**-0.5, on_device(work), want, want_lse)
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    hopper_prefix_attention(q, k, v, dim**-0.5, on_device(work), size, out, lse, 7)
+    written = torch.arange(6, device=DEVICE)[:, None] < on_device(counts)
+    for result, expected in ((out, want), (lse, want_lse)):
+        assert torch.equal(torch.isnan(result).flatten(2).any(-1), ~written)
+        assert_near(result[written], expected[written], TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 128), (0, 1000), (5, 333), (4096, 129), (37, 4096)])
+@pytest.mark.parametrize(("shape", "dtype"), [((32, 8, 128), torch.bfloat16), ((2, 2, 64), torch.float16)])
+def test_hopper_kernel_over_chunks_of_a_prefill(
+    start: int, count: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel uses instructions that only Hopper has")
+    from vllm.attention.ops.gluon_prefix import BLOCK_M, hopper_prefix_attention
+
+    heads, kv_heads, dim = shape
+    work = plan_chunk(11, start, count, BLOCK_M // (heads // kv_heads))
+    q = randn(count, heads, dim, dtype=dtype)
+    k, v = (randn(11 + start + count + 200, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+    for cache in (k, v):
+        cache[:11] = cache[11 + start + count :] = float("nan")
+    out = poisoned(1, count, heads, dim).to(dtype)
+    want, lse = poisoned(1, count, heads, dim), poisoned(1, count, heads)
+    prefix_attention_reference(q, k, v, dim**-0.5, on_device(work), want, lse, causal=True)
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    hopper_prefix_attention(q, k, v, dim**-0.5, on_device(work), size, out, None, 9, causal=True)
+    assert_near(out, want, TOLERANCE[dtype])
+
+
+def test_chunks_are_cut_into_tiles_longest_first() -> None:
+    work = plan_chunk(7, 100, 70, 32)
+    assert work.tolist() == [[64, 6, 7, 0, 170, 0], [32, 32, 7, 0, 164, 0], [0, 32, 7, 0, 132, 0]]

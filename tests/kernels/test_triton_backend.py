@@ -12,8 +12,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.attention.test_torch_backend import MIXED, Batch, Member
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near
-from vllm.attention.backends.triton import DecodeBuffers, PreparedBatch, TritonAttentionBackend
+from vllm.attention.backends.triton import PreparedBatch, ReplayBuffers, TritonAttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.core.pinned_prompt import MAX_CHAIN
 
 
 def make(
@@ -70,57 +71,104 @@ def decode_groups(batch: Batch) -> list[PrefixGroup]:
     return batch.metadata(True).groups
 
 
+def sequences_of(batch: Batch, rows: list[int]) -> np.ndarray:
+    """What `ReplayBuffers.fill` takes, for sequences that lie in these rows of the block tables."""
+    queries = np.array([m.queries for m in batch.members])
+    contexts = [m.context for m in batch.members]
+    return np.stack((queries.cumsum() - queries, queries, contexts, rows), axis=1)
+
+
+def decodes(context_lens: np.ndarray) -> np.ndarray:
+    index = np.arange(len(context_lens))
+    return np.stack((index, np.ones_like(index), context_lens, index), axis=1)
+
+
+def place(batch: Batch, tables: torch.Tensor, size: int, rng: random.Random) -> list[int]:
+    """Puts the batch's block tables into random rows, which it returns, and pads its queries to `size` tokens."""
+    rows = rng.sample(range(len(tables)), len(batch.members))
+    for row, table in zip(rows, batch.tables, strict=True):
+        tables[row, : len(table)] = torch.tensor(table, device=DEVICE)
+    padding = torch.zeros(size - len(batch.q), *batch.q.shape[1:], dtype=batch.q.dtype)
+    batch.q = torch.cat((batch.q, padding))
+    return rows
+
+
+STEPS = [
+    [Member((33,), 5, 1), Member((33,), 70, 1), Member((600,), 1, 1), Member((), 9, 1)],
+    [Member((), 300, 1)],
+    [Member((20, 33), 8, 1), Member((33,), 2, 1), Member((), 40, 1)],
+    [Member((), 3, 1), Member((), 4, 1), Member((), 2, 1), Member((), 4, 1), Member((), 5, 1)],
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_buffers_are_replayed_over_changing_batches(dtype: torch.dtype) -> None:
     rng = random.Random(0)
-    steps = [
-        [Member((33,), 5, 1), Member((33,), 70, 1), Member((600,), 1, 1), Member((), 9, 1)],
-        [Member((), 300, 1)],
-        [Member((20, 33), 8, 1), Member((33,), 2, 1), Member((), 40, 1)],
-        [Member((), 3, 1), Member((), 4, 1), Member((), 2, 1), Member((), 4, 1), Member((), 5, 1)],
-    ]
-    size, num_rows = 5, 7
-    batches = [make(members, 4, 2, 64, dtype, seed=i)[0] for i, members in enumerate(steps)]
+    size = 5
     backend = TritonAttentionBackend(4, 2, 64, dtype, DEVICE)
-    tables = torch.zeros(num_rows, 40, dtype=torch.int64, device=DEVICE)
-    buffers = DecodeBuffers(backend, 8, tables, 16)
-    replayed = {direct: buffers.prepared(size, direct=direct) for direct in (False, True)}
-    for batch in batches:
-        n = len(batch.members)
-        rows = rng.sample(range(num_rows), n)
-        for row, table in zip(rows, batch.tables, strict=True):
-            tables[row, : len(table)] = torch.tensor(table, device=DEVICE)
-        context_lens = np.array([m.context for m in batch.members])
-        direct = buffers.fill(size, np.array(rows), context_lens, decode_groups(batch))
+    tables = torch.zeros(7, 40, dtype=torch.int64, device=DEVICE)
+    buffers = ReplayBuffers(backend, 8, tables, 16)
+    replayed = {plain: buffers.prepared(size, decode=True, plain=plain) for plain in (False, True)}
+    for i, members in enumerate(STEPS):
+        batch, n = make(members, 4, 2, 64, dtype, seed=i)[0], len(members)
         want = batch.reference(0.125)
-        padding = torch.zeros(size - n, *batch.q.shape[1:], dtype=dtype)
-        batch.q = torch.cat((batch.q, padding))
+        rows = place(batch, tables, size, rng)
+        plain = buffers.fill(size, sequences_of(batch, rows), decode_groups(batch), decode=True)
+        assert not (plain and decode_groups(batch))
         out = forward(batch, backend, replayed[False])
         assert_near(out[:n], want, TOLERANCE[dtype])
         assert not out[n:].any()
-        if direct:
+        if plain:
             assert_near(forward(batch, backend, replayed[True])[:n], want, TOLERANCE[dtype])
 
 
-def test_direct_batches_are_those_of_many_like_sequences() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_steps_are_replayed_over_changing_batches(dtype: torch.dtype) -> None:
+    """Sequences that decode and others that bring many tokens, in one step, with and without extents."""
+    rng = random.Random(1)
+    size = 64
+    steps = [
+        [Member((33,), 5, 1), Member((33,), 70, 30), Member((600,), 1, 1), Member((), 20, 20)],
+        [Member((), 60, 50)],
+        STEPS[0],
+        [Member((20, 33), 40, 17), Member((33,), 2, 2), Member((), 40, 9), Member((), 3, 1)],
+    ]
+    backend = TritonAttentionBackend(4, 2, 64, dtype, DEVICE)
+    tables = torch.zeros(7, 40, dtype=torch.int64, device=DEVICE)
+    buffers = ReplayBuffers(backend, size, tables, 16)
+    replayed = buffers.prepared(size, decode=False, plain=False)
+    for i, members in enumerate(steps):
+        batch = make(members, 4, 2, 64, dtype, seed=i)[0]
+        n, want = len(batch.q), batch.reference(0.125)
+        rows = place(batch, tables, size, rng)
+        assert not buffers.fill(size, sequences_of(batch, rows), decode_groups(batch), decode=False)
+        out = forward(batch, backend, replayed)
+        assert_near(out[:n], want, TOLERANCE[dtype])
+        assert not out[n:].any()
+
+
+def test_plain_batches_are_split_where_they_are_few_and_unsplit_where_many_are_alike() -> None:
     backend = TritonAttentionBackend(4, 2, 64, torch.bfloat16, DEVICE)
     tables = torch.zeros(300, 40, dtype=torch.int64, device=DEVICE)
-    buffers = DecodeBuffers(backend, 300, tables, 16)
-    rows = np.arange(300)
+    buffers = ReplayBuffers(backend, 300, tables, 16)
     alike, odd = np.full(300, 300), np.full(300, 100)
     odd[7] = 600
-    assert buffers.fill(300, rows, alike, [])
-    assert not buffers.fill(300, rows, odd, [])
-    assert not buffers.fill(300, rows[:1], alike[:1], [])
-    assert not buffers.fill(300, rows, alike, [PrefixGroup(0, 3, 0, 16)])
+    assert buffers.splits_alike(1) and not buffers.splits_alike(300)
+    assert buffers.fill(300, decodes(alike), [], decode=True)
+    assert not buffers.fill(300, decodes(odd), [], decode=True)
+    assert not buffers.fill(300, decodes(alike[:1]), [], decode=True)
+    assert buffers.fill(1, decodes(alike[:1]), [], decode=True)
+    assert not buffers.fill(300, decodes(alike), [PrefixGroup(0, 3, 0, 16)], decode=True)
+    assert not buffers.fill(1, decodes(alike[:1]), [PrefixGroup(0, 1, 0, 16)], decode=True)
 
 
 def test_chain_longer_than_the_buffers_hold() -> None:
     backend = TritonAttentionBackend(4, 2, 64, torch.bfloat16, DEVICE)
-    buffers = DecodeBuffers(backend, 4, torch.zeros(4, 4, dtype=torch.int64, device=DEVICE), 16)
+    buffers = ReplayBuffers(backend, 4, torch.zeros(4, 4, dtype=torch.int64, device=DEVICE), 16)
     groups = [PrefixGroup(0, 1, 0, 16)] * 60
     with pytest.raises(ValueError, match="a chain of 60 extents"):
-        buffers.fill(4, np.arange(1), np.ones(1, np.int64), groups)
+        buffers.fill(4, decodes(np.ones(1, np.int64)), groups, decode=True)
+    assert buffers.max_chain == MAX_CHAIN
 
 
 @pytest.mark.gpu
@@ -130,12 +178,12 @@ def test_captured_graph(size: int) -> None:
     backend = TritonAttentionBackend(32, 8, 128, torch.bfloat16, DEVICE)
     rng = random.Random(size)
     tables = torch.zeros(64, 64, dtype=torch.int64, device=DEVICE)
-    buffers = DecodeBuffers(backend, 64, tables, 16)
+    buffers = ReplayBuffers(backend, 64, tables, 16)
     num_slots = 40000
     k, v = (torch.zeros(num_slots, 8, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     q = torch.zeros(size, 32, 128, dtype=torch.bfloat16, device=DEVICE)
-    prepared = buffers.prepared(size)
-    buffers.fill(size, np.arange(0), np.zeros(0, np.int64), [])
+    prepared = buffers.prepared(size, decode=True, plain=False)
+    buffers.fill(size, np.zeros((0, 4), np.int64), [], decode=True)
     backend.forward(q, k, v, 128**-0.5, prepared)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -148,6 +196,6 @@ def test_captured_graph(size: int) -> None:
         for row, table in enumerate(batch.tables):
             tables[row, : len(table)] = torch.tensor(table, device=DEVICE)
         k[: len(batch.k)], v[: len(batch.v)], q[:] = batch.k, batch.v, batch.q
-        buffers.fill(size, np.arange(size), np.array([m.context for m in members]), decode_groups(batch))
+        buffers.fill(size, decodes(np.array([m.context for m in members])), decode_groups(batch), decode=True)
         graph.replay()
         assert_near(out.cpu(), batch.reference(128**-0.5), TOLERANCE[torch.bfloat16])

@@ -34,6 +34,8 @@ class AttentionMetadata:
         context_lens: Own tokens of each sequence, its query tokens included (the pinned prefix not).
         groups: Reads of pinned extents.
         block_size: Slots in a block.
+        contiguous_from: Where all that the only sequence reads, extents and own tokens, lies in consecutive slots: the
+            first of them.
     """
 
     slot_mapping: torch.Tensor
@@ -42,3 +44,4 @@ class AttentionMetadata:
     context_lens: list[int]
     groups: list[PrefixGroup]
     block_size: int
+    contiguous_from: int | None = None

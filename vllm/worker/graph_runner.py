@@ -1,8 +1,9 @@
-"""Decode steps as CUDA graphs: the whole pass, from input tokens to drawn tokens, replayed by one call.
+"""Steps as CUDA graphs: decode steps from input tokens to drawn tokens, small mixed steps to the hidden states, each
+replayed by one call.
 
-A graph fixes kernels, shapes and addresses. What differs between steps of one batch size lies in device memory that is
-refilled before a replay: which rows run, their positions, the work lists of attention. So a graph serves any mix of
-groups, extents and lengths.
+A graph fixes kernels, shapes and addresses. What differs between steps of one size lies in device memory that is
+refilled before a replay: which tokens of which rows are computed, the work lists of attention. So a graph serves any
+mix of groups, extents and lengths.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vllm.attention.backends.triton import DecodeBuffers, TritonAttentionBackend
+from vllm.attention.backends.triton import ReplayBuffers, TritonAttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import PrefixGroup
+from vllm.kernel_launch import compiling_ahead
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.worker.cache_engine import CacheEngine
@@ -24,29 +26,43 @@ logger = init_logger(__name__)
 
 _SMALL_BATCHES = (1, 2, 4, 8)
 _BATCH_STEP = 16
+# A mixed step of more tokens keeps the device busy for longer than the host needs to launch its kernels one by one.
+_MIXED_SIZES = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
-    """Sizes that are captured, rising: a batch runs in the next larger one, so at most 15 rows are padding."""
+    """Decode sizes that are captured, rising: a batch runs in the next larger one, so at most 15 rows are padding."""
     small = [b for b in _SMALL_BATCHES if b < max_num_seqs]
     return [*small, *range(_BATCH_STEP, max_num_seqs, _BATCH_STEP), max_num_seqs]
 
 
 @dataclass(frozen=True)
-class CapturedStep:
-    """Graphs of one batch size: the general one, and the one for batches without prefixes and without split rows."""
+class CapturedDecode:
+    """Graphs of one batch size: the general one, and the one for batches without prefixes."""
 
     general: torch.cuda.CUDAGraph
-    direct: torch.cuda.CUDAGraph
+    plain: torch.cuda.CUDAGraph
+
+
+@dataclass(frozen=True)
+class CapturedMixed:
+    """A graph of mixed steps, and the hidden states [tokens, hidden_size] that it leaves until the next replay."""
+
+    graph: torch.cuda.CUDAGraph
+    hidden: torch.Tensor
 
 
 class GraphRunner:
-    """Captures decode steps at construction, and replays them.
+    """Captures steps at construction, and replays them.
 
     Args:
         token_ids: Tokens of all rows, and one row more that padding reads and writes; int64 [max_num_seqs + 1, n].
         vocab_size: Columns of the logits.
-        max_num_seqs: Largest batch.
+        max_num_seqs: Largest decode batch.
+        max_num_batched_tokens: Most tokens of a step.
+
+    Attributes:
+        max_mixed_tokens: Most tokens of a mixed step that can be replayed.
     """
 
     def __init__(
@@ -57,6 +73,7 @@ class GraphRunner:
         token_ids: torch.Tensor,
         vocab_size: int,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -64,76 +81,99 @@ class GraphRunner:
         self._token_ids = token_ids
         self._padding_row = max_num_seqs
         self._sizes = batch_sizes(max_num_seqs)
-        self._buffers = DecodeBuffers(backend, max_num_seqs, cache.block_tables, cache.block_size)
+        self._mixed_sizes = [n for n in _MIXED_SIZES if n <= max_num_batched_tokens]
+        self.max_mixed_tokens = max(self._mixed_sizes, default=0)
+        most = max(max_num_seqs, self.max_mixed_tokens)
+        self._buffers = ReplayBuffers(backend, most, cache.block_tables, cache.block_size)
         device = token_ids.device
-        # Rows, positions, and positions among the own tokens (-1: padding).
-        self._inputs = torch.zeros((3, max_num_seqs), dtype=torch.int64, device=device)
+        # Of each query token: its row, its position, its position among the own tokens (-1: padding).
+        self._inputs = torch.zeros((3, most), dtype=torch.int64, device=device)
         # Two host buffers in turn: the copy of the step before may still be under way.
-        self._hosts = [torch.zeros((3, max_num_seqs), dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self._hosts = [torch.zeros((3, most), dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._copied = [torch.cuda.Event(), torch.cuda.Event()]
         self._turn = 0
         self._logits = torch.empty((max_num_seqs, vocab_size), dtype=backend.dtype, device=device)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._steps = self._capture()
+        self._decode: dict[int, CapturedDecode] = {}
+        self._mixed: dict[int, CapturedMixed] = {}
+        self._capture()
 
     @torch.inference_mode()
-    def _capture(self) -> dict[int, CapturedStep]:
+    def _capture(self) -> None:
         started = time.perf_counter()
-        nothing = np.zeros(0, np.int64)
-        self._fill(self._sizes[-1], nothing, nothing, nothing, [])
-        # Kernels are compiled by their first launch, which must not fall into a capture.
-        for direct in (False, True):
-            for batch in self._sizes:
-                self._step(batch, direct)
+        self._fill_inputs(self._inputs.shape[1], *np.zeros((3, 0), np.int64))
+        self._buffers.fill(self._inputs.shape[1], np.zeros((0, 4), np.int64), [], decode=False)
+        with compiling_ahead():
+            self._run_all()
+        # Whatever is set up by a first launch must not fall into a capture.
+        self._run_all()
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
-        steps = {}
+        for tokens in reversed(self._mixed_sizes):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                hidden = self._mixed_step(tokens)
+            self._mixed[tokens] = CapturedMixed(graph, hidden)
         for batch in reversed(self._sizes):
             graphs = []
-            for direct in (False, True):
+            for plain in (False, True):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._step(batch, direct)
+                    self._decode_step(batch, plain)
                 graphs.append(graph)
-            steps[batch] = CapturedStep(*graphs)
-        logger.info("Decode captured at %d batch sizes in %.1f s.", len(steps), time.perf_counter() - started)
-        return steps
+            self._decode[batch] = CapturedDecode(*graphs)
+        logger.info(
+            "Captured decode steps of %d sizes and mixed steps of %d in %.1f s.",
+            len(self._sizes),
+            len(self._mixed_sizes),
+            time.perf_counter() - started,
+        )
 
-    def _step(self, batch: int, direct: bool) -> None:
-        rows, positions, own = self._inputs[:, :batch]
+    def _run_all(self) -> None:
+        for tokens in self._mixed_sizes:
+            self._mixed_step(tokens)
+        for batch in self._sizes:
+            for plain in (False, True):
+                self._decode_step(batch, plain)
+
+    def _decode_step(self, batch: int, plain: bool) -> None:
+        logits = self._model.logits(self._forward(batch, decode=True, plain=plain))
+        rows, positions, _ = self._inputs[:, :batch]
+        self._logits[:batch] = logits
+        drawn = logits.argmax(dim=-1)
+        self._drawn[:batch] = drawn
+        self._token_ids[rows, positions + 1] = drawn
+
+    def _mixed_step(self, tokens: int) -> torch.Tensor:
+        return self._forward(tokens, decode=False, plain=False)
+
+    def _forward(self, tokens: int, *, decode: bool, plain: bool) -> torch.Tensor:
+        rows, positions, own = self._inputs[:, :tokens]
         block_size = self._cache.block_size
         inside = own.clamp(min=0)
         tables = self._cache.block_tables
         blocks = tables[rows.clamp(max=tables.shape[0] - 1), inside // block_size]
         context = ForwardContext(
             backend=self._backend,
-            prepared=self._buffers.prepared(batch, direct=direct),
+            prepared=self._buffers.prepared(tokens, decode=decode, plain=plain),
             positions=positions,
             slot_mapping=torch.where(own < 0, -1, blocks * block_size + inside % block_size),
             k_caches=self._cache.k_caches,
             v_caches=self._cache.v_caches,
         )
-        hidden = self._model(self._token_ids[rows, positions], context)
-        logits = self._model.logits(hidden)
-        self._logits[:batch] = logits
-        drawn = logits.argmax(dim=-1)
-        self._drawn[:batch] = drawn
-        self._token_ids[rows, positions + 1] = drawn
+        return self._model(self._token_ids[rows, positions], context)
 
-    def _fill(
-        self, batch: int, rows: np.ndarray, positions: np.ndarray, own: np.ndarray, groups: list[PrefixGroup]
-    ) -> bool:
+    def _fill_inputs(self, tokens: int, rows: np.ndarray, positions: np.ndarray, own: np.ndarray) -> None:
         self._copied[self._turn].synchronize()
         host = self._hosts[self._turn]
         values, count = host.numpy(), len(rows)
         values[0, :count], values[1, :count], values[2, :count] = rows, positions, own
-        values[0, count:batch], values[1, count:batch], values[2, count:batch] = self._padding_row, 0, -1
+        values[0, count:tokens], values[1, count:tokens], values[2, count:tokens] = self._padding_row, 0, -1
         self._inputs.copy_(host, non_blocking=True)
         self._copied[self._turn].record()
         self._turn ^= 1
-        return self._buffers.fill(batch, rows, own + 1, groups) if count else False
 
-    def run(
+    def decode(
         self, rows: np.ndarray, positions: np.ndarray, own: np.ndarray, groups: list[PrefixGroup]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One decode step; the most likely tokens are written behind each row's tokens.
@@ -148,7 +188,36 @@ class GraphRunner:
         """
         count = len(rows)
         batch = next(b for b in self._sizes if b >= count)
-        direct = self._fill(batch, rows, positions, own, groups)
-        step = self._steps[batch]
-        (step.direct if direct else step.general).replay()
+        self._fill_inputs(batch, rows, positions, own)
+        sequences = np.empty((count, 4), np.int64)
+        sequences[:, 0] = np.arange(count)
+        sequences[:, 1] = 1
+        sequences[:, 2] = own + 1
+        sequences[:, 3] = rows
+        plain = self._buffers.fill(batch, sequences, groups, decode=True)
+        step = self._decode[batch]
+        (step.plain if plain else step.general).replay()
         return self._logits[:count], self._drawn[:count]
+
+    def mixed(
+        self,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        own: np.ndarray,
+        sequences: np.ndarray,
+        groups: list[PrefixGroup],
+    ) -> torch.Tensor:
+        """A step of at most `max_mixed_tokens` query tokens.
+
+        Args:
+            rows, positions, own: As for `decode`, of each query token; int64 [n].
+            sequences: (first query token, query tokens, own tokens with the query tokens, row) of each sequence.
+
+        Returns hidden states [n, hidden_size]; overwritten by the next call.
+        """
+        tokens = next(n for n in self._mixed_sizes if n >= len(rows))
+        self._fill_inputs(tokens, rows, positions, own)
+        self._buffers.fill(tokens, sequences, groups, decode=False)
+        step = self._mixed[tokens]
+        step.graph.replay()
+        return step.hidden[: len(rows)]

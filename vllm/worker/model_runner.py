@@ -59,13 +59,49 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
         self.graphs: GraphRunner | None = None
 
-    def capture_graphs(self, max_num_seqs: int, vocab_size: int) -> None:
-        """Captures decode steps; from then on they are replayed. Needs a GPU and the Triton backend."""
+    def capture_graphs(self, max_num_seqs: int, vocab_size: int, max_num_batched_tokens: int) -> None:
+        """Captures decode steps and small mixed steps; from then on they are replayed. Needs a GPU and the Triton
+        backend."""
         from vllm.attention.backends.triton import TritonAttentionBackend
         from vllm.worker.graph_runner import GraphRunner
 
         if isinstance(self.backend, TritonAttentionBackend):
-            self.graphs = GraphRunner(self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs)
+            self.graphs = GraphRunner(
+                self.model,
+                self.cache,
+                self.backend,
+                self.token_ids,
+                vocab_size,
+                max_num_seqs,
+                max_num_batched_tokens,
+            )
+
+    @torch.inference_mode()
+    def compile_kernels(self, num_tokens: int) -> None:
+        """Compiles what batches that are no replays launch, side by side, so that no request waits for a compiler.
+
+        Args:
+            num_tokens: Tokens of a large batch.
+        """
+        from vllm.kernel_launch import compiling_ahead
+
+        long = max(1, num_tokens - 20)
+        small, mixed, extent = [num_tokens], [1, 10, long], 4096
+        with compiling_ahead():
+            for lens, groups, contiguous_from in (
+                (small, [], None),
+                (small, [], 0),
+                (mixed, [], None),
+                (mixed, [PrefixGroup(0, sum(mixed), 0, extent)], None),
+                ([100], [PrefixGroup(0, 100, 0, extent)], None),
+                ([10], [PrefixGroup(0, 10, 0, extent)], None),
+                ([1], [PrefixGroup(0, 1, 0, extent)], None),
+            ):
+                tokens = torch.zeros(sum(lens), dtype=torch.int64, device=self.device)
+                columns = -(-max(lens) // self.cache.block_size)
+                tables = torch.zeros((len(lens), columns), dtype=torch.int64, device=self.device)
+                metadata = AttentionMetadata(tokens, tables, lens, lens, groups, self.cache.block_size, contiguous_from)
+                self._forward(tokens, tokens, metadata)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan, after_moves: Callable[[StepPlan], None]) -> Callable[[], StepResult]:
@@ -127,6 +163,7 @@ class ModelRunner:
             context_lens=[count],
             groups=[PrefixGroup(0, count, e.start_block * block_size, e.num_tokens) for e in extents if e.num_tokens],
             block_size=block_size,
+            contiguous_from=None if chunk.prefix else chunk.start_block * block_size,
         )
         self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata)
 
@@ -136,10 +173,16 @@ class ModelRunner:
         token_rows = np.repeat(rows, counts)
         token_positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
         token_own = token_positions - self._prefix_len[token_rows]
+        context_lens = starts + counts - self._prefix_len[rows]
+        graphs = self.graphs
+        if graphs is not None and ends[-1] <= graphs.max_mixed_tokens:
+            sequences = np.stack((ends - counts, counts, context_lens, rows), axis=1)
+            groups = self._groups(plan.rows, plan.counts)
+            hidden = graphs.mixed(token_rows, token_positions, token_own, sequences, groups)
+            return self._sample(plan, hidden, rows, starts + counts, ends)
         row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
         slot_mapping = self.cache.block_tables[row_index, own // block_size] * block_size + own % block_size
-        context_lens = starts + counts - self._prefix_len[rows]
         num_columns = -(-int(context_lens.max()) // block_size)
         metadata = AttentionMetadata(
             slot_mapping=slot_mapping,
@@ -156,7 +199,7 @@ class ModelRunner:
         """A step of decode alone, as a captured graph."""
         rows, starts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64)
         groups = self._groups(plan.rows, plan.counts)
-        logits, drawn = graphs.run(rows, starts, starts - self._prefix_len[rows], groups)
+        logits, drawn = graphs.decode(rows, starts, starts - self._prefix_len[rows], groups)
         logprobs: LogprobTensors | None = None
         masks = self._token_masks(plan, np.arange(len(rows)))
         if masks is not None or not self.sampler.takes_most_likely(rows):

@@ -39,6 +39,12 @@ class Worker:
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.model.dtype)
         self.backend = get_backend(config.attention_backend, self._attention_shape(), self.device)
+        compiled = isinstance(self.backend, CpuAttentionBackend)
+        if config.model.quantization is not None and not compiled:
+            raise StartupError(
+                f"--quantization {config.model.quantization} is of the compiled CPU kernels, which do not serve here "
+                f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
+            )
         if self.device.type == "cpu":
             torch.set_num_threads(self.platform.num_threads())
         started = time.perf_counter()
@@ -48,8 +54,8 @@ class Worker:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
             ) from None
-        if isinstance(self.backend, CpuAttentionBackend):
-            self.model.pack_for_cpu()
+        if compiled:
+            self.model.pack_for_cpu(int8=config.model.quantization is not None)
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
@@ -117,8 +123,11 @@ class Worker:
             model.max_model_len,
             self.device,
         )
+        if self.device.type == "cuda":
+            scheduler = self.config.scheduler
+            self.runner.compile_kernels(scheduler.max_num_batched_tokens)
         if self.device.type == "cuda" and not self.config.enforce_eager:
-            self.runner.capture_graphs(self.config.scheduler.max_num_seqs, model.vocab_size)
+            self.runner.capture_graphs(scheduler.max_num_seqs, model.vocab_size, scheduler.max_num_batched_tokens)
 
     def _open_tiers(self, kv: CacheEngine) -> ExtentTransfers:
         tiers, model = self.config.system_prompt, self.config.model

@@ -1,8 +1,21 @@
 """Attention by Triton kernels: dense over the pinned extents, paged over the own blocks, then a merge.
 
 A batch is described by work lists in device memory (see `plan_prefix`, `plan_suffix`). For a batch that is run once
-they are made by `TritonAttentionBackend.prepare`; for decode steps that are replayed as graphs `DecodeBuffers` owns
-them at fixed addresses and refills them with one copy a step.
+they are made by `TritonAttentionBackend.prepare`; for steps that are replayed as graphs `ReplayBuffers` owns them at
+fixed addresses and refills them with one copy a step.
+
+What reads a pinned extent for more than 64 query rows, measured on an H100 (TFLOP/s; 8 KV heads of 128, 4 query heads
+each, bfloat16; cuDNN and flash attention as torch 2.11 calls them):
+
+    sequences × extent              Gluon    Triton    cuDNN    flash
+    256 × 32,768                      668       425      348      301
+    128 × 32,768                      612       386
+    64 × 32,768                       487       333
+    256 × 8,192                       563       355
+    256 × 2,048                       329       265
+    8,192 × 24,576 (long prefill)     617       457      656      347
+So the Gluon kernel does it where it runs. A chunk of a system prompt's own prefill, whose keys lie one after the other,
+is one launch of it too, causal at its end, instead of prefix, suffix and merge.
 """
 
 from __future__ import annotations
@@ -16,7 +29,14 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
+from vllm.attention.ops.triton_prefix import (
+    PREFIX_FIELDS,
+    group_array,
+    plan_chunk,
+    plan_prefix,
+    prefix_attention,
+    prefix_tiles,
+)
 from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_suffix, suffix_attention, suffix_tiles
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 
@@ -54,6 +74,7 @@ class PreparedBatch:
             written straight to the result.
         block_tables: int32 or int64 [rows, W].
         block_size: Slots in a block.
+        causal: The query tokens are the last ones of the extent that `prefix` reads, and there is nothing else.
     """
 
     prefix: Launch | None
@@ -63,6 +84,7 @@ class PreparedBatch:
     lse: torch.Tensor | None
     block_tables: torch.Tensor
     block_size: int
+    causal: bool = False
 
 
 class TritonAttentionBackend(AttentionBackend):
@@ -73,6 +95,9 @@ class TritonAttentionBackend(AttentionBackend):
         dtype, device: Of q, K and V.
         use_tma: Load pinned K and V through tensor descriptors; None does so where it can be done (5 to 8 % faster on
             an H100): 16-bit rows of a power of two, Hopper or newer.
+
+    Attributes:
+        use_gluon: Large tiles of prefix attention are done by the kernel written for Hopper.
     """
 
     def __init__(
@@ -97,6 +122,8 @@ class TritonAttentionBackend(AttentionBackend):
             suited = dtype.itemsize == 2 and head_dim & (head_dim - 1) == 0
             use_tma = suited and is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self.use_tma = use_tma
+        is_hopper = is_cuda and torch.cuda.get_device_capability(device)[0] == 9
+        self.use_gluon = use_tma and is_hopper and head_dim in (64, 128)
 
     def prefix_tiles(self, max_tokens: int) -> TileConfig:
         """Tiles for groups of at most `max_tokens` tokens."""
@@ -149,6 +176,10 @@ class TritonAttentionBackend(AttentionBackend):
         )
 
     def prepare(self, metadata: AttentionMetadata) -> PreparedBatch:
+        if metadata.contiguous_from is not None and self.use_gluon:
+            chunk = self._prepare_chunk(metadata, metadata.contiguous_from)
+            if chunk is not None:
+                return chunk
         query_lens, context_lens = np.array(metadata.query_lens), np.array(metadata.context_lens)
         first_token = query_lens.cumsum() - query_lens
         sequences = np.stack((first_token, query_lens, context_lens, np.arange(len(query_lens))), axis=1)
@@ -174,7 +205,10 @@ class TritonAttentionBackend(AttentionBackend):
         for i, (work, shape) in enumerate(zip(works, tiles, strict=True)):
             view = flat[offset : offset + work.size].view(work.shape)
             offset += work.size
-            launches.append(Launch(view, flat[i : i + 1], shape, len(work) * self.num_kv_heads))
+            items = len(work) * self.num_kv_heads
+            # The kernel for Hopper sets up a program for many items; the others are started one for each.
+            programs = min(items, self.programs(shape)) if i == 0 and self.use_gluon else items
+            launches.append(Launch(view, flat[i : i + 1], shape, programs))
         num_parts = int(counts.max(initial=0))
         single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
         partial, lse = (None, None) if single else self.workspace(num_parts, num_tokens)
@@ -186,6 +220,27 @@ class TritonAttentionBackend(AttentionBackend):
             lse=lse,
             block_tables=metadata.block_tables,
             block_size=metadata.block_size,
+        )
+
+    def _prepare_chunk(self, metadata: AttentionMetadata, first_slot: int) -> PreparedBatch | None:
+        """One causal launch over consecutive slots; None where the chunk is too short to keep the device busy so."""
+        (count,) = metadata.query_lens
+        tiles = self.prefix_tiles(count)
+        start = sum(group.length for group in metadata.groups)
+        work = plan_chunk(first_slot, start, count, tiles.tokens(self.group_size))
+        items = len(work) * self.num_kv_heads
+        if items < 2 * self.programs(tiles):
+            return None
+        flat = self._to_device(np.concatenate([np.array([len(work)], np.int32), work.ravel()]))
+        return PreparedBatch(
+            prefix=Launch(flat[1:].view(work.shape), flat[:1], tiles, self.programs(tiles)),
+            suffixes=(),
+            counts=flat[:0],
+            partial=None,
+            lse=None,
+            block_tables=metadata.block_tables,
+            block_size=metadata.block_size,
+            causal=True,
         )
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
@@ -218,21 +273,8 @@ class TritonAttentionBackend(AttentionBackend):
         out = torch.empty_like(q)
         partial, lse = prepared.partial, prepared.lse
         target = out.unsqueeze(0) if partial is None else partial
-        if prepared.prefix is not None and partial is not None and lse is not None:
-            run = prepared.prefix
-            prefix_attention(
-                q,
-                k_cache,
-                v_cache,
-                scale,
-                run.work,
-                run.num_work,
-                partial,
-                lse,
-                run.tiles,
-                run.num_programs,
-                self.use_tma,
-            )
+        if prepared.prefix is not None:
+            self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
         for run in prepared.suffixes:
             suffix_attention(
                 q,
@@ -252,6 +294,29 @@ class TritonAttentionBackend(AttentionBackend):
             merge_partials(partial, lse, prepared.counts, out)
         return out
 
+    def _prefix(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        run: Launch,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        causal: bool,
+    ) -> None:
+        if self.use_gluon and run.tiles.block_m == 128:
+            # Needs a Triton that has Gluon, which torch's CUDA builds for Hopper come with.
+            from vllm.attention.ops.gluon_prefix import hopper_prefix_attention
+
+            hopper_prefix_attention(
+                q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, run.num_programs, causal
+            )
+        elif lse is not None:
+            prefix_attention(
+                q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, run.tiles, run.num_programs, self.use_tma
+            )
+
 
 def _depth(groups: np.ndarray, num_tokens: int) -> int:
     """The most groups that a token is in."""
@@ -263,34 +328,36 @@ def _depth(groups: np.ndarray, num_tokens: int) -> int:
     return int(steps.cumsum().max())
 
 
-class DecodeBuffers:
-    """Fixed device memory of decode steps: one query token a sequence, batches of up to `max_batch`.
+class ReplayBuffers:
+    """Fixed device memory of steps that are replayed: up to `max_tokens` query tokens, of which padding is a part.
 
-    A graph captured over `prepared(batch)` is replayed after `fill(batch, ...)`, whatever groups and lengths come.
-    All batch sizes share the same memory, so only one of them is filled at a time.
+    A graph captured over `prepared(...)` is replayed after `fill(...)`, whatever groups and lengths come. All sizes
+    share the same memory, so only one of them is filled at a time. There are two kinds: decode steps, of one token a
+    sequence, and mixed steps, of sequences with any number of tokens.
 
     Args:
         backend: Whose `forward` is captured.
-        max_batch: Largest batch.
+        max_tokens: Most query tokens of a step, padding included.
         block_tables: All rows of the KV cache's block tables; int32 or int64 [rows, W].
         block_size: Slots in a block.
     """
 
-    # Extents that a sequence may read one after the other.
+    # Extents that a sequence may read one after the other; system prompts nest no deeper.
     max_chain = 4
 
     def __init__(
-        self, backend: TritonAttentionBackend, max_batch: int, block_tables: torch.Tensor, block_size: int
+        self, backend: TritonAttentionBackend, max_tokens: int, block_tables: torch.Tensor, block_size: int
     ) -> None:
         self.backend = backend
-        self.max_batch = max_batch
+        self.max_tokens = max_tokens
         self._block_tables = block_tables
         self._block_size = block_size
         # A tile for every link of every chain, and as many more as all programs take in a few rounds.
         extra = 16 * backend.num_sms
-        self._max_prefix_work = max_batch * self.max_chain + extra
-        self._max_suffix_work = max_batch + extra
-        sizes = (2, max_batch, self._max_prefix_work * PREFIX_FIELDS, self._max_suffix_work * SUFFIX_FIELDS)
+        self._max_prefix_work = max_tokens * self.max_chain + extra
+        self._max_suffix_work = max_tokens + extra
+        suffix = self._max_suffix_work * SUFFIX_FIELDS
+        sizes = (3, max_tokens, self._max_prefix_work * PREFIX_FIELDS, suffix, suffix)
         self._ends = np.cumsum(sizes).tolist()
         pinned = backend.device.type == "cuda"
         # Two host buffers in turn: the copy of the step before may still be under way.
@@ -298,81 +365,105 @@ class DecodeBuffers:
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._turn = 0
         self._flat = torch.zeros(self._ends[-1], dtype=torch.int32, device=backend.device)
-        most = max(self.max_partials(b) * b for b in range(1, max_batch + 1))
+        most = max(self.max_partials(n) * n for n in range(1, max_tokens + 1))
         self._partial, self._lse = backend.workspace(1, most)
 
-    def max_partials(self, batch: int) -> int:
-        """Parts that a token of a batch of this size may have: few sequences need many to fill the device."""
-        return min(64, max(12, 1024 // batch))
+    def max_partials(self, tokens: int) -> int:
+        """Parts that a token of a step of this size may have: few tokens need many to fill the device."""
+        return min(64, max(self.max_chain + 2, 3072 // tokens))
 
-    def prepared(self, batch: int, *, direct: bool = False) -> PreparedBatch:
-        """What `forward` launches for a batch of this size, always the same.
+    def splits_alike(self, batch: int) -> bool:
+        """Whether decode batches of this size without prefixes are replayed with their rows split: few sequences do
+        not fill the device otherwise. Larger ones of like lengths are not split, and then need no merge."""
+        return 2 * batch * self.backend.num_kv_heads < self.backend.programs(self.backend.suffix_tiles(1))
+
+    def prepared(self, tokens: int, *, decode: bool, plain: bool) -> PreparedBatch:
+        """What `forward` launches for a step of this size, always the same.
 
         Args:
-            direct: For batches that `fill` reports as direct: no prefix, no merge.
+            plain: For steps that `fill` reports as plain: no prefix, and no merge unless `splits_alike(tokens)`.
         """
-        backend, parts = self.backend, self.max_partials(batch)
-        e = self._ends
-        prefix_tiles, suffix_tiles = backend.prefix_tiles(batch), backend.suffix_tiles(1)
-        prefix_work = self._flat[e[1] : e[2]].view(-1, PREFIX_FIELDS)
-        suffix_work = self._flat[e[2] : e[3]].view(-1, SUFFIX_FIELDS)
-        shape = (parts, batch, backend.num_heads)
-        partial = self._partial.view(-1)[: parts * batch * backend.num_heads * backend.head_dim]
+        backend, parts, e = self.backend, self.max_partials(tokens), self._ends
+        direct = plain and not self.splits_alike(tokens)
+        tiles = backend.prefix_tiles(tokens)
+        prefix = Launch(
+            self._flat[e[1] : e[2]].view(-1, PREFIX_FIELDS), self._flat[0:1], tiles, backend.programs(tiles)
+        )
+        suffixes = []
+        for i, tiles in enumerate(self._suffix_tiles(tokens, decode)):
+            work = self._flat[e[2 + i] : e[3 + i]].view(-1, SUFFIX_FIELDS)
+            suffixes.append(Launch(work, self._flat[1 + i : 2 + i], tiles, backend.programs(tiles)))
+        shape = (parts, tokens, backend.num_heads)
+        partial = self._partial.view(-1)[: parts * tokens * backend.num_heads * backend.head_dim]
         return PreparedBatch(
-            prefix=None
-            if direct
-            else Launch(prefix_work, self._flat[0:1], prefix_tiles, backend.programs(prefix_tiles)),
-            suffixes=(Launch(suffix_work, self._flat[1:2], suffix_tiles, backend.programs(suffix_tiles)),),
-            counts=self._flat[e[0] : e[0] + batch],
+            prefix=None if plain else prefix,
+            suffixes=tuple(suffixes),
+            counts=self._flat[e[0] : e[0] + tokens],
             partial=None if direct else partial.view(*shape, backend.head_dim),
-            lse=None if direct else self._lse.view(-1)[: parts * batch * backend.num_heads].view(shape),
+            lse=None if direct else self._lse.view(-1)[: parts * tokens * backend.num_heads].view(shape),
             block_tables=self._block_tables,
             block_size=self._block_size,
         )
 
-    def fill(self, batch: int, rows: np.ndarray, context_lens: np.ndarray, groups: list[PrefixGroup]) -> bool:
+    def _suffix_tiles(self, tokens: int, decode: bool) -> list[TileConfig]:
+        """Tiles of the sequences with few query rows; in a mixed step, then of the others."""
+        small = self.backend.suffix_tiles(1)
+        return [small] if decode else [small, self.backend.suffix_tiles(tokens)]
+
+    def fill(
+        self, tokens: int, sequences: np.ndarray, groups: list[PrefixGroup], *, decode: bool, plain: bool = True
+    ) -> bool:
         """Plans a step and sends the plan to the device, in one copy on the current stream.
 
         Args:
-            batch: Size that is replayed, at least the number of sequences; what is beyond them is padding, whose
-                attention is 0 (undefined in a direct batch).
-            rows: Row of the block tables of each sequence; int [n].
-            context_lens: Own tokens of each, the current one included; int [n].
-            groups: Reads of pinned extents, in tokens = sequences of the batch.
+            tokens: Size that is replayed, at least the number of query tokens; what is beyond them is padding, whose
+                attention is 0 (undefined in a plain step without merge).
+            sequences: (first query token, query tokens, own tokens with the query tokens, row of the block tables) of
+                each sequence; int [n, 4].
+            groups: Reads of pinned extents.
+            plain: Let the step be replayed as a plain one if it is one.
 
-        Returns whether every sequence has exactly one part, so that `prepared(batch, direct=True)` may be replayed.
+        Returns whether `prepared(tokens, plain=True)` may be replayed: no prefix, and every sequence has one part where
+        such steps are not merged.
 
         Raises:
             ValueError: a chain of extents is longer than `max_chain`.
         """
-        backend, e = self.backend, self._ends
-        parts = self.max_partials(batch)
+        backend, e, parts = self.backend, self._ends, self.max_partials(tokens)
         prefix_work, counts = backend.plan_groups(
-            group_array(groups), batch, backend.prefix_tiles(batch), parts - parts // 4, self._max_prefix_work
+            group_array(groups), tokens, backend.prefix_tiles(tokens), parts - parts // 4, self._max_prefix_work
         )
-        sequences = np.empty((len(rows), 4), np.int64)
-        sequences[:, 0] = np.arange(len(rows))
-        sequences[:, 1] = 1
-        sequences[:, 2] = context_lens
-        sequences[:, 3] = rows
-        tiles = backend.suffix_tiles(1)
-        # Enough sequences of like length keep all programs busy without being split, and then need no merge.
-        direct = not len(prefix_work) and (
-            2 * len(rows) * backend.num_kv_heads >= backend.programs(tiles)
-            and len(rows) * int(context_lens.max()) <= 2 * int(context_lens.sum())
-        )
-        suffix_work = backend.plan_sequences(sequences, counts, tiles, 1 if direct else parts, self._max_suffix_work)
+        tiles = self._suffix_tiles(tokens, decode)
+        context_lens = sequences[:, 2]
+        plain = plain and decode and not len(prefix_work) and len(sequences) > 0
+        direct = plain and not self.splits_alike(tokens)
+        if direct and (
+            self.splits_alike(len(sequences)) or len(sequences) * int(context_lens.max()) > 2 * int(context_lens.sum())
+        ):
+            plain = direct = False
+        if decode:
+            picked = [sequences]
+        else:
+            small = sequences[:, 1] * backend.group_size <= _SMALL_ROWS
+            picked = [sequences[small], sequences[~small]]
+        suffix_work = [
+            backend.plan_sequences(some, counts, shape, 1 if direct else parts, self._max_suffix_work)
+            for some, shape in zip(picked, tiles, strict=True)
+        ]
         if self._copied:
             self._copied[self._turn].synchronize()
         host = self._hosts[self._turn]
         flat = host.numpy()
-        flat[:2] = len(prefix_work), len(suffix_work)
-        flat[e[0] : e[0] + batch] = counts
+        flat[0] = len(prefix_work)
+        flat[e[0] : e[0] + tokens] = counts
         flat[e[1] : e[1] + prefix_work.size] = prefix_work.ravel()
-        flat[e[2] : e[2] + suffix_work.size] = suffix_work.ravel()
-        used = e[2] + suffix_work.size
+        used = e[1] + prefix_work.size
+        for i, work in enumerate(suffix_work):
+            flat[1 + i] = len(work)
+            flat[e[2 + i] : e[2 + i] + work.size] = work.ravel()
+            used = e[2 + i] + work.size
         self._flat[:used].copy_(host[:used], non_blocking=True)
         if self._copied:
             self._copied[self._turn].record()
         self._turn ^= 1
-        return direct
+        return plain

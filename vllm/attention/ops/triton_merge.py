@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from vllm.attention.ops.triton_common import LOG2E
+from vllm.kernel_launch import launch
 
 # Elements of a program's tile: parts × columns of the flattened heads.
 _TILE = 2048
@@ -30,7 +32,10 @@ def _merge_kernel(
     D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
     COLUMNS: tl.constexpr = NUM_HEADS * D
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -74,7 +79,9 @@ def merge_partials(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tenso
     block_p = min(4 if many else 16, triton.next_power_of_2(num_parts))
     columns = num_heads * head_dim
     block = min(_TILE // block_p if many else 128, triton.next_power_of_2(columns))
-    _merge_kernel[(num_tokens, triton.cdiv(columns, block))](
+    launch(
+        _merge_kernel,
+        (num_tokens, triton.cdiv(columns, block)),
         partial,
         lse,
         counts,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from vllm.attention.ops.triton_common import (
     LOG2E,
@@ -23,6 +24,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
+from vllm.kernel_launch import launch
 
 # first_token, num_tokens, table_row, begin, end (own keys), position (own position of the first query token), split
 SUFFIX_FIELDS = 7
@@ -158,7 +160,10 @@ def _suffix_kernel(
     BLOCK_D: tl.constexpr,
     FIELDS: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     SLOT: tl.constexpr = NUM_KV_HEADS * D
     keys = tl.arange(0, BLOCK_N)
@@ -227,7 +232,9 @@ def suffix_attention(
         lse: float32 [P, T, H], or None where there is nothing to merge.
     """
     num_heads, num_kv_heads, head_dim = head_shape(q, k_cache, v_cache)
-    _suffix_kernel[(num_programs,)](
+    launch(
+        _suffix_kernel,
+        (num_programs,),
         q,
         k_cache,
         v_cache,

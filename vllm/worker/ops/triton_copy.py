@@ -9,13 +9,18 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from vllm.kernel_launch import launch
 
 # Blocks are moved as 8-byte words, so many at a time.
 _WORDS = 1024
 
 
 @triton.jit
-def _copy_kernel(source_bases, target_bases, pairs_ptr, num_words, BLOCK: tl.constexpr):
+def _copy_kernel(source_bases, target_bases, pairs_ptr, num_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
     pair = tl.program_id(0)
     tensor = tl.program_id(1)
     source = tl.load(source_bases + tensor).to(tl.pointer_type(tl.int64))
@@ -66,7 +71,7 @@ class BlockCopier:
         """Copies between two sets of tensors, by their addresses: `moves` of (source, destination), int64 [n, 2]."""
         num_words = self._block_bytes // 8
         grid = (len(moves), len(source_bases), triton.cdiv(num_words, _WORDS))
-        _copy_kernel[grid](source_bases, target_bases, moves, num_words, BLOCK=_WORDS, num_warps=4)
+        launch(_copy_kernel, grid, source_bases, target_bases, moves, num_words, BLOCK=_WORDS, num_warps=4)
 
 
 def copy_blocks_reference(caches: Sequence[torch.Tensor], block_size: int, pairs: Sequence[tuple[int, int]]) -> None:

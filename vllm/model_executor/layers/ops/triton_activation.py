@@ -8,10 +8,15 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
+from triton.language.extra.cuda import gdc_wait
+
+from vllm.kernel_launch import launch
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, x_stride, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_and_mul_kernel(x_ptr, x_stride, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE
@@ -30,9 +35,8 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor | None = None) -> torc
         out = gate_up.new_empty(rows, size)
     if rows:
         block = min(1024, triton.next_power_of_2(size))
-        _silu_and_mul_kernel[(rows, triton.cdiv(size, block))](
-            gate_up, gate_up.stride(0), out, SIZE=size, BLOCK=block, num_warps=4
-        )
+        grid = (rows, triton.cdiv(size, block))
+        launch(_silu_and_mul_kernel, grid, gate_up, gate_up.stride(0), out, SIZE=size, BLOCK=block, num_warps=4)
     return out
 
 

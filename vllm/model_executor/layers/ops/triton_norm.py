@@ -11,6 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from vllm.kernel_launch import launch
 
 
 @triton.jit
@@ -23,7 +26,10 @@ def _norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64) * SIZE
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
@@ -53,7 +59,9 @@ def _launch(
         out = torch.empty_like(x)
     if rows:
         block = triton.next_power_of_2(size)
-        _norm_kernel[(rows,)](
+        launch(
+            _norm_kernel,
+            (rows,),
             x,
             x if residual is None else residual,
             weight,

@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from vllm.kernel_launch import launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
@@ -29,7 +32,10 @@ def _rope_kernel(
     D: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    if PDL:
+        gdc_wait()
     HALF: tl.constexpr = D // 2
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
@@ -95,7 +101,9 @@ def rope_and_write(
     # About 1024 pairs a program; few tokens get smaller programs, so that their heads run side by side.
     block_heads = max(1, (256 if num_tokens < 32 else 1024) // block_half)
     block_heads = min(block_heads, triton.next_power_of_2(all_heads))
-    _rope_kernel[(num_tokens, triton.cdiv(all_heads, block_heads))](
+    launch(
+        _rope_kernel,
+        (num_tokens, triton.cdiv(all_heads, block_heads)),
         qkv,
         qkv.stride(0),
         positions,
