@@ -18,6 +18,7 @@ _COMMANDS = {
     "chat": "chat with a model of a running server",
     "complete": "let a model of a running server complete a text",
     "prompts": "show, add and remove the pinned system prompts of a running server",
+    "run-batch": "answer a file of requests, without a server",
     "bench": "measure a running server, or the engine by itself",
     "collect-env": "print what a bug report should say about this machine",
 }
