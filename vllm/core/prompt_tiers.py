@@ -233,12 +233,10 @@ class PromptTiers:
         planned, or now and then."""
         if not self._under_way:
             return
-        now = self._clock()
-        if self._loading is not None:
-            plan.job_patience_s = _PATIENCE_S if plan.is_empty else 0.0
-        elif not plan.is_empty or now >= self._next_look:
-            plan.job_patience_s = 0.0
-        self._next_look = now + _LOOK_EVERY_S
+        is_waiting, now = self._loading is not None, self._clock()
+        if is_waiting or not plan.is_empty or now >= self._next_look:
+            plan.job_patience_s = _PATIENCE_S if is_waiting and plan.is_empty else 0.0
+            self._next_look = now + _LOOK_EVERY_S
 
     def end_jobs(self, ended: list[EndedJob]) -> None:
         """Takes in how work on snapshots has ended; jobs end in the order in which they began."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 import msgspec
@@ -90,5 +91,4 @@ def snapshot_identity(
 
 
 def _digest(values: dict[str, Any]) -> str:
-    encoded = msgspec.json.encode(values, enc_hook=str, order="sorted")
-    return hashlib.sha256(encoded).hexdigest()
+    return hashlib.sha256(json.dumps(values, default=str, sort_keys=True).encode()).hexdigest()

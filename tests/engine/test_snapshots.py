@@ -1,0 +1,319 @@
+"""Pinned prompts outlive the engine: what was computed once is loaded, and nothing damaged or foreign ever is."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.helpers import Request, assert_nothing_held, greedy, make_engine, run, tokens
+from tests.engine.test_pinned_prompts import asking, ids, pinned_kv
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.llm_engine import LLMEngine
+from vllm.system_prompt_store import SnapshotIdentity, snapshot_identity
+
+MakeEngine = Callable[..., LLMEngine]
+
+
+def saved(engine: LLMEngine, count: int) -> None:
+    """Steps until `count` snapshots have been written (or not)."""
+    deadline = time.monotonic() + 60
+    while sum(n for (op, _), n in outcomes(engine).items() if op == "save") < count:
+        assert time.monotonic() < deadline, outcomes(engine)
+        engine.step()
+        time.sleep(0.002)
+
+
+def outcomes(engine: LLMEngine) -> dict[tuple[str, str], int]:
+    return dict(engine.core.pool.tiers.outcomes)
+
+
+def ask(engine: LLMEngine, system: list[int], seed: int = 7) -> tuple[int, list[int]]:
+    """(Cached tokens, output tokens) of a request behind a system prompt."""
+    (output,) = run(engine, [asking(system, seed)], greedy(12))
+    return output.num_cached_tokens, tokens([output])[0]
+
+
+@pytest.fixture
+def make_kept(make_tiny: MakeEngine, tmp_path: Path) -> MakeEngine:
+    """Engines that share a folder for snapshots."""
+    return lambda **args: make_tiny(**({"system_prompt_cache_dir": str(tmp_path / "cache")} | args))
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache/snapshots").iterdir())
+
+
+def test_a_new_engine_answers_from_what_the_old_one_computed(make_kept: MakeEngine) -> None:
+    hard, automatic = ids(1, 70), ids(2, 50)
+    engine = make_kept()
+    engine.add_system_prompt(hard, name="Rules", ttl=5000.0)
+    first = [ask(engine, system) for system in (hard, automatic)]
+    assert [cached for cached, _ in first] == [70, 0]
+    saved(engine, 2)
+    engine.shutdown()
+
+    engine = make_kept()
+    (info,) = engine.list_system_prompts()
+    assert (info.name, info.pin, info.ttl, info.state) == ("Rules", "hard", 5000.0, "pinned")
+    kv = pinned_kv(engine)
+    again = [ask(engine, system) for system in (hard, automatic)]
+    assert [cached for cached, _ in again] == [70, 50], "the first request finds everything but its own part"
+    assert [out for _, out in again] == [out for _, out in first]
+    assert engine.core.pool.num_prefills == 0
+    assert outcomes(engine) == {("load", "ok"): 2}
+    computed = make_kept(system_prompt_cache_dir=None)
+    computed.add_system_prompt(hard)
+    assert all(map(torch.equal, kv, pinned_kv(computed))), "bit for bit"
+    assert_nothing_held(engine)
+
+
+def test_automatic_prompts_come_back_without_being_asked_for(make_kept: MakeEngine) -> None:
+    engine = make_kept()
+    systems = [ids(i, 40) for i in range(5)]
+    for system in systems:
+        ask(engine, system)
+    saved(engine, 5)
+    # Room for three of them.
+    engine = make_kept(system_prompt_cache_tokens=3 * 48)
+    while engine.core.has_work():
+        engine.step()
+    assert [p.state for p in engine.list_system_prompts()] == ["pinned"] * 3
+    assert sorted(ask(engine, system)[0] for system in systems) == [0, 0, 40, 40, 40]
+    assert engine.core.pool.num_prefills == 0
+    assert_nothing_held(engine)
+
+
+def test_a_prompt_that_continues_another_comes_back_behind_it(make_kept: MakeEngine) -> None:
+    parent, child = ids(1, 40), [*ids(1, 40), *ids(2, 37)]
+    engine = make_kept()
+    for prompt in (parent, child):
+        engine.add_system_prompt(prompt)
+    first = ask(engine, child)
+    saved(engine, 2)
+    engine = make_kept()
+    assert {p.num_tokens: p.num_blocks for p in engine.list_system_prompts()} == {40: 3, 77: 3}
+    assert ask(engine, child) == first
+    assert engine.core.pool.num_prefills == 0
+
+
+def test_what_was_removed_stays_removed(make_kept: MakeEngine, tmp_path: Path) -> None:
+    engine = make_kept()
+    keys = [engine.add_system_prompt(ids(i, 40)).id for i in range(3)]
+    saved(engine, 2)
+    for key in keys:
+        engine.remove_system_prompt(key)
+    engine.shutdown()
+    assert not folders(tmp_path)
+    assert make_kept().list_system_prompts() == []
+
+
+def test_how_a_prompt_is_pinned_is_kept_up_to_date(make_kept: MakeEngine) -> None:
+    engine = make_kept()
+    ask(engine, ids(1, 40))
+    saved(engine, 1)
+    engine.add_system_prompt(ids(1, 40), name="Now an operator's")
+    engine.shutdown()
+    (info,) = make_kept().list_system_prompts()
+    assert (info.name, info.pin) == ("Now an operator's", "hard")
+
+
+def test_a_damaged_prompt_of_an_operator_is_computed_before_the_engine_is_ready(
+    make_kept: MakeEngine, tmp_path: Path
+) -> None:
+    engine = make_kept()
+    engine.add_system_prompt(ids(1, 70))
+    first = ask(engine, ids(1, 70))
+    saved(engine, 1)
+    engine.shutdown()
+    (folder,) = folders(tmp_path)
+    flip(folder / "kv.safetensors", random.Random(0))
+    engine = make_kept()
+    assert outcomes(engine)["load", "damaged"] == 1 and engine.core.pool.num_prefills == 1
+    assert ask(engine, ids(1, 70)) == first
+    saved(engine, 1)
+    engine.shutdown()
+    assert outcomes(make_kept()) == {("load", "ok"): 1}, "the good one has taken its place"
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def damage(folder: Path, rng: random.Random) -> None:
+    """One thing that may happen to a snapshot."""
+    path = folder / rng.choice(("manifest.json", "kv.safetensors", "kv.safetensors"))
+    match rng.randrange(10):
+        case 0:
+            path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+        case 1:
+            path.unlink()
+        case 2:
+            path.write_bytes(path.read_bytes() + b"\0" * rng.randint(1, 100))
+        case 3:
+            start = rng.randrange(path.stat().st_size)
+            data = bytearray(path.read_bytes())
+            data[start : start + 512] = rng.randbytes(len(data[start : start + 512]))
+            path.write_bytes(data)
+        case _:
+            flip(path, rng)
+
+
+def check_fuzz(make_kept: MakeEngine, tmp_path: Path, count: int, seed: int) -> None:
+    rng = random.Random(seed)
+    limits = {"max_model_len": 256, "num_gpu_blocks_override": 16 + 8 * count}
+    systems = [ids(1000 + i, 33 + i % 30) for i in range(count)]
+    engine = make_kept(**limits)
+    first = [tokens(run(engine, [asking(s, i) for i, s in enumerate(systems)], greedy(6)))]
+    saved(engine, count)
+    engine.shutdown()
+    assert len(folders(tmp_path)) == count
+    whole = rng.choice(folders(tmp_path))
+    for folder in folders(tmp_path):
+        if folder != whole:
+            damage(folder, rng)
+    engine = make_kept(**limits)
+    outputs = run(engine, [asking(s, i) for i, s in enumerate(systems)], greedy(6))
+    assert tokens(outputs) == first[0]
+    assert outcomes(engine)["load", "ok"] == 1
+    assert engine.core.pool.num_prefills == count - 1
+    assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_damage_never_shows_in_the_tokens(make_kept: MakeEngine, tmp_path: Path, seed: int) -> None:
+    check_fuzz(make_kept, tmp_path, 60, seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(5))
+def test_much_damage_never_shows_in_the_tokens(make_kept: MakeEngine, tmp_path: Path, seed: int) -> None:
+    check_fuzz(make_kept, tmp_path, 100, 100 + seed)
+
+
+@pytest.fixture
+def changed_model(tiny_model_dir: Path, tmp_path: Path) -> Callable[[str], Path]:
+    """`changed_model(what)` is a copy of the tiny model with its times kept, one thing changed."""
+
+    def change(what: str) -> Path:
+        folder = tmp_path / what
+        shutil.copytree(tiny_model_dir, folder, copy_function=shutil.copy2)
+        if what == "rope":
+            edit(folder / "config.json", lambda c: c["rope_parameters"].update(rope_theta=50_000.0))
+        if what == "tokenizer":
+            edit(folder / "tokenizer.json", lambda t: t["added_tokens"][0].update(normalized=True))
+        if what == "chat_template":
+            edit(folder / "tokenizer_config.json", lambda t: t.update(chat_template=t["chat_template"] + " "))
+        if what == "weights":
+            os.utime(folder / "model.safetensors", (1000, 1000))
+        return folder
+
+    return change
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("what", ["rope", "tokenizer", "chat_template", "weights", "dtype", "block_size", "layout"])
+def test_what_kv_depends_on_is_told_apart(
+    tiny_model_dir: Path, changed_model: Callable[[str], Path], what: str
+) -> None:
+    def identity(model: Path, layout: str = "slots", **flags: object) -> SnapshotIdentity:
+        args = EngineArgs(model=str(model), system_prompt_cache_dir="cache", **{"dtype": "float32", **flags})
+        config = args.create_engine_config()
+        return snapshot_identity(
+            config.model,
+            kv_dtype=config.model.dtype,
+            layout=layout,
+            block_size=config.cache.block_size,
+            block_bytes=1024,
+            rank=0,
+            num_ranks=1,
+        )
+
+    flags = {"dtype": {"dtype": "bfloat16"}, "block_size": {"block_size": 32}, "layout": {"layout": "tiles"}}
+    one, other = identity(tiny_model_dir), identity(changed_model(what), **flags.get(what, {}))
+    expected = {"rope": ["weights", "rope"], "dtype": ["dtype", "kv_dtype"]}  # the digest of weights covers config.json
+    assert one.differences(other) == expected.get(what, [what])
+    assert one == identity(changed_model("nothing"))
+
+
+def test_another_setup_computes_for_itself(
+    make_kept: MakeEngine, changed_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    engine = make_kept()
+    engine.add_system_prompt(ids(1, 70))
+    saved(engine, 1)
+    kept, plain = (
+        make_engine(folder, system_prompt_cache_dir=cache)
+        for folder, cache in ((changed_model("rope"), str(tmp_path / "cache")), (tmp_path / "rope", None))
+    )
+    assert kept.list_system_prompts() == []
+    assert ask(kept, ids(1, 70)) == ask(plain, ids(1, 70))
+    assert kept.core.pool.num_prefills == 1 and ("load", "ok") not in outcomes(kept)
+    kept.shutdown()
+    plain.shutdown()
+
+
+def test_a_disk_that_is_full_costs_snapshots_and_nothing_else(
+    make_kept: MakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write, written = os.write, 0
+
+    def full(descriptor: int, data: bytes) -> int:
+        nonlocal written
+        if written > 5000 and len(data) > 200:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written += len(data)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", full)
+    engine = make_kept()
+    first = [ask(engine, ids(i, 60)) for i in range(3)]
+    saved(engine, 3)
+    assert outcomes(engine) == {("save", "error"): 3}
+    assert folders(tmp_path) == []
+    assert [ask(engine, ids(i, 60)) for i in range(3)] == [(60, out) for _, out in first]
+    assert_nothing_held(engine)
+
+
+def test_a_folder_that_cannot_be_used_costs_snapshots_and_nothing_else(make_kept: MakeEngine, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    engine = make_kept()
+    first = ask(engine, ids(1, 60))
+    saved(engine, 1)
+    assert outcomes(engine) == {("save", "error"): 1}
+    assert ask(engine, ids(1, 60)) == (60, first[1])
+
+
+def test_running_requests_go_on_while_prompts_are_saved_and_loaded(make_kept: MakeEngine, pipeline_depth: int) -> None:
+    def serve() -> list[list[int]]:
+        engine = make_kept(max_num_batched_tokens=256)
+        engine.core.pool.tiers.busy_blocks = 2
+        requests = [asking(ids(i % 3, 40 + i % 3), i, 30) for i in range(12)] + [Request(ids(50, 60))]
+        outputs = run(engine, requests, greedy(40))
+        saved(engine, sum(p.state == "pinned" for p in engine.list_system_prompts()) - engine_loads(engine))
+        assert_nothing_held(engine)
+        loads.append(engine_loads(engine))
+        return tokens(outputs)
+
+    loads: list[int] = []
+    assert serve() == serve()
+    assert loads == [0, 3]
+
+
+def engine_loads(engine: LLMEngine) -> int:
+    return outcomes(engine).get(("load", "ok"), 0)
