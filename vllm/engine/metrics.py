@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from bisect import bisect_left
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.utils import floatToGoString
 
 from vllm.config import VllmConfig
 from vllm.engine.messages import EngineStats
@@ -28,6 +33,34 @@ def _token_buckets(longest: int) -> tuple[int, ...]:
         decade *= 10
 
 
+class _Histogram:
+    """A histogram with one set of labels, whose observations cost next to nothing: the event loop makes them all, one
+    for each token, and needs no lock for it."""
+
+    def __init__(self, name: str, text: str, labels: dict[str, str], buckets: tuple[float, ...]) -> None:
+        self._name = name
+        self._text = text
+        self._labels = labels
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """What a registry asks for."""
+        so_far = 0
+        buckets = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            so_far += count
+            buckets.append((floatToGoString(bound), so_far))
+        family = HistogramMetricFamily(self._name, self._text, labels=tuple(self._labels))
+        family.add_metric(tuple(self._labels.values()), buckets, self._sum)
+        yield family
+
+
 class EngineMetrics(RequestObserver):
     """Metrics of one engine, in a registry of its own.
 
@@ -38,6 +71,7 @@ class EngineMetrics(RequestObserver):
         self.registry = CollectorRegistry()
         self._values = {"model_name": config.model.served_model_names[0], "engine": "0"}
         self._totals: dict[tuple[str, str], int] = {}
+        self._new_tokens = 0
         tokens = _token_buckets(config.model.max_model_len)
         hist, gauge, counter = self._histogram, self._gauge, self._counter
 
@@ -115,9 +149,10 @@ class EngineMetrics(RequestObserver):
         )
         self._set_cache_info(num_blocks)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        metric = Histogram(f"vllm:{name}", text, _LABELS, buckets=buckets, registry=self.registry)
-        return metric.labels(**self._values)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> _Histogram:
+        metric = _Histogram(f"vllm:{name}", text, self._values, buckets)
+        self.registry.register(metric)
+        return metric
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._values)
@@ -137,6 +172,8 @@ class EngineMetrics(RequestObserver):
 
     def on_stats(self, stats: EngineStats) -> None:
         """Takes in the state of the engine core after a step."""
+        self._generation_tokens.inc(self._new_tokens)
+        self._new_tokens = 0
         self._running.set(stats.num_running)
         self._waiting.set(stats.num_waiting)
         for usage in self._usage:
@@ -172,7 +209,7 @@ class EngineMetrics(RequestObserver):
         return total - before
 
     def on_token(self, state: RequestState, index: int, now: float, previous: float | None) -> None:
-        self._generation_tokens.inc()
+        self._new_tokens += 1
         if previous is not None:
             self._itl.observe(now - previous)
         elif index == 0:
@@ -181,8 +218,13 @@ class EngineMetrics(RequestObserver):
             self._ttft.observe(now - state.metrics.arrival_time)
 
     def on_finish(self, state: RequestState, now: float) -> None:
-        reason = next((o.finish_reason for o in state.outputs if o.finish_reason != "abort"), "abort")
+        """Counts how a request ended. One that was cut off is in no histogram of requests: how long it took and how
+        much it said is its client's doing, or an error's."""
+        reasons = [output.finish_reason for output in state.outputs]
+        reason = next((r for r in reasons if r not in ("abort", "error")), reasons[0])
         self._success.labels(**self._values, finished_reason=reason).inc()
+        if reason in ("abort", "error"):
+            return
         times = state.metrics
         lengths = [len(o.token_ids) for o in state.outputs]
         self._request_prompt.observe(len(state.prompt_token_ids))
@@ -192,8 +234,8 @@ class EngineMetrics(RequestObserver):
         self._request_n.observe(state.params.n)
         self._e2e.observe(now - times.arrival_time)
         if times.first_scheduled_time is not None and times.first_token_time is not None:
-            self._queue.observe(times.first_scheduled_time - times.arrival_time)
-            self._prefill.observe(times.first_token_time - times.first_scheduled_time)
+            self._queue.observe(max(0.0, times.first_scheduled_time - times.arrival_time))
+            self._prefill.observe(max(0.0, times.first_token_time - times.first_scheduled_time))
             decode = (times.last_token_time or now) - times.first_token_time
             self._decode.observe(decode)
             if max(lengths) > 1:

@@ -185,7 +185,7 @@ class RequestObserver:
         """Output `index` got a token at `now`; the one before it came at `previous` (None: it is the first)."""
 
     def on_finish(self, state: RequestState, now: float) -> None:
-        """All outputs of a request ended."""
+        """All outputs of a request ended, or it was cut off (their reason is then `abort` or `error`)."""
 
 
 class OutputProcessor:
@@ -214,15 +214,19 @@ class OutputProcessor:
         """Forgets a request that is aborted; later news of it are ignored."""
         state = self.requests.pop(request_id, None)
         if state is not None:
-            for out in state.outputs:
-                out.finish_reason = out.finish_reason or "abort"
-            self.observer.on_finish(state, time.time())
+            self._cut_off(state, "abort")
 
     def fail_all(self, error: Exception) -> None:
         """Ends every request with an error."""
         for state in list(self.requests.values()):
             self.requests.pop(state.request_id, None)
+            self._cut_off(state, "error")
             state.deliver(error)
+
+    def _cut_off(self, state: RequestState, reason: str) -> None:
+        for out in state.outputs:
+            out.finish_reason = out.finish_reason or reason
+        self.observer.on_finish(state, time.time())
 
     def process(self, outputs: list[EngineOutput]) -> list[tuple[str, int | None]]:
         """Takes in a step's news and delivers them.
@@ -237,6 +241,7 @@ class OutputProcessor:
                 continue
             if news.error is not None:
                 del self.requests[news.request_id]
+                self._cut_off(state, "error")
                 blamed = news.param is not None
                 state.deliver(VLLMValidationError(news.error, news.param) if blamed else RuntimeError(news.error))
                 continue
