@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
-from vllm.core.system_prompt_pool import SystemPromptPool, SystemPromptRefusedError
+from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
+from vllm.inputs import CacheMark
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.worker.cache_engine import PinnedBlockPool
@@ -22,6 +23,8 @@ from vllm.worker.cache_engine import PinnedBlockPool
 BLOCK = 4
 MAX_LEN = 64
 PROMPTS = [[p] * n for p, n in ((1, 3), (2, 8), (3, 17), (4, 31), (5, 44), (6, 12), (7, 4))]
+# Some continue others, up to more links than a chain may have.
+PROMPTS += [[3] * 17 + [8] * 6, [3] * 17 + [8] * 6 + [9] * 5, [2] * 12, [2] * 14, [2] * 19, [2] * 25, [2] * 30]
 SUFFIXES = [[11] * 4, [11] * 8, [11] * 9, [12] * 12]
 
 
@@ -34,8 +37,9 @@ class Device:
         self.tables: dict[int, list[int]] = {}
         self.prefix: dict[int, tuple] = {}
 
-    def run(self, plan, token) -> list[int]:
-        """Carries out a plan; every sequence that draws gets `token`."""
+    def run(self, plan, token, heads) -> list[int]:
+        """Carries out a plan; every sequence that draws gets `token`. `heads` are the tokens that plans leave out since
+        their KV is pinned, by row."""
         for pairs in (plan.moves, plan.copies):
             old = dict(self.slots)
             for source, destination in pairs:
@@ -50,7 +54,8 @@ class Device:
                 self.tables[row][first : first + len(blocks)] = blocks
         for seq in plan.started:
             assert seq.row not in self.tables, "a row is freed before it is used again"
-            self.tokens[seq.row] = list(seq.token_ids)
+            assert seq.num_skipped <= sum(e.num_tokens for e in seq.prefix)
+            self.tokens[seq.row] = heads[seq.row][: seq.num_skipped] + seq.token_ids
             self.tables[seq.row] = list(seq.block_table)
             self.prefix[seq.row] = seq.prefix
         if plan.chunk is not None:
@@ -92,14 +97,17 @@ class Machine(RuleBasedStateMachine):
         mode=st.sampled_from(["auto", "auto", "auto", "declared", "off"]),
         chunk=st.sampled_from([4, 8, 16]),
         depth=st.sampled_from([1, 2]),
+        private=st.booleans(),
+        markers=st.sampled_from(["off", "soft", "soft", "hard"]),
+        ttl=st.sampled_from([None, None, 20.0]),
     )
-    def start(self, extra, budget, caching, seqs, batched, mode, chunk, depth):
+    def start(self, extra, budget, caching, seqs, batched, mode, chunk, depth, private, markers, ttl):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
         self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
         self.pinned = PinnedBlockPool(self.num_blocks, budget, MAX_LEN // BLOCK)
         self.pool = SystemPromptPool(
-            SystemPromptConfig(mode=mode, chunk_tokens=chunk, min_tokens=4),
+            SystemPromptConfig(mode=mode, chunk_tokens=chunk, min_tokens=4, private=private, markers=markers, ttl=ttl),
             self.pinned,
             BLOCK,
             on_release=lambda e: self.blocks.give_back(e.start, e.num_blocks),
@@ -120,18 +128,34 @@ class Machine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         n=st.sampled_from([1, 1, 1, 2, 3]),
         namespace=st.sampled_from([b"", b"a"]),
+        tenant=st.sampled_from([b"", b"t"]),
         priority=st.sampled_from([0, 0, 1]),
+        marks=st.lists(st.builds(CacheMark, st.integers(1, MAX_LEN), st.sampled_from([None, 5.0, 50.0])), max_size=4),
     )
-    def add(self, prompt, suffix, max_tokens, n, namespace, priority):
+    def add(self, prompt, suffix, max_tokens, n, namespace, tenant, priority, marks):
         ids = ((prompt or []) + suffix)[: MAX_LEN - 1]
         params = SamplingParams(max_tokens=max_tokens, n=n)
         request_id = f"r{self.next_id}"
         self.next_id += 1
         sequences = [
-            Sequence(request_id, list(ids), params, index=i, cache_seed=namespace, priority=priority) for i in range(n)
+            Sequence(
+                request_id,
+                list(ids),
+                params,
+                index=i,
+                cache_seed=tenant + namespace,
+                priority=priority,
+                tenant=tenant,
+                namespace=tenant + namespace,
+            )
+            for i in range(n)
         ]
         self.requests[request_id] = n
-        self.scheduler.add(sequences, len(prompt) if prompt and len(prompt) < len(ids) else None)
+        self.scheduler.add(sequences, len(prompt) if prompt and len(prompt) < len(ids) else None, marks)
+        read = sequences[0].system_prompt
+        if read is not None:
+            assert ids[: read.num_tokens] == read.token_ids and read.num_tokens < len(ids)
+            assert read.scope in (b"", tenant, tenant + namespace), "another namespace's prompt"
 
     @rule(data=st.data())
     @precondition(lambda self: self.requests)
@@ -142,12 +166,33 @@ class Machine(RuleBasedStateMachine):
         if index is None:
             del self.requests[request_id]
 
-    @rule(prompt=st.sampled_from(PROMPTS), ttl=st.sampled_from([None, 5.0, 50.0]))
-    def declare(self, prompt, ttl):
+    @rule(
+        prompt=st.sampled_from(PROMPTS),
+        ttl=st.sampled_from([None, 5.0, 50.0]),
+        pin=st.sampled_from([PinClass.HARD, PinClass.SOFT]),
+    )
+    def declare(self, prompt, ttl, pin):
+        kept = {p.id for p in self.pool.prompts() if p.readers or not (p.pin == PinClass.SOFT or p.doomed)}
         try:
-            self.scheduler.add_system_prompt(list(prompt), ttl=ttl)
+            self.scheduler.add_system_prompt(list(prompt), ttl=ttl, pin=pin)
         except SystemPromptRefusedError as error:
             assert str(error)
+        assert kept <= {p.id for p in self.pool.prompts()}, "only soft pins that nobody reads give way"
+
+    @rule(data=st.data(), ttl=st.sampled_from([None, 3.0, 30.0]))
+    def change(self, data, ttl):
+        known = [p.id for p in self.pool.prompts()]
+        if known:
+            self.pool.update(data.draw(st.sampled_from(sorted(known))), ttl=ttl, name="n")
+
+    @rule(blocks=st.integers(0, 40))
+    def change_budget(self, blocks):
+        pinned = self.pinned.pinned_blocks
+        try:
+            self.pool.set_budget(blocks * BLOCK)
+        except ValueError:
+            assert blocks < pinned + sum(p.num_blocks for p in self.pool.prompts() if p.extent is None)
+        assert self.pinned.budget_blocks >= pinned
 
     @rule(data=st.data())
     def remove(self, data):
@@ -178,11 +223,13 @@ class Machine(RuleBasedStateMachine):
                 assert prompt.extent == before[prompt.id], "a pinned extent never moves"
         if plan.chunk is not None:
             key = plan.chunk.prompt_id
-            done = self.computed.get(key, 0)
-            assert plan.chunk.start in (done, 0), "no system-prompt token is computed twice while it is known"
+            above = sum(e.num_tokens for e in plan.chunk.prefix)
+            done = self.computed.get(key, above)
+            assert plan.chunk.start in (done, above), "no system-prompt token is computed twice while it is known"
             self.computed[key] = plan.chunk.start + len(plan.chunk.token_ids)
         if not plan.is_empty:
-            self.drawn.append(self.device.run(plan, token))
+            heads = {seq.row: seq.token_ids for seq in self.scheduler.running}
+            self.drawn.append(self.device.run(plan, token, heads))
         assert self.scheduler.num_in_flight == len(self.drawn)
         if self.drawn and (plan.is_empty or len(self.drawn) >= self.depth):
             self.scheduler.postprocess(self.drawn.pop(0))
@@ -209,8 +256,9 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.check_integrity()
         assert self.blocks.num_used_blocks == 0 and self.pool.num_readers == 0
         for prompt in self.pool.prompts():
-            self.pool.remove(prompt.id)
-        assert self.pinned.pinned_blocks == 0
+            if self.pool.get(prompt.id) is prompt:
+                self.pool.remove(prompt.id)
+        assert self.pinned.pinned_blocks == 0 and not self.pool.prompts()
         assert self.blocks.num_free_blocks == self.num_blocks
 
 
