@@ -23,13 +23,10 @@ import json
 import math
 import os
 import platform
-import random
-import re
 import shlex
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -38,32 +35,23 @@ from typing import Any
 
 import aiohttp
 
-from server_process import ServerProcess
-
-WORDS = (
-    "the a one our his each some old new long small green early quiet river house market garden road letter clock "
-    "table winter summer morning paper water stone school town bread music number story question answer reason plan "
-    "was is has will can may found made took gave kept left held told sent brought near under over after before with "
-    "from and but then when where because until between"
+from chat_load import (
+    BenchmarkError,
+    ChatClient,
+    Prompt,
+    client_session,
+    cpu_model,
+    first_error,
+    markdown_table,
+    positive_int,
+    quantile,
+    say,
+    usable_cores,
 )
+from server_process import ServerProcess
 
 FLOOD_CONCURRENCY = 8
 FLOOD_OVERSHOOT = 1.2  # Of the cache's size, so that least recently used blocks go for certain.
-
-
-class BenchmarkError(RuntimeError):
-    """Something the user should read as one line."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One request: seconds from sending it, and the server's token counts."""
-
-    first_token_s: float
-    last_token_s: float
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -84,120 +72,10 @@ class Row:
     cached_tokens: int | None
 
 
-class Client:
-    """Talks to one server.
-
-    Args:
-        url: Base address without `/v1`.
-        model: Name of the model, or None for the first one that the server lists.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, model: str | None, output_tokens: int) -> None:
-        self.session = session
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self.model = model or ""
-        self.output_tokens = output_tokens
-        self.max_model_len = 0
-
-    async def connect(self) -> None:
-        """Learns the model's name and its longest context."""
-        if not self.model:
-            self.model = str((await self._json("GET", "/v1/models"))["data"][0]["id"])
-        self.max_model_len = int((await self._tokenize("hello"))["max_model_len"])
-
-    async def text(self, num_tokens: int, seed: str) -> str:
-        """English words that make `num_tokens` tokens; another seed differs from the first word on."""
-        draw = random.Random(seed)
-        # A word is at least one token, so this many words are enough.
-        words = f"{draw.randrange(10**6)} notes: " + " ".join(draw.choices(WORDS.split(), k=num_tokens))
-        tokens = (await self._tokenize(words))["tokens"][:num_tokens]
-        return str((await self._json("POST", "/detokenize", {"model": self.model, "tokens": tokens}))["prompt"])
-
-    async def kv_cache_tokens(self) -> int | None:
-        """Tokens that the server's KV cache holds, from `vllm:cache_config_info`; None if it does not say."""
-        async with self.session.get(f"{self.url}/metrics") as response:
-            metrics = await response.text() if response.status == 200 else ""
-        info = re.search(r"^vllm:cache_config_info\{(.*)\}", metrics, re.MULTILINE)
-        labels = dict(re.findall(r'(\w+)="([^"]*)"', info.group(1))) if info else {}
-        try:
-            return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
-        except (KeyError, ValueError):
-            return None
-
-    async def version(self) -> str:
-        async with self.session.get(f"{self.url}/version") as response:
-            return str((await response.json())["version"]) if response.status == 200 else "unknown"
-
-    async def chat(self, user: str, system: str | None = None, output_tokens: int | None = None) -> Sample:
-        """One streamed, greedy chat request of exactly `output_tokens` output tokens (default: the run's)."""
-        messages = [{"role": "system", "content": system}] if system is not None else []
-        body = {
-            "model": self.model,
-            "messages": [*messages, {"role": "user", "content": user}],
-            "max_tokens": output_tokens or self.output_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        first = last = None
-        usage: dict[str, Any] | None = None
-        start = time.perf_counter()
-        async with self.session.post(f"{self.url}/v1/chat/completions", json=body) as response:
-            if response.status != 200:
-                raise BenchmarkError(f"/v1/chat/completions: {response.status} {(await response.text())[:500]}")
-            async for line in response.content:
-                if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
-                    continue
-                event = json.loads(line[5:])
-                if "error" in event:
-                    raise BenchmarkError(f"/v1/chat/completions: {event['error']}")
-                usage = event.get("usage") or usage
-                if any(choice["delta"].get("content") for choice in event["choices"]):
-                    last = time.perf_counter()
-                    first = first or last
-        if first is None or last is None or usage is None:
-            raise BenchmarkError("a streamed answer ended without any text or without usage")
-        return Sample(
-            first_token_s=first - start,
-            last_token_s=last - start,
-            prompt_tokens=int(usage["prompt_tokens"]),
-            output_tokens=int(usage["completion_tokens"]),
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        )
-
-    async def chats(
-        self, users: Sequence[str], concurrency: int, system: str | None = None, output_tokens: int | None = None
-    ) -> tuple[list[Sample], float]:
-        """One request for each user message, `concurrency` at a time; returns the samples and the seconds they took."""
-        waiting = iter(users)
-        samples: list[Sample] = []
-
-        async def worker() -> None:
-            for user in waiting:
-                samples.append(await self.chat(user, system, output_tokens))
-
-        start = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for _ in range(concurrency):
-                group.create_task(worker())
-        return samples, time.perf_counter() - start
-
-    async def _tokenize(self, text: str) -> dict[str, Any]:
-        return await self._json("POST", "/tokenize", {"model": self.model, "prompt": text, "add_special_tokens": False})
-
-    async def _json(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        async with self.session.request(method, self.url + path, json=body) as response:
-            if response.status != 200:
-                raise BenchmarkError(f"{path}: {response.status} {(await response.text())[:500]}")
-            answer: dict[str, Any] = await response.json()
-            return answer
-
-
 class Benchmark:
     """Runs the phases and keeps the rows."""
 
-    def __init__(self, client: Client, args: argparse.Namespace) -> None:
+    def __init__(self, client: ChatClient, args: argparse.Namespace) -> None:
         self.client = client
         self.args = args
         self.rows: list[Row] = []
@@ -207,7 +85,7 @@ class Benchmark:
     async def run(self) -> None:
         levels: list[int] = self.args.concurrency
         say("warm-up")
-        await self.client.chats(await self._users(2), 2)
+        await self.client.chats(await self._prompts(2), 2)
         for concurrency in levels:
             await self._phase("no system prompt", 0, concurrency, None, self._requests(concurrency))
         for size in self.args.system_tokens:
@@ -226,7 +104,7 @@ class Benchmark:
 
     async def _phase(self, name: str, size: int, concurrency: int, system: str | None, requests: int) -> None:
         say(f"{name}, S={size}, {requests} requests, {concurrency} at a time")
-        samples, seconds = await self.client.chats(await self._users(requests), concurrency, system)
+        samples, seconds = await self.client.chats(await self._prompts(requests, system), concurrency)
         ttft = [sample.first_token_s * 1e3 for sample in samples]
         rate = sum(sample.output_tokens for sample in samples) / seconds
         base = self.baseline.get(concurrency)
@@ -239,10 +117,7 @@ class Benchmark:
             ttft_p50_ms=quantile(ttft, 0.5),
             ttft_p90_ms=quantile(ttft, 0.9),
             ttft_ratio=quantile(ttft, 0.5) / base.ttft_p50_ms if base else 1.0,
-            per_token_p50_ms=statistics.median(
-                (sample.last_token_s - sample.first_token_s) * 1e3 / max(1, sample.output_tokens - 1)
-                for sample in samples
-            ),
+            per_token_p50_ms=statistics.median(sample.per_token_s * 1e3 for sample in samples),
             output_tokens_per_s=rate,
             output_ratio=rate / base.output_tokens_per_s if base else 1.0,
             prompt_tokens=max(sample.prompt_tokens for sample in samples),
@@ -261,70 +136,54 @@ class Benchmark:
                 raise BenchmarkError("/metrics does not tell the size of the KV cache; give --churn-tokens")
             tokens = math.ceil(capacity * FLOOD_OVERSHOOT)
         # The chat template adds some tokens of its own, and one is generated.
-        length = max(1, min(self.args.churn_prompt_tokens, self.client.max_model_len - 128))
+        limit = self.client.max_model_len
+        length = max(1, min(self.args.churn_prompt_tokens, limit - 128)) if limit else self.args.churn_prompt_tokens
         say(f"churn: {math.ceil(tokens / length)} other requests of {length} tokens")
-        users = [
-            await self.client.text(length, f"{self.args.seed} churn {next(self._next_user)}")
+        prompts = [
+            Prompt(await self.client.text(length, f"{self.args.seed} churn {next(self._next_user)}"))
             for _ in range(math.ceil(tokens / length))
         ]
-        await self.client.chats(users, FLOOD_CONCURRENCY, output_tokens=1)
+        await self.client.chats(prompts, FLOOD_CONCURRENCY, output_tokens=1)
 
-    async def _users(self, count: int) -> list[str]:
-        """User messages that no request of this run had before."""
+    async def _prompts(self, count: int, system: str | None = None) -> list[Prompt]:
+        """With user messages that no request of this run had before."""
         seeds = [f"{self.args.seed} user {next(self._next_user)}" for _ in range(count)]
-        return [await self.client.text(self.args.user_tokens, seed) for seed in seeds]
+        return [Prompt(await self.client.text(self.args.user_tokens, seed), system) for seed in seeds]
 
     def _requests(self, concurrency: int) -> int:
         return max(int(self.args.requests), 2 * concurrency)
 
 
-def quantile(values: Sequence[float], q: float) -> float:
-    """The q-quantile of some values, interpolated linearly."""
-    ordered = sorted(values)
-    position = (len(ordered) - 1) * q
-    low = math.floor(position)
-    high = math.ceil(position)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
-
-
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    head = ["phase", "S", "at a time", "requests", "first token p50 ms", "p90 ms", "× none", "per token ms"]
+    head: list[object] = [
+        "phase",
+        "S",
+        "at a time",
+        "requests",
+        "first token p50 ms",
+        "p90 ms",
+        "× none",
+        "per token ms",
+    ]
     head += ["output tokens/s", "× none", "prompt tokens", "cached"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = [head]
     for row in rows:
-        cells = [row.phase, row.system_tokens, row.concurrency, row.requests, f"{row.ttft_p50_ms:.0f}"]
+        cells: list[object] = [row.phase, row.system_tokens, row.concurrency, row.requests, f"{row.ttft_p50_ms:.0f}"]
         cells += [f"{row.ttft_p90_ms:.0f}", f"{row.ttft_ratio:.2f}", f"{row.per_token_p50_ms:.1f}"]
         cells += [f"{row.output_tokens_per_s:.1f}", f"{row.output_ratio:.2f}", row.prompt_tokens]
         cells += ["–" if row.cached_tokens is None else row.cached_tokens]
-        lines.append([str(cell) for cell in cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def say(message: str) -> None:
-    """Progress, apart from the result on standard output."""
-    print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
+        lines.append(cells)
+    return markdown_table(lines)
 
 
 async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
     """Runs the benchmark against a server and returns the report that is printed and written."""
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    timeout = aiohttp.ClientTimeout(total=args.timeout)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
-        client = Client(session, url, args.served_model_name, args.output_tokens)
+    async with client_session(args.api_key, args.timeout) as session:
+        client = ChatClient(session, url, args.served_model_name, args.output_tokens)
         await client.connect()
         longest = max(args.system_tokens) + args.user_tokens + args.output_tokens
-        if longest >= client.max_model_len:
+        if client.max_model_len and longest >= client.max_model_len:
             raise BenchmarkError(
                 f"a system prompt of {max(args.system_tokens)} tokens, the user message and the output make {longest} "
                 f"tokens, but the server's max_model_len is {client.max_model_len}"
@@ -338,7 +197,7 @@ async def measure(url: str, args: argparse.Namespace) -> dict[str, Any]:
             "dtype": args.dtype if args.base_url is None else "as served",
             "server": f"{await client.version()} at {args.base_url or 'localhost, started by this script'}",
             "cpu": cpu_model(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cores": usable_cores(),
             "python": platform.python_version(),
             "kv_cache_tokens": await client.kv_cache_tokens(),
             "rows": [asdict(row) for row in benchmark.rows],
@@ -385,13 +244,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
 def main() -> int:
     args = parse_args()
     server = None
@@ -408,9 +260,7 @@ def main() -> int:
             url = server.url
         report = asyncio.run(measure(url, args))
     except* (BenchmarkError, RuntimeError, aiohttp.ClientError, TimeoutError) as group:
-        first: BaseException = group
-        while isinstance(first, BaseExceptionGroup):
-            first = first.exceptions[0]
+        first = first_error(group)
         print(f"error: {first or type(first).__name__}", file=sys.stderr)
         report = None
     finally:

@@ -1,4 +1,4 @@
-"""An API server as a child process, for benchmarks and tests."""
+"""API servers as child processes, for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -26,42 +26,46 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class ServerProcess:
-    """`python -m vllm.entrypoints.openai.api_server` on a free port of 127.0.0.1.
+class ChildServer:
+    """A server with OpenAI's API, of whichever make, as a child process that listens on 127.0.0.1.
 
     Args:
-        args: Its flags, without `--host` and `--port`.
+        command: What to run.
+        port: Where it will listen.
         log_path: File that its output goes to.
-        env: Environment variables on top of ours.
+        env: All of its environment variables.
+        cwd: Folder it runs in; this process's own if not given.
         api_key: Key that our own requests carry; the server must be given it by flag or environment as well.
-        command: What to run, if not the server itself.
 
     Attributes:
         url: Base address, without a slash at the end and without `/v1`.
         process: The child, leader of a process group of its own.
+
+    Raises:
+        OSError: There is no such command.
     """
 
     def __init__(
         self,
-        args: Sequence[str],
+        command: Sequence[str],
+        port: int,
         log_path: Path,
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str],
+        cwd: Path | None = None,
         api_key: str | None = None,
-        command: Sequence[str] = (sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
     ) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
         self.log_path = log_path
         self.api_key = api_key
-        command = [*command, "--host", "127.0.0.1", "--port", str(self.port), *args]
-        path = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path, **(env or {})},
+                env=env,
+                cwd=cwd,
                 start_new_session=True,
             )
 
@@ -107,3 +111,31 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):  # Raised when nothing of its process group is left.
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
+
+
+class ServerProcess(ChildServer):
+    """`python -m vllm.entrypoints.openai.api_server` of this repository on a free port.
+
+    Args:
+        args: Its flags, without `--host` and `--port`.
+        env: Environment variables on top of ours.
+        command: What to run, if not the server itself.
+    """
+
+    def __init__(
+        self,
+        args: Sequence[str],
+        log_path: Path,
+        env: Mapping[str, str] | None = None,
+        api_key: str | None = None,
+        command: Sequence[str] = (sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+    ) -> None:
+        port = free_port()
+        path = os.pathsep.join([str(_REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+        super().__init__(
+            [*command, "--host", "127.0.0.1", "--port", str(port), *args],
+            port,
+            log_path,
+            {**os.environ, "PYTHONPATH": path, **(env or {})},
+            api_key=api_key,
+        )
