@@ -110,6 +110,10 @@ class PromptTiers:
         image = self._images.get(prompt.id)
         return image is not None and image.stays and image.filled and image.owner is prompt
 
+    def has_room(self, num_blocks: int) -> bool:
+        """Whether the host tier could take so many blocks more."""
+        return self.host.find_window(num_blocks) is not None
+
     def _is_stored(self, prompt: PinnedPrompt) -> bool:
         record = self._stored.get(prompt.id)
         return record is not None and (record.start, record.num_blocks) == (prompt.start, prompt.num_blocks)
@@ -155,7 +159,7 @@ class PromptTiers:
         copied, and must stay until `plan_rest` returns the prompt."""
         if prompt.id in self._images:
             return False
-        may_leave = prompt.pin != PinClass.HARD and self.host.find_window(prompt.num_blocks) is not None
+        may_leave = prompt.pin != PinClass.HARD and self.has_room(prompt.num_blocks)
         if not may_leave and (not self.keeps_snapshots or self._is_stored(prompt)):
             return False
         self._make_image(prompt)

@@ -562,7 +562,12 @@ class SystemPromptPool:
         if self.blocks.fits(needed):
             return None
         missing = self.blocks.pinned_blocks + needed - self.blocks.budget_blocks
-        going = set(self._demotable()).union(self._displaceable() if pin == PinClass.HARD else ())
+        going: set[PinnedPrompt] = set()
+        # What takes another one's place on the device must be able to leave it again, or both would be stuck.
+        if pin == PinClass.HARD or self.tiers.has_room(needed):
+            going.update(self._demotable())
+        if pin == PinClass.HARD:
+            going.update(self._displaceable())
         return None if sum(p.num_blocks for p in going) >= missing else Outcome.OVER_BUDGET
 
     def _demotable(self) -> list[PinnedPrompt]:
@@ -732,10 +737,13 @@ class SystemPromptPool:
         """First block of the place for the first pending prompt; None when no contiguous room can be had."""
         prompt = self._pending[0]
         start = self.blocks.find_window(prompt.num_blocks)
-        if start is None and self._refusal(prompt.num_tokens, 0, prompt.pin) is None:
-            while start is None and (going := self._demotable()):
-                self._demote(going[0])
-                start = self.blocks.find_window(prompt.num_blocks)
+        if start is None:
+            going = self._demotable()
+            missing = self.blocks.pinned_blocks + prompt.num_blocks - self.blocks.budget_blocks
+            if sum(p.num_blocks for p in going) >= missing:
+                while start is None and going:
+                    self._demote(going.pop(0))
+                    start = self.blocks.find_window(prompt.num_blocks)
         while start is None and prompt.pin == PinClass.HARD and (going := self._displaceable()):
             self._displace(going[0])
             start = self.blocks.find_window(prompt.num_blocks)
