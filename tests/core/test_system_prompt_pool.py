@@ -8,7 +8,15 @@ import pytest
 
 from vllm.config import SystemPromptConfig
 from vllm.core.pinned_prompt import prompt_id
-from vllm.core.system_prompt_pool import Outcome, PinnedPrompt, SystemPromptPool, SystemPromptRefusedError
+from vllm.core.system_prompt_pool import (
+    Outcome,
+    PinClass,
+    PinnedPrompt,
+    PromptState,
+    SystemPromptPool,
+    SystemPromptRefusedError,
+)
+from vllm.inputs import CacheMark
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
@@ -36,17 +44,19 @@ class Bench:
             SystemPromptConfig(**config), self.blocks, BLOCK, on_release=self.released.append, clock=self.clock
         )
 
-    def request(self, token_ids: list[int], **params: Any) -> Sequence:
-        return Sequence("r", list(token_ids), SamplingParams(**params))
+    def request(self, token_ids: list[int], tenant: bytes = b"", namespace: bytes = b"", **params: Any) -> Sequence:
+        return Sequence("r", list(token_ids), SamplingParams(**params), tenant=tenant, namespace=namespace)
 
     def prefill(self) -> list[Sequence]:
         """Computes the next pending prompt."""
-        pending = self.pool.next_pending
-        assert pending is not None
-        start = self.blocks.find_window(pending.num_blocks)
+        start = self.pool.find_window()
         assert start is not None
         self.pool.begin_prefill(start)
         return self.pool.end_prefill()
+
+    def prefill_all(self) -> None:
+        while self.pool.has_prefill:
+            self.prefill()
 
     def pinned(self, token_ids: list[int], **options: Any) -> PinnedPrompt:
         prompt = self.pool.add(list(token_ids), **options)
@@ -269,3 +279,239 @@ def test_no_contiguous_room() -> None:
     assert bench.pool.outcomes == {"created": 1, "hit": 1, "busy": 2}
     assert prompt.info().state == "removed"
     bench.pool.check_integrity({})
+
+
+# Chains -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_starts_with_another_continues_its_extent() -> None:
+    bench = Bench()
+    parent = bench.pinned(A)
+    child = bench.pinned([*A, *B])
+    assert child.parent is parent and (child.num_own_tokens, child.num_blocks) == (7, 2)
+    assert [e.num_tokens for e in child.prefix] == [10, 7]
+    assert child.prefix[0] == parent.prefix[0] and child.sequence.num_computed_tokens == 10
+    assert (bench.blocks.pinned_blocks, bench.pool.pinned_tokens) == (5, 17)
+    seq = bench.request([*A, *B, 5])
+    assert bench.pool.route(seq, 17) == Outcome.HIT
+    assert seq.system_prompt is child and seq.prefix_len == 17
+    assert bench.pool.tokens_reused == 17
+    bench.pool.check_integrity({child.id: 1})
+
+
+def test_a_parent_stays_while_a_child_does() -> None:
+    bench = Bench()
+    parent, child = bench.pinned(A, ttl=60.0), bench.pinned([*A, *B], ttl=600.0)
+    bench.clock.now += 100
+    bench.pool.expire()
+    assert bench.pool.num_prompts == 2, "its child holds it"
+    assert bench.pool.remove(parent.id).info().state == "removing"
+    late = bench.request([*A, *B, 6])
+    assert bench.pool.route(late, None) == Outcome.HIT and late.system_prompt is child
+    bench.pool.detach(late)
+    bench.pool.remove(child.id)
+    assert bench.released == [Extent(15, 2), Extent(17, 3)]
+    assert bench.pool.num_prompts == bench.blocks.pinned_blocks == 0
+
+
+def test_marks_are_pinned_as_nested_prefixes() -> None:
+    bench = Bench()
+    token_ids = [*A, *B, 4, 4, 4, 5]
+    marks = [CacheMark(17, 300.0), CacheMark(20, 3600.0)]
+    first = bench.request(token_ids)
+    assert bench.pool.route(first, 10, marks) == Outcome.CREATED
+    assert first.num_cache_write_tokens == 20 and bench.pool.is_waiting(first)
+    chain = sorted(bench.pool.prompts(), key=lambda p: p.num_tokens)
+    assert [(p.num_tokens, p.pin, p.source, p.ttl) for p in chain] == [
+        (10, PinClass.AUTOMATIC, "auto", None),
+        (17, PinClass.SOFT, "marker", 300.0),
+        (20, PinClass.SOFT, "marker", 3600.0),
+    ]
+    bench.prefill_all()
+    again, other = bench.request(token_ids), bench.request([*A, *B, 9, 9])
+    assert bench.pool.route(again, 10, marks) == Outcome.HIT and again.system_prompt is chain[2]
+    assert bench.pool.route(other, 10) == Outcome.HIT and other.system_prompt is chain[1]
+    assert (again.num_cache_write_tokens, other.num_cache_write_tokens) == (0, 0)
+    # The next turn of the chat marks its own end: only what is new is computed.
+    turn = bench.request([*token_ids, 6, 6, 6, 7])
+    assert bench.pool.route(turn, 10, [CacheMark(17, 300.0), CacheMark(24, 300.0)]) == Outcome.CREATED
+    assert turn.num_cache_write_tokens == 4 and turn.system_prompt is not None
+    assert turn.system_prompt.parent is chain[2]
+
+
+def test_chains_are_bounded() -> None:
+    bench = Bench()
+    ids = list(range(40))
+    for n in (4, 8, 12, 16, 20, 24):
+        bench.pinned(ids[:n])
+    depths = {p.num_tokens: p.depth for p in bench.pool.prompts()}
+    assert depths == {4: 1, 8: 2, 12: 3, 16: 4, 20: 4, 24: 4}
+    bench.pool.check_integrity({})
+
+
+def test_what_a_refused_prompt_leaves_is_read_from_its_parent() -> None:
+    bench = Bench()
+    parent = bench.pinned(A)
+    seq, deeper = bench.request([*A, *B, 5]), bench.request([*A, *B, 6, 6, 7])
+    bench.pool.route(seq, 17)
+    bench.pool.route(deeper, 19)
+    assert deeper.system_prompt is not None and deeper.system_prompt.parent is seq.system_prompt
+    assert bench.pool.refuse_pending() == [seq]
+    assert seq.system_prompt is parent and seq.num_cache_write_tokens == 0 and parent.readers == 1
+    assert deeper.system_prompt.parent is parent and deeper.system_prompt.num_blocks == 3
+    bench.pool.check_integrity({parent.id: 1, deeper.system_prompt.id: 1})
+    assert bench.prefill() == [deeper]
+
+
+# Classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_hard_pins_displace_soft_ones_the_oldest_use_first() -> None:
+    bench = Bench()
+    soft = [bench.pinned([20 + i] * 8, pin=PinClass.SOFT) for i in range(3)]
+    automatic = bench.request([30] * 12 + [5])
+    bench.pool.route(automatic, 12)
+    bench.prefill()
+    for used in (1, 0):
+        bench.clock.now += 1
+        seq = bench.request([20 + used] * 8 + [5])
+        bench.pool.route(seq, 8)
+        bench.pool.detach(seq)
+    assert bench.pool.route(bench.request([31] * 12 + [5]), 12) == Outcome.OVER_BUDGET, "traffic displaces nothing"
+    with pytest.raises(SystemPromptRefusedError):
+        bench.pool.add([32] * 12, pin=PinClass.SOFT)
+    hard = bench.pool.add([33] * 12)
+    assert [bench.pool.get(p.id) is not None for p in soft] == [True, True, False], "the one that was never used"
+    bench.prefill()
+    bench.pool.add([34] * 8)
+    assert [bench.pool.get(p.id) is not None for p in soft] == [True, False, False]
+    bench.prefill()
+    assert (bench.pool.num_displaced, hard.state) == (2, PromptState.PINNED)
+    assert automatic.system_prompt is not None
+    with pytest.raises(SystemPromptRefusedError):
+        bench.pool.add([35] * 36)
+    bench.pool.check_integrity({automatic.system_prompt.id: 1})
+
+
+def test_a_soft_pin_that_is_read_stays() -> None:
+    bench = Bench()
+    soft = bench.pinned([20] * 20, pin=PinClass.SOFT)
+    seq = bench.request([*[20] * 20, 5])
+    bench.pool.route(seq, 20)
+    with pytest.raises(SystemPromptRefusedError):
+        bench.pool.add([33] * 24)
+    bench.pool.detach(seq)
+    bench.pool.add([33] * 24)
+    assert bench.pool.get(soft.id) is None
+
+
+def test_soft_pins_that_lie_in_the_way_go_when_room_must_be_contiguous() -> None:
+    bench = Bench()
+    bench.blocks = bench.pool.blocks = PinnedBlockPool(12, 10, 2)
+    kept = [bench.pinned([20 + i] * 4, pin=PinClass.SOFT) for i in range(9)]
+    for prompt in kept[0:8:2]:
+        bench.pool.remove(prompt.id)
+    big = bench.pool.add([40] * 20)
+    assert bench.pool.num_displaced == 0, "the budget has room"
+    bench.prefill()
+    assert big.state == PromptState.PINNED and bench.pool.num_displaced > 0
+
+
+# Scopes -----------------------------------------------------------------------------------------------------------
+
+
+def test_private_pins_are_a_tenants_own() -> None:
+    bench = Bench(private=True)
+    first = bench.request([*A, 5], tenant=b"a", namespace=b"a")
+    assert bench.pool.route(first, 10) == Outcome.CREATED
+    bench.prefill()
+    other = bench.request([*A, 5], tenant=b"b", namespace=b"b")
+    assert bench.pool.route(other, 10) == Outcome.CREATED, "as if nobody had sent it"
+    assert first.system_prompt is not other.system_prompt
+    bench.prefill()
+    again = bench.request([*A, 6], tenant=b"a", namespace=b"a-salt")
+    assert bench.pool.route(again, 10) == Outcome.HIT and again.system_prompt is first.system_prompt
+    operators = bench.pinned(B)
+    seq = bench.request([*B, 5], tenant=b"a", namespace=b"a")
+    assert bench.pool.route(seq, 7) == Outcome.HIT and seq.system_prompt is operators, "an operator's are for all"
+
+
+def test_what_is_marked_beyond_the_system_part_is_read_in_its_namespace_alone() -> None:
+    bench = Bench()
+    marks = [CacheMark(17, 300.0)]
+    first = bench.request([*A, *B, 5], tenant=b"t", namespace=b"n")
+    bench.pool.route(first, 10, marks)
+    bench.prefill_all()
+    other = bench.request([*A, *B, 5], tenant=b"t", namespace=b"m")
+    assert bench.pool.route(other, 10) == Outcome.HIT
+    assert other.prefix_len == 10 and first.prefix_len == 17
+    # What all may read never hangs on what only some may.
+    bench.pool.add([*A, *B, 3, 3])
+    bench.prefill()
+    shared = bench.pool.prompts()[-1]
+    assert shared.parent is not None and shared.parent.num_tokens == 10
+
+
+@pytest.mark.parametrize(("markers", "sizes"), [("off", [10]), ("soft", [10, 17]), ("hard", [10, 17])])
+def test_markers_as_the_operator_allows_them(markers: str, sizes: list[int]) -> None:
+    bench = Bench(markers=markers)
+    bench.pool.route(bench.request([*A, *B, 5]), 10, [CacheMark(17, 300.0), CacheMark(10, 60.0)])
+    assert [p.num_tokens for p in bench.pool.prompts()] == sizes
+    pins = {p.pin for p in bench.pool.prompts()}
+    assert (PinClass.HARD in pins) == (markers == "hard") and (PinClass.SOFT in pins) == (markers == "soft")
+
+
+def test_a_mark_makes_a_system_prompt_last_longer_never_shorter() -> None:
+    bench = Bench(ttl=60.0)
+    for ttl, want in ((30.0, 60.0), (3600.0, 3600.0), (300.0, 3600.0)):
+        bench.pool.route(bench.request([*A, 5]), 10, [CacheMark(10, ttl)])
+        assert bench.pool.prompts()[0].ttl == want
+    declared = bench.pinned(B, ttl=5.0)
+    bench.pool.route(bench.request([*B, 5]), 7, [CacheMark(7, 3600.0)])
+    assert declared.ttl == 5.0, "an operator's word stands"
+
+
+# Heads of raw prompts ---------------------------------------------------------------------------------------------
+
+
+def test_a_long_head_seen_twice_is_offered() -> None:
+    bench = Bench()
+    bench.blocks = bench.pool.blocks = PinnedBlockPool(2000, 1000, 100)
+    head = list(range(1500))
+
+    def route(tail: list[int], **options: Any) -> Outcome | None:
+        return bench.pool.route(bench.request([*head, *tail], **options), None)
+
+    assert route([1, 2]) is None and route([1, 2]) is None, "the same prompt again"
+    assert route([1, 2, 3, 4]) is None, "the next turn of a conversation"
+    assert route([7, 8], namespace=b"n") is None, "another namespace has not seen it"
+    assert route([7, 8]) == Outcome.CREATED
+    (prompt,) = bench.pool.prompts()
+    assert (prompt.num_tokens, prompt.source, prompt.pin) == (1472, "shared_prefix", PinClass.AUTOMATIC)
+    assert route([9]) == Outcome.HIT
+    assert bench.pool.num_prompts == 1
+    assert bench.pool.route(bench.request(list(range(2000, 3020))), None) is None
+    assert bench.pool.route(bench.request([*range(2000, 3010), 1]), None) is None, "too short to matter"
+
+
+def test_explaining_changes_nothing_and_routing_agrees() -> None:
+    bench = Bench(min_tokens=5)
+    bench.pinned(A)
+    for token_ids, size, marks in (
+        ([*A, 5], 10, []),
+        ([*A[:8], 6, 6, 5], 10, []),
+        ([7, 7, 7, 5], 3, []),
+        ([8] * 80, 79, []),
+        ([*A, *B, 5], 10, [CacheMark(17, 60.0)]),
+        ([*A, 5], None, []),
+        ([9, 9], None, []),
+    ):
+        state = (bench.pool.info(), [p.info() for p in bench.pool.prompts()])
+        found = bench.pool.explain(bench.request(token_ids), size, marks)
+        assert state == (bench.pool.info(), [p.info() for p in bench.pool.prompts()])
+        seq = bench.request(token_ids)
+        outcome = bench.pool.route(seq, size, marks)
+        assert found["outcome"] == (outcome.value if outcome else None)
+        assert found["pinned_tokens"] == seq.prefix_len
+        assert found["id"] == (seq.system_prompt.id if seq.system_prompt else None)
+        bench.prefill_all()

@@ -83,8 +83,11 @@ class PrefixTree(Generic[T]):
         """
         path, done = [self._root], 0
         while done < len(token_ids):
-            path.append(path[-1].children[token_ids[done]])
-            done += len(path[-1].edge)
+            child = path[-1].children[token_ids[done]]
+            if token_ids[done : done + len(child.edge)] != child.edge:
+                raise KeyError("no value under these tokens")
+            path.append(child)
+            done += len(child.edge)
         if path[-1].value is None:
             raise KeyError("no value under these tokens")
         path[-1].value = None

@@ -62,9 +62,9 @@ class VaryingPrompts:
     def _belongs(template: _Template, key: str, token_ids: list[int]) -> bool:
         """Whether a prompt is another case of a known template; its span then covers this one too."""
         stem = template.head + template.tail
-        found = _compare(token_ids, stem)
+        found = template if token_ids == stem else _compare(token_ids, stem)
         if found is None:
-            return token_ids == stem
+            return False
         head, tail = found.head, found.tail
         span = template.span
         template.head, template.tail = head, tail

@@ -1,0 +1,49 @@
+"""The tree of prompts against a plain list of them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vllm.core.prefix_tree import PrefixTree, common_prefix_len
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "start", "want"),
+    [([], [], 0, 0), ([1], [], 0, 0), ([1, 2, 3], [1, 2, 4], 0, 2), ([1, 2], [1, 2, 3], 0, 2),
+     ([9, 1, 2], [1, 2], 1, 2), ([9, 1, 3], [1, 2], 1, 1), ([2, 1], [1, 1], 0, 0),
+     (list(range(5000)), [*range(4321), -1], 0, 4321)],
+)  # fmt: skip
+def test_common_prefix(a, b, start, want):
+    assert common_prefix_len(a, b, start) == want
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_walks_find_what_a_search_finds(seed):
+    rng = random.Random(seed)
+    tree: PrefixTree[tuple[int, ...]] = PrefixTree()
+    known: set[tuple[int, ...]] = set()
+
+    def tokens() -> list[int]:
+        return [rng.choice((1, 1, 1, 2)) for _ in range(rng.randint(1, 9))]
+
+    for _ in range(300):
+        new = tokens()
+        if rng.random() < 0.6:
+            tree.insert(new, tuple(new))
+            known.add(tuple(new))
+        elif tuple(new) in known:
+            tree.remove(new)
+            known.discard(tuple(new))
+        else:
+            with pytest.raises(KeyError):
+                tree.remove(new)
+        assert set(tree) == known and bool(tree) == bool(known)
+        asked = tokens()
+        walk = tree.walk(asked)
+        assert walk.values == sorted((k for k in known if tuple(asked[: len(k)]) == k), key=len)
+        agreement = max((common_prefix_len(asked, list(k)) for k in known), default=0)
+        assert walk.num_matched == agreement
+        if agreement:
+            assert walk.nearest in known and common_prefix_len(asked, list(walk.nearest)) == agreement
