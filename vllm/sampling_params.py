@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -43,7 +43,20 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
         disable_additional_properties: Accepted; what a schema does not name is never allowed unless it says so.
         whitespace_pattern: Not supported.
         after: The constraint begins after the first time that this text comes, anything before it is free.
+        field: The request field that it comes from; errors blame that one.
     """
+
+    PUBLIC: ClassVar[tuple[str, ...]] = (
+        "json",
+        "regex",
+        "choice",
+        "grammar",
+        "json_object",
+        "structural_tag",
+        "disable_any_whitespace",
+        "disable_additional_properties",
+        "whitespace_pattern",
+    )
 
     json: Any = None
     regex: str | None = None
@@ -55,6 +68,7 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
     after: str | None = None
+    field: str = "structured_outputs"
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):

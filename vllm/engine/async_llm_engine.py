@@ -337,7 +337,10 @@ class AsyncLLMEngine:
 
     async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
         # Several requests may wait for the same one: it goes on when one of them leaves.
-        return await asyncio.shield(asyncio.wrap_future(self._compiler.compile(wanted)))
+        try:
+            return await asyncio.shield(asyncio.wrap_future(self._compiler.compile(wanted)))
+        except VLLMValidationError as error:
+            raise VLLMValidationError(str(error).replace("structured_outputs", wanted.field, 1), wanted.field) from None
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; the engine takes note before its next step. Unknown ids are ignored."""

@@ -78,8 +78,6 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
         (["--enable-lora"], "--enable-lora"),
         (["--speculative-config", "{}"], "--speculative-config"),
         (["--speculative_config={}"], "--speculative-config"),
-        (["--tool-call-parser", "hermes"], "--tool-call-parser"),
-        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice"),
         (["--pipeline-parallel-size", "2"], "only 1 is"),
         (["--lora-modules", "a=b", "c=d"], "--lora-modules"),
         (["--port", "eighty"], "0 to 65535"),

@@ -47,6 +47,9 @@ def _check_message(where: str, message: Any) -> dict[str, Any]:
     if content is None and role in _MAY_BE_EMPTY:
         content = ""
     checked: dict[str, Any] = {"role": role, "content": _check_content(where, content)}
+    if message.get("reasoning_content") is None and message.get("reasoning") is not None:
+        # Templates read the older name.
+        message = message | {"reasoning_content": message["reasoning"]}
     for key in ("name", "tool_call_id", "reasoning_content"):
         value = message.get(key)
         if value is not None:

@@ -11,6 +11,8 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.openai.reasoning_parsers import REASONING_PARSERS
+from vllm.entrypoints.openai.tool_parsers import TOOL_PARSERS
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 
@@ -42,6 +44,7 @@ _NO_EFFECT_SWITCHES = (
     "enable-log-requests",
     "enable-mfu-metrics",
     "enable-prompt-tokens-details",
+    "enable-reasoning",
     "enable-server-load-tracking",
     "interleave-mm-strings",
     "kv-cache-metrics",
@@ -107,7 +110,6 @@ _NO_EFFECT_VALUES = (
 _UNSUPPORTED_SWITCHES = (
     "calculate-kv-scales",
     "disable-sliding-window",
-    "enable-auto-tool-choice",
     "enable-force-include-usage",
     "enable-lora",
     "enable-prompt-embeds",
@@ -154,7 +156,6 @@ _UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "pipeline-parallel-size": ("1",),
     "pooler-config": (),
     "quantization": ("none",),
-    "reasoning-parser": (),
     "rope-scaling": (),
     "rope-theta": (),
     "runner": ("auto", "generate"),
@@ -167,7 +168,6 @@ _UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "task": ("auto", "generate"),
     "tokenizer-mode": ("auto", "hf"),
     "tokenizer-revision": (),
-    "tool-call-parser": (),
     "tool-parser-plugin": (),
     "uds": (),
     "worker-cls": ("auto",),
@@ -244,6 +244,22 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--disable-uvicorn-access-log", action="store_true", help="do not log each HTTP request")
     group.add_argument("--disable-fastapi-docs", action="store_true", help="do not serve /docs and /openapi.json")
     group.add_argument("--enable-request-id-headers", action="store_true", help="answer X-Request-Id to all requests")
+    group.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="let the model call functions as it sees fit; needs --tool-call-parser",
+    )
+    group.add_argument(
+        "--tool-call-parser", choices=sorted(TOOL_PARSERS), help="how the model writes calls of functions"
+    )
+    group.add_argument(
+        "--exclude-tools-when-tool-choice-none",
+        action="store_true",
+        help='do not show tools to the model where tool_choice is "none"',
+    )
+    group.add_argument(
+        "--reasoning-parser", choices=sorted(REASONING_PARSERS), help="how the model marks what it thinks"
+    )
     group.add_argument("--response-role", default="assistant", help="role of chat answers (default: %(default)s)")
     group.add_argument(
         "--return-tokens-as-token-ids", action="store_true", help="name tokens in log-probabilities token_id:ID"
@@ -320,6 +336,18 @@ class _Unsupported(argparse.Action):
                 f"{option} {values} is not supported by this server; only {' or '.join(self._allowed)} is."
             )
         raise StartupError(f"{option} is not supported by this server; start it without.")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Checks what flags demand of each other.
+
+    Raises:
+        StartupError: naming the flags.
+    """
+    if args.enable_auto_tool_choice and args.tool_call_parser is None:
+        raise StartupError(
+            f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(sorted(TOOL_PARSERS))}."
+        )
 
 
 def _port(text: str) -> int:

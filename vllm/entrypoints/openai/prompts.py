@@ -58,11 +58,7 @@ class PromptReader:
         """
         checked = check_messages(messages)
         tools = check_tools(options.tools)
-        kwargs = self._default_kwargs | check_template_kwargs(options.chat_template_kwargs)
-        if options.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", options.reasoning_effort)
-        if options.documents is not None:
-            kwargs["documents"] = options.documents
+        kwargs = self.template_kwargs(options)
         if options.chat_template is not None and not self._trust_template:
             raise VLLMValidationError(
                 "chat_template in a request is not allowed by this server (--trust-request-chat-template allows it).",
@@ -90,6 +86,21 @@ class PromptReader:
         if must_fit:
             self.check_tokens(len(rendered.prompt_token_ids), "messages")
         return rendered
+
+    def template_kwargs(self, options: ChatOptions) -> dict[str, Any]:
+        """Variables of the chat template: the server's, the request's, and those that other fields of it set.
+
+        Raises:
+            VLLMValidationError: they are too many or too large.
+        """
+        kwargs = self._default_kwargs | check_template_kwargs(options.chat_template_kwargs)
+        if options.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", options.reasoning_effort)
+        if options.reasoning_effort == "none":
+            kwargs.setdefault("enable_thinking", False)
+        if options.documents is not None:
+            kwargs["documents"] = options.documents
+        return kwargs
 
     async def text(self, text: str, param: str, *, add_special_tokens: bool = True, must_fit: bool = True) -> list[int]:
         """Token ids of plain text; `param` is the request field that errors name."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS
+from vllm.entrypoints.openai.output_form import output_form
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import MAX_LOGIT_BIAS, RequestOutputKind, SamplingParams, check_count, check_int
@@ -35,7 +36,6 @@ _SAME_NAME = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
 )
-_STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 def sampling_params(
@@ -63,6 +63,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
+        structured_outputs=output_form(request),
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )
 
@@ -121,10 +122,6 @@ def check_generation(request: GenerationRequest) -> None:
         )
     if request.logits_processors:
         raise VLLMValidationError("logits_processors are not supported.", "logits_processors")
-    for name in _STRUCTURED:
-        if getattr(request, name) is not None:
-            raise VLLMValidationError(f"{name} is not supported: output is free text.", name)
-    _check_response_format(request.response_format)
     if request.cache_salt is not None and not 1 <= len(request.cache_salt) <= MAX_CACHE_SALT_CHARS:
         raise VLLMValidationError(
             f"cache_salt must have 1 to {MAX_CACHE_SALT_CHARS} characters, got {len(request.cache_salt)}.", "cache_salt"
@@ -135,20 +132,6 @@ def check_generation(request: GenerationRequest) -> None:
         )
     if request.priority is not None:
         check_int("priority", request.priority, -(2**31), 2**31 - 1)
-
-
-def _check_response_format(value: Any) -> None:
-    if value is None:
-        return
-    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
-        raise VLLMValidationError(
-            f'response_format must be an object with a "type", such as {{"type": "text"}}, got {snippet(value)}.',
-            "response_format",
-        )
-    if value["type"] != "text":
-        raise VLLMValidationError(
-            f'response_format supports only {{"type": "text"}}, got type {snippet(value["type"])}.', "response_format"
-        )
 
 
 def check_chat(request: ChatCompletionRequest) -> None:
@@ -162,24 +145,6 @@ def check_chat(request: ChatCompletionRequest) -> None:
         raise VLLMValidationError(
             "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
         )
-    choice = request.tool_choice
-    if choice == "none":
-        return
-    if choice is None and not request.tools:
-        return
-    if not request.tools:
-        raise VLLMValidationError("tool_choice needs tools to be set.", "tool_choice")
-    if choice in (None, "auto"):
-        raise VLLMValidationError(
-            '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set, which this server '
-            'does not support yet; send tool_choice "none" to show the tools to the model and read its answer as text.',
-            "tool_choice",
-        )
-    if choice == "required" or (isinstance(choice, dict) and choice.get("type") == "function"):
-        raise VLLMValidationError(
-            'tool_choice "required" and named functions are not supported; only "none" is.', "tool_choice"
-        )
-    raise VLLMValidationError(f'tool_choice must be "none", got {snippet(choice)}.', "tool_choice")
 
 
 def check_completion(request: CompletionRequest) -> None:

@@ -6,6 +6,7 @@ import argparse
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.anthropic.serving_messages import ServingMessages
+from vllm.entrypoints.openai.answers import AnswerReader
 from vllm.entrypoints.openai.prompts import PromptReader
 from vllm.entrypoints.openai.serving_chat import ServingChat
 from vllm.entrypoints.openai.serving_completion import ServingCompletion
@@ -25,7 +26,19 @@ class Services:
     def __init__(self, engine: AsyncLLMEngine, args: argparse.Namespace) -> None:
         self.models = ServingModels(engine.vllm_config)
         self.prompts = PromptReader(engine, args.default_chat_template_kwargs)
-        self.chat = ServingChat(engine, self.models, self.prompts, args.response_role, args.return_tokens_as_token_ids)
+        self.chat = ServingChat(
+            engine,
+            self.models,
+            self.prompts,
+            args.response_role,
+            args.return_tokens_as_token_ids,
+            AnswerReader(
+                args.tool_call_parser,
+                auto_tools=args.enable_auto_tool_choice,
+                reasoning_parser=args.reasoning_parser,
+            ),
+            args.exclude_tools_when_tool_choice_none,
+        )
         self.completion = ServingCompletion(engine, self.models, self.prompts, args.return_tokens_as_token_ids)
         self.messages = ServingMessages(self.chat, self.models, self.prompts)
         self.responses = ServingResponses(engine, self.models, self.chat)

@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.answers import (
+    AnswerDelta,
+    AnswerFormat,
+    AnswerParser,
+    AnswerReader,
+    calls_json,
+    reasoning_ended,
+    whole_calls_json,
+)
+from vllm.entrypoints.openai.cache_marks import cache_marks
 from vllm.entrypoints.openai.logprobs import chat_logprobs_json
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, prompt_logprobs_json, random_id, usage
 from vllm.entrypoints.openai.sampling import chat_logprobs, chat_max_tokens, check_chat, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, sse
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
 
 
 @dataclass
@@ -24,6 +36,7 @@ class _Call:
     Attributes:
         top_logprobs: Most likely tokens to show at each position; None for no log-probabilities.
         echoed: Text of the request's last message that the answer repeats first.
+        parsers: One a choice, which tells its reasoning, content and calls apart; None where all is content.
     """
 
     id: str
@@ -35,7 +48,13 @@ class _Call:
     as_token_ids: bool
     role: str
     echoed: str
+    format: AnswerFormat
+    parsers: list[AnswerParser | None]
     created: int = field(default_factory=now)
+
+    @property
+    def shows_reasoning(self) -> bool:
+        return self.request.include_reasoning is not False
 
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -47,6 +66,8 @@ class ServingChat:
     Args:
         response_role: `role` of answers that open a new turn.
         as_token_ids: Name tokens in log-probabilities by id unless the request says otherwise.
+        answers: How the model writes calls and reasoning.
+        hide_unused_tools: With tool_choice "none" the model does not see the tools.
     """
 
     def __init__(
@@ -56,12 +77,16 @@ class ServingChat:
         prompts: PromptReader,
         response_role: str = "assistant",
         as_token_ids: bool = False,
+        answers: AnswerReader | None = None,
+        hide_unused_tools: bool = False,
     ) -> None:
         self._engine = engine
         self._models = models
         self._prompts = prompts
         self._response_role = response_role
         self._as_token_ids = as_token_ids
+        self._answers = answers or AnswerReader()
+        self._hide_unused_tools = hide_unused_tools
         self._defaults = engine.vllm_config.model.generation_defaults
 
     async def create(self, request: ChatCompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
@@ -84,8 +109,11 @@ class ServingChat:
         max_tokens = chat_max_tokens(request, self._defaults)
         top_logprobs = chat_logprobs(request)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
+        answer_format = self._answers.format(request)
+        if answer_format.needs_special_tokens:
+            params.skip_special_tokens = False
         options = ChatOptions(
-            tools=request.tools,
+            tools=None if self._hide_unused_tools and answer_format.tools is None else request.tools,
             documents=request.documents,
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
@@ -100,6 +128,13 @@ class ServingChat:
         last = request.messages[-1]
         continues = request.continue_final_message or request.add_generation_prompt is False
         role = last["role"] if continues else self._response_role
+        ended = reasoning_ended(
+            answer_format,
+            rendered.text,
+            _last_text(last) if continues else None,
+            self._prompts.template_kwargs(options),
+        )
+        _constrain(params, answer_format, ended)
         as_token_ids = request.return_tokens_as_token_ids
         return _Call(
             id=public_id,
@@ -111,6 +146,7 @@ class ServingChat:
                 params,
                 f"{public_id}-{random_id()[:12]}",
                 num_system_tokens=rendered.num_system_tokens,
+                marks=cache_marks(rendered, request.prompt_cache_retention),
                 cache_salt=request.cache_salt,
                 priority=request.priority or 0,
             ),
@@ -119,6 +155,8 @@ class ServingChat:
             as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,
             role=role,
             echoed=_last_text(last) if request.echo and last["role"] == role else "",
+            format=answer_format,
+            parsers=[answer_format.make_parser(ended) for _ in range(params.n)],
         )
 
     def _logprobs(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
@@ -150,21 +188,27 @@ class ServingChat:
         }
 
     def _choice(self, call: _Call, output: CompletionOutput) -> dict[str, Any]:
+        parser = call.parsers[output.index]
+        answer = AnswerDelta(content=output.text) if parser is None else parser.feed(output.text, True)
+        content: str | None = call.echoed + answer.content
+        if parser is not None and not content:
+            content = None
+        reasoning = (answer.reasoning if call.shows_reasoning else "") or None
         return {
             "index": output.index,
             "message": {
                 "role": call.role,
-                "content": call.echoed + output.text,
+                "content": content,
                 "refusal": None,
                 "annotations": None,
                 "audio": None,
                 "function_call": None,
-                "tool_calls": [],
-                "reasoning": None,
-                "reasoning_content": None,
+                "tool_calls": whole_calls_json(answer.calls),
+                "reasoning": reasoning,
+                "reasoning_content": reasoning,
             },
             "logprobs": self._logprobs(call, output),
-            "finish_reason": output.finish_reason,
+            "finish_reason": call.format.finish_reason(output.finish_reason, parser.num_calls if parser else 0),
             "stop_reason": output.stop_reason,
             "token_ids": list(output.token_ids) if call.request.return_token_ids else None,
         }
@@ -231,16 +275,49 @@ class ServingChat:
         """The choice of a chunk; None while there is nothing to tell, as when a character is not complete yet."""
         logprobs = self._logprobs(call, output)
         finished = output.finish_reason is not None
-        if not output.text and logprobs is None and not finished and not call.request.return_token_ids:
+        parser = call.parsers[output.index]
+        if parser is None:
+            delta: dict[str, Any] = {"content": output.text}
+            is_empty = not output.text
+        else:
+            delta = _answer_json(parser.feed(output.text, finished), call.shows_reasoning)
+            is_empty = not delta
+        if is_empty and logprobs is None and not finished and not call.request.return_token_ids:
             return None
-        choice = _delta(output.index, {"content": output.text})
+        choice = _delta(output.index, delta)
         choice["logprobs"] = logprobs
         if call.request.return_token_ids:
             choice["token_ids"] = list(output.token_ids)
         if finished:
-            choice["finish_reason"] = output.finish_reason
+            num_calls = parser.num_calls if parser is not None else 0
+            choice["finish_reason"] = call.format.finish_reason(output.finish_reason, num_calls)
             choice["stop_reason"] = output.stop_reason
         return choice
+
+
+def _answer_json(answer: AnswerDelta, shows_reasoning: bool) -> dict[str, Any]:
+    """The `delta` of a chunk."""
+    delta: dict[str, Any] = {}
+    if answer.reasoning and shows_reasoning:
+        delta["reasoning"] = delta["reasoning_content"] = answer.reasoning
+    if answer.content:
+        delta["content"] = answer.content
+    if answer.calls:
+        delta["tool_calls"] = calls_json(answer.calls)
+    return delta
+
+
+def _constrain(params: SamplingParams, answer_format: AnswerFormat, reasoning_is_over: bool) -> None:
+    """Gives the output the form of the calls that it must make; what a form asks for begins after the reasoning."""
+    calls = answer_format.form()
+    asked = params.structured_outputs
+    if calls is not None and asked is not None and asked.field != "response_format":
+        raise VLLMValidationError(
+            f"{asked.field} cannot be combined with a tool_choice that demands calls.", asked.field
+        )
+    params.structured_outputs = form = calls or asked
+    if form is not None and answer_format.reasoning is not None and not reasoning_is_over:
+        form.after = answer_format.reasoning.end
 
 
 def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
