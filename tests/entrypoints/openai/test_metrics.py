@@ -183,7 +183,7 @@ def test_timing_is_right_under_preemption(server_factory, tiny_model_dir):
         with concurrent.futures.ThreadPoolExecutor() as pool:
             body = {"prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": True}
             answers = [
-                pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=120) for _ in "123456"
+                pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=120) for _ in range(3)
             ]
         assert {answer.result().status_code for answer in answers} == {200}
         elapsed = time.time() - started
