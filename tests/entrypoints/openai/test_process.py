@@ -138,7 +138,13 @@ def test_the_api_key_guards_the_running_server(start):
     for path in ("/v1/models", "/v1/system_prompts", "/docs", "/openapi.json", "/load", "/nothing"):
         assert httpx.get(f"{server.url}{path}").status_code == 401
         assert httpx.get(f"{server.url}{path}", headers={"Authorization": "Bearer three"}).status_code == 401
-    assert httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer two"}).status_code == 200
+    one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+    assert httpx.get(f"{server.url}/v1/models", headers=two).status_code == 200
+    body = {"input": "Hello", "max_output_tokens": 1}
+    response = httpx.post(f"{server.url}/v1/responses", json=body, headers=one, timeout=60).json()
+    assert httpx.get(f"{server.url}/v1/responses/{response['id']}", headers=one).status_code == 200
+    for method in ("GET", "DELETE"):
+        assert httpx.request(method, f"{server.url}/v1/responses/{response['id']}", headers=two).status_code == 404
 
 
 def test_development_routes_open_in_development_mode(start):

@@ -96,8 +96,12 @@ def read_conversation(request: CountTokensRequest) -> Conversation:
         for converted in _message(f"messages[{i}]", message):
             _append(messages, converted)
     for message in messages:
-        message["content"] = message["content"] or ""
+        parts = message["content"]
+        if isinstance(parts, list) and len(parts) < 2:
+            message["content"] = parts[0]["text"] if parts else ""
+            message |= _cache_control(*parts)
     last = messages[-1]
+    last |= _cache_control({"cache_control": request.cache_control})
     return Conversation(
         messages=messages,
         tools=_tools(request.tools),
@@ -113,6 +117,7 @@ def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
         messages.append(message)
         return
     last["content"] = last["content"] + message["content"]
+    last |= _cache_control(message)
     for key in ("tool_calls", "reasoning_content"):
         if key in message:
             last[key] = last[key] + message[key] if key in last else message[key]
@@ -155,7 +160,7 @@ def _user_messages(blocks: list[tuple[str, dict[str, Any]]]) -> Iterator[dict[st
             "role": "tool",
             "tool_call_id": call_id,
             "content": "\n".join(_text_part(at, part)["text"] for at, part in content),
-        }
+        } | _cache_control(*(part for _, part in content), block)
     if parts:
         yield {"role": "user", "content": parts}
 
@@ -173,7 +178,9 @@ def _assistant_message(blocks: list[tuple[str, dict[str, Any]]]) -> dict[str, An
             parts.append(_text_part(where, block))
     message: dict[str, Any] = {"role": "assistant", "content": parts}
     if calls:
-        message["tool_calls"] = calls
+        message |= {"tool_calls": calls} | _cache_control(
+            *(block for _, block in blocks if block["type"] == "tool_use")
+        )
     if reasoning:
         message["reasoning_content"] = reasoning
     return message
@@ -224,7 +231,13 @@ def _text_part(where: str, block: dict[str, Any]) -> dict[str, Any]:
             f"{where} has type {snippet(block['type'])}, which cannot be used there; this model reads only text.",
             _param(where),
         )
-    return {"type": "text", "text": _string(f"{where}.text", block.get("text"))}
+    return {"type": "text", "text": _string(f"{where}.text", block.get("text"))} | _cache_control(block)
+
+
+def _cache_control(*blocks: dict[str, Any]) -> dict[str, Any]:
+    """The mark of the last of these blocks that has one; the chat path knows it by the same name."""
+    marks = [block["cache_control"] for block in blocks if block.get("cache_control") is not None]
+    return {"cache_control": marks[-1]} if marks else {}
 
 
 def _string(where: str, value: Any) -> str:
@@ -260,7 +273,7 @@ def _tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
             function["description"] = _string(f"{where}.description", tool["description"])
         if tool.get("strict") is not None:
             function["strict"] = tool["strict"]
-        converted.append({"type": "function", "function": function})
+        converted.append({"type": "function", "function": function} | _cache_control(tool))
     return converted
 
 
@@ -324,7 +337,8 @@ def _output_config(config: dict[str, Any]) -> dict[str, Any]:
 def check_cache_control(request: CountTokensRequest) -> None:
     """Checks the cache breakpoints of a request.
 
-    They do not change what is pinned: that is the system part, tools included, of every chat.
+    What they mark is pinned as the operator allows (--system-prompt-markers); the system part of a chat, tools
+    included, is pinned anyway.
 
     Raises:
         VLLMValidationError: There are too many of them, or one is malformed.

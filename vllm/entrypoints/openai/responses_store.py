@@ -66,14 +66,20 @@ class StoredResponse:
         response: The response object; grows until the response has ended.
         messages: Its input, and its answer once that is complete, as chat messages; without instructions.
         run: The background work that makes it, or made it; None for one that a client waited for.
+        tenant: Whose it is, where the server has several API keys.
     """
 
     def __init__(
-        self, response: dict[str, Any], messages: list[dict[str, Any]], run: BackgroundRun | None = None
+        self,
+        response: dict[str, Any],
+        messages: list[dict[str, Any]],
+        run: BackgroundRun | None = None,
+        tenant: str | None = None,
     ) -> None:
         self.response = response
         self.messages = messages
         self.run = run
+        self.tenant = tenant
 
     @property
     def id(self) -> str:

@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.tenant import current_tenant
 from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
 from vllm.entrypoints.openai.errors import ApiError, describe
 from vllm.entrypoints.openai.json_body import snippet
@@ -204,7 +205,7 @@ class ServingResponses:
             messages = [*previous.messages, *messages]
         if request.background and request.store is False:
             raise VLLMValidationError("background needs store to be true: it is how the response is read.", "store")
-        return StoredResponse(self._response(request), messages)
+        return StoredResponse(self._response(request), messages, tenant=current_tenant.get())
 
     def _response(self, request: ResponsesRequest) -> dict[str, Any]:
         def default(name: str) -> Any:
@@ -361,7 +362,7 @@ class ServingResponses:
 
     def _get(self, response_id: str, param: str = "response_id") -> StoredResponse:
         stored = self._store.get(response_id)
-        if stored is None:
+        if stored is None or stored.tenant != current_tenant.get():
             raise ApiError(404, f"There is no response {snippet(response_id)}, or it was forgotten.", param)
         return stored
 

@@ -1,0 +1,89 @@
+"""Client libraries that people have on top of the official SDKs, against the real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from langchain_core.messages import HumanMessage, SystemMessage
+from langchain_openai import ChatOpenAI
+
+SYSTEM = "You are the guide of a cave, who answers in one short sentence."
+QUESTION = "How deep is the cave?"
+
+# Run with litellm ahead of everything else on the path, since it needs another release of the OpenAI SDK.
+LITELLM_SCRIPT = """
+import json, sys
+import litellm
+url, model = sys.argv[1:3]
+asked = {"messages": json.loads(sys.argv[3]), "max_tokens": 6, "temperature": 0, "api_key": "EMPTY"}
+openai = {"model": f"hosted_vllm/{model}", "api_base": f"{url}/v1", **asked}
+whole = litellm.completion(**openai)
+parts = list(litellm.completion(**openai, stream=True))
+anthropic = litellm.completion(model=f"anthropic/{model}", api_base=url, **asked)
+print(json.dumps({
+    "whole": whole.choices[0].message.content,
+    "streamed": "".join(part.choices[0].delta.content or "" for part in parts),
+    "anthropic": anthropic.choices[0].message.content,
+    "cached": [answer.usage.prompt_tokens_details.cached_tokens for answer in (whole, anthropic)],
+}))
+"""
+
+
+@pytest.fixture(scope="session")
+def litellm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("litellm")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "litellm"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.skip(f"pip cannot fetch litellm: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+    return folder
+
+
+def langchain_model(server, **fields) -> ChatOpenAI:
+    return ChatOpenAI(
+        base_url=f"{server.url}/v1", api_key="EMPTY", model=server.model, temperature=0, max_retries=0, **fields
+    )
+
+
+def test_langchain_chats(server):
+    model = langchain_model(server, max_tokens=6, stream_usage=True)
+    messages = [SystemMessage(SYSTEM), HumanMessage(QUESTION)]
+    answer = model.invoke(messages)
+    assert answer.content
+    chunks = list(model.stream(messages))
+    assert "".join(chunk.text for chunk in chunks) == answer.content
+    seen = chunks[0]
+    for chunk in chunks[1:]:
+        seen += chunk
+    assert seen.usage_metadata["output_tokens"] == answer.usage_metadata["output_tokens"]
+    assert seen.usage_metadata["input_token_details"]["cache_read"] > 0
+
+
+def test_langchain_uses_the_responses_api(server):
+    model = langchain_model(server, use_responses_api=True, max_tokens=6)
+    first = model.invoke([SystemMessage(SYSTEM), HumanMessage(QUESTION)])
+    assert first.text
+    going_on = model.invoke([HumanMessage("And how wide?")], previous_response_id=first.response_metadata["id"])
+    assert going_on.usage_metadata["input_tokens"] > first.usage_metadata["input_tokens"]
+    chunks = list(model.stream([SystemMessage(SYSTEM), HumanMessage(QUESTION)]))
+    assert "".join(chunk.text for chunk in chunks) == first.text
+
+
+@pytest.mark.nightly
+def test_litellm_speaks_both_dialects(server, litellm_dir):
+    messages = [{"role": "system", "content": SYSTEM * 8}, {"role": "user", "content": QUESTION}]
+    done = subprocess.run(
+        [sys.executable, "-c", LITELLM_SCRIPT, server.url, server.model, json.dumps(messages)],
+        env={"PYTHONPATH": str(litellm_dir), "PATH": "/usr/bin:/bin", "LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["whole"] == seen["streamed"] == seen["anthropic"]
+    assert seen["cached"][1] > 0
