@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
+from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
 from vllm.inputs import CacheMark
@@ -112,15 +113,22 @@ class Machine(RuleBasedStateMachine):
             BLOCK,
             on_release=lambda e: self.blocks.give_back(e.start, e.num_blocks),
             clock=lambda: self.now,
+            tiers=self.make_tiers(),
         )
         config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=max(batched, seqs))
         self.scheduler = Scheduler(config, self.blocks, self.pool, MAX_LEN, eos_token_ids=(99,))
-        self.device = Device()
+        self.device = self.make_device()
         self.depth = depth
         self.drawn: list[list[int]] = []
         self.next_id = 0
         self.requests: dict[str, int] = {}
         self.computed: dict[str, int] = {}
+
+    def make_tiers(self):
+        return PromptTiers()
+
+    def make_device(self):
+        return Device()
 
     @rule(
         prompt=st.sampled_from([*PROMPTS, None]),
@@ -219,7 +227,7 @@ class Machine(RuleBasedStateMachine):
         assert sum(plan.counts) <= self.scheduler.config.max_num_batched_tokens + len(plan.counts)
         assert len(plan.rows) == len(set(plan.rows)) <= self.scheduler.config.max_num_seqs
         for prompt in self.pool.prompts():
-            if prompt.id in before:
+            if prompt.id in before and prompt.state == "pinned":
                 assert prompt.extent == before[prompt.id], "a pinned extent never moves"
         if plan.chunk is not None:
             key = plan.chunk.prompt_id

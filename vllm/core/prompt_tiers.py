@@ -171,6 +171,8 @@ class PromptTiers:
 
         Returns the prompts whose extents need not stay any longer for a save.
         """
+        # What this plan still copies is dropped by the next one.
+        plan.dropped, self._dropped = self._dropped, []
         left = self.busy_blocks if is_busy else self.idle_blocks
         left -= sum(transfer.count for transfer in plan.transfers)
         saved: list[PinnedPrompt] = []
@@ -188,7 +190,6 @@ class PromptTiers:
                 saved.append(self._saves.popleft())
                 self._end_save(prompt, image)
         plan.jobs, self._jobs = self._jobs, []
-        plan.dropped, self._dropped = self._dropped, []
         self._plan_look(plan)
         return saved
 

@@ -1,0 +1,148 @@
+"""Random histories with a host tier and snapshots: the same invariants, and no byte of a prompt is ever another's.
+
+Work on snapshots ends whenever it likes, and loads may find damage. An image or an extent that was given away too early
+shows as KV of another context.
+"""
+
+import random
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant
+
+from tests.core.test_scheduler_state_machine import _EXAMPLES, BLOCK, MAX_LEN, PROMPTS, Device, Machine, _settings
+from vllm.core.pinned_prompt import prompt_id
+from vllm.core.prompt_tiers import PromptTiers
+from vllm.step import EndedJob
+from vllm.system_prompt_store import SnapshotRecord
+
+
+class TieredDevice(Device):
+    """A rank that also has a host and a disk. Copies are seen from the next step on; a job works when it ends."""
+
+    def __init__(self, rng: random.Random, disk: dict[str, list]) -> None:
+        super().__init__()
+        self.rng = rng
+        self.disk = disk
+        self.host: dict[object, object] = {}
+        self.jobs: list = []
+
+    def run(self, plan, token, heads) -> list[int]:
+        for image in plan.dropped:
+            for i in range(image.num_blocks):
+                self.host.pop(self.place(image, i), None)
+        copies = [(t, i) for t in plan.transfers for i in range(t.first, t.first + t.count)]
+        moves = dict(plan.moves)
+        saved = {(t.image.prompt_id, i): self.block(t.start_block + i) for t, i in copies if t.to_host and not moves}
+        drawn = super().run(plan, token, heads)
+        for transfer, i in copies:
+            place = self.place(transfer.image, i)
+            if transfer.to_host:
+                content = self.block(transfer.start_block + i)
+                assert saved.get((transfer.image.prompt_id, i), content) == content, "changed while it was copied"
+                self.host[place] = content
+            else:
+                for offset, slot in enumerate(self.host[place]):
+                    self.slots[transfer.start_block + i, offset] = slot
+        self.jobs += plan.jobs
+        return drawn
+
+    def block(self, block: int) -> list:
+        return [self.slots.get((block, offset)) for offset in range(BLOCK)]
+
+    @staticmethod
+    def place(image, i: int) -> object:
+        return (image.prompt_id, i) if image.start is None else image.start + i
+
+    def end_one(self) -> EndedJob:
+        job = self.jobs.pop(0)
+        key, outcome = job.record.prompt_id, "ok"
+        if job.op == "save":
+            content = [self.host[self.place(job.image, i)] for i in range(job.image.num_blocks)]
+            if self.rng.random() < 0.2:
+                outcome = "error"
+            else:
+                self.disk[key] = content
+        elif job.op == "delete":
+            outcome = "ok" if self.disk.pop(key, None) else "missing"
+        elif job.op == "load":
+            content = self.disk.get(key)
+            outcome = "missing" if content is None else "damaged" if self.rng.random() < 0.3 else "ok"
+            for i in range(job.image.num_blocks):
+                garbage = [(-1, -1)] * BLOCK
+                self.host[self.place(job.image, i)] = content[i] if outcome == "ok" else garbage
+            if outcome == "damaged":
+                del self.disk[key]
+        return EndedJob(job.op, key, outcome)
+
+
+def snapshot(tokens: list[int]) -> tuple[SnapshotRecord, list]:
+    """A snapshot that an earlier run has left."""
+    count = -(-len(tokens) // BLOCK)
+    slots = [(token, i) for i, token in enumerate(tokens)] + [None] * (count * BLOCK - len(tokens))
+    record = SnapshotRecord(prompt_id(tokens), tokens, 0, count, "automatic")
+    return record, [slots[i * BLOCK : (i + 1) * BLOCK] for i in range(count)]
+
+
+class TieredMachine(Machine):
+    @initialize(
+        extra=st.integers(0, 40),
+        budget=st.integers(0, 40),
+        caching=st.booleans(),
+        seqs=st.integers(1, 5),
+        batched=st.integers(5, 40),
+        mode=st.sampled_from(["auto", "auto", "auto", "declared"]),
+        depth=st.sampled_from([1, 2]),
+        markers=st.sampled_from(["off", "soft", "hard"]),
+        ttl=st.sampled_from([None, None, 20.0]),
+        host=st.sampled_from([0, 5, 12, 30]),
+        keeps=st.booleans(),
+        stored=st.sets(st.integers(0, len(PROMPTS) - 1)),
+        slices=st.sampled_from([(1, 2), (3, 3), (1, 100)]),
+        seed=st.integers(0, 2**20),
+    )
+    def start(
+        self, extra, budget, caching, seqs, batched, mode, depth, markers, ttl, host, keeps, stored, slices, seed
+    ):
+        self.rng = random.Random(seed)
+        found = [snapshot(list(PROMPTS[i])) for i in stored] if keeps else []
+        self.disk = {record.prompt_id: content for record, content in found}
+        self.tiers = PromptTiers(host, keeps, [r for r, _ in found], *slices, clock=lambda: self.now)
+        super().start(extra, budget, caching, seqs, batched, mode, 8, depth, False, markers, ttl)
+
+    def make_tiers(self):
+        return self.tiers
+
+    def make_device(self):
+        return TieredDevice(self.rng, self.disk)
+
+    def one_step(self, token):
+        super().one_step(token)
+        while self.device.jobs and self.rng.random() < 0.6:
+            self.tiers.end_jobs([self.device.end_one()])
+
+    @invariant()
+    def host_is_bounded(self):
+        assert self.tiers.host.pinned_blocks <= self.tiers.host.num_blocks
+
+    def teardown(self):
+        super().teardown()
+        if not hasattr(self, "tiers"):
+            return
+        self.one_step(10)
+        while self.device.jobs:
+            self.tiers.end_jobs([self.device.end_one()])
+        assert self.tiers.host.pinned_blocks == 0
+        self.one_step(10)
+        assert not self.device.host or all(isinstance(place, int) for place in self.device.host), "an image was left"
+        assert not self.tiers.has_work and MAX_LEN
+
+
+class TestTiers(TieredMachine.TestCase):
+    settings = settings(max_examples=_EXAMPLES or 60, stateful_step_count=40, **_settings)
+
+
+@pytest.mark.nightly
+class TestTiersLong(TieredMachine.TestCase):
+    settings = settings(max_examples=_EXAMPLES or 2000, stateful_step_count=80, **_settings)
