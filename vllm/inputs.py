@@ -30,4 +30,19 @@ class CacheMark:
     ttl: float | None = None
 
 
+@dataclass(frozen=True)
+class Breakpoint:
+    """A `CacheMark` in a chat that is not rendered yet.
+
+    Attributes:
+        message: Index of the message that it is in; None for the end of the tools.
+        parts: How many content parts of that message come before it; None for all of the message.
+        ttl: As of `CacheMark`.
+    """
+
+    message: int | None
+    parts: int | None
+    ttl: float | None = None
+
+
 PromptType = str | list[int] | TextPrompt | TokensPrompt

@@ -8,7 +8,7 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import date
@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import Breakpoint, CacheMark
 from vllm.logger import init_logger
 from vllm.transformers_utils.control_tokens import ControlTokens
 from vllm.transformers_utils.tokenizer import Tokenizer
@@ -50,11 +51,13 @@ class RenderedChat:
         num_system_tokens: How many of them, from the first on, belong to the system part; None if there is no system
             part or its end is not certain.
         text: What the chat template wrote.
+        marks: Ends of the prefixes that breakpoints of the chat mark, as far as they are certain.
     """
 
     prompt_token_ids: list[int]
     num_system_tokens: int | None
     text: str
+    marks: tuple[CacheMark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class ChatRenderer:
         template_kwargs: dict[str, Any] | None = None,
         chat_template: str | None = None,
         add_special_tokens: bool = False,
+        breakpoints: Sequence[Breakpoint] = (),
     ) -> RenderedChat:
         """Renders and encodes a chat.
 
@@ -126,6 +130,7 @@ class ChatRenderer:
             template_kwargs: Further variables of the template.
             chat_template: Template source for this chat alone.
             add_special_tokens: Also add what the tokenizer adds to plain text; templates write it themselves.
+            breakpoints: Places in the chat whose positions in the prompt are asked for.
 
         Raises:
             VLLMValidationError: there is no template, the messages are malformed, or the template refuses them.
@@ -148,7 +153,9 @@ class ChatRenderer:
             add_special_tokens=add_special_tokens,
         )
         text, ids = self._encode(chat)
-        return RenderedChat(ids, self._num_system_tokens(chat, ids), text)
+        system = self._num_system_tokens(chat, ids)
+        marks = [CacheMark(self._position(chat, messages, ids, system, b), b.ttl) for b in breakpoints]
+        return RenderedChat(ids, system, text, tuple(mark for mark in marks if mark.num_tokens))
 
     def system_prefix(
         self,
@@ -227,6 +234,35 @@ class ChatRenderer:
             return None
         return size
 
+    def _position(
+        self, chat: _Chat, messages: list[dict[str, Any]], ids: list[int], system: int | None, place: Breakpoint
+    ) -> int:
+        """How many tokens of the prompt `ids` come before a place in its chat; 0 if that is not certain.
+
+        They are the tokens that the prompt shares with prompts of the same chat up to there which go on differently.
+        """
+        head = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
+        if place.message is not None and place.message == head - 1:
+            content = messages[place.message]["content"]
+            if place.parts is None or place.parts == len(content):
+                return system or 0
+        marked = None if place.message is None else messages[place.message]
+        variants = [_cut(chat, place, marked, probe, has_system=head > 0) for probe in _PROBES[:2]]
+        try:
+            key = _digest(variants[0])
+        except (TypeError, ValueError, RecursionError):
+            return 0
+        shared = self._boundaries.get(key, lambda: self._shared(variants))
+        return len(_common_prefix([ids, list(shared)]))
+
+    def _shared(self, variants: list[_Chat]) -> array[int]:
+        """Token ids that all of these chats' prompts start with; empty if the template refuses one of them."""
+        try:
+            return _common_prefix([self._encode(variant)[1] for variant in variants])
+        except VLLMValidationError as error:
+            logger.debug("No end of a marked prefix: %s", error)
+            return array("q")
+
     def _boundary(self, chat: _Chat) -> array[int]:
         """Token ids of a chat's system part; empty if there is none or its end is not certain."""
         count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
@@ -266,6 +302,27 @@ class ChatRenderer:
 
         takes_parts = shows([{"type": "text", "text": "Content"}])
         return replace(template, takes_text=shows("Content") or not takes_parts, takes_parts=takes_parts)
+
+
+def _cut(chat: _Chat, place: Breakpoint, marked: dict[str, Any] | None, probe: str, *, has_system: bool) -> _Chat:
+    """The chat up to a place in the message `marked`, where it goes on with `probe`."""
+    template = chat.template
+    said = _normalise({"role": "user", "content": probe}, template)
+    if marked is None:
+        system = [_normalise({"role": "system", "content": probe}, template)] if has_system else []
+        messages = [*system, said]
+    else:
+        messages = chat.messages[: place.message]
+        if marked["role"] in ("user", *_SYSTEM_ROLES):
+            content = marked["content"]
+            longer = content + probe if isinstance(content, str) else [*content[: place.parts], _text(probe)]
+            marked = marked | {"content": longer}
+        messages = [*messages, _normalise(marked, template), *([] if marked["role"] == "user" else [said])]
+    return replace(chat, messages=messages, add_generation_prompt=True, continue_final_message=False)
+
+
+def _text(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
 
 
 class _BoundaryCache:

@@ -46,7 +46,7 @@ def _check_message(where: str, message: Any) -> dict[str, Any]:
     content = message.get("content")
     if content is None and role in _MAY_BE_EMPTY:
         content = ""
-    checked: dict[str, Any] = {"role": role, "content": _check_content(where, content)}
+    checked: dict[str, Any] = {"role": role, "content": _check_content(where, content)} | _cache_control(message)
     if message.get("reasoning_content") is None and message.get("reasoning") is not None:
         # Templates read the older name.
         message = message | {"reasoning_content": message["reasoning"]}
@@ -64,14 +64,23 @@ def _check_message(where: str, message: Any) -> dict[str, Any]:
     return checked
 
 
-def _check_content(where: str, content: Any) -> str | list[dict[str, str]]:
+def _check_content(where: str, content: Any) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise VLLMValidationError(
             f"{where}.content must be a string or a list of text parts, got {snippet(content)}.", "messages"
         )
-    return [{"type": "text", "text": _part_text(f"{where}.content[{i}]", part)} for i, part in enumerate(content)]
+    return [
+        {"type": "text", "text": _part_text(f"{where}.content[{i}]", part)} | _cache_control(part)
+        for i, part in enumerate(content)
+    ]
+
+
+def _cache_control(marked: Any) -> dict[str, Any]:
+    """The mark of a message or part, if it has one; `cache_marks` reads it."""
+    mark = marked.get("cache_control") if isinstance(marked, dict) else None
+    return {} if mark is None else {"cache_control": mark}
 
 
 def _part_text(where: str, part: Any) -> str:

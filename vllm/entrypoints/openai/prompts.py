@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.cache_marks import take_breakpoints
 from vllm.entrypoints.openai.chat_messages import check_messages, check_template_kwargs, check_tools, count_chars
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.exceptions import VLLMValidationError
@@ -56,8 +57,7 @@ class PromptReader:
         Raises:
             VLLMValidationError: A field is wrong, the template refuses the messages, or they are too long.
         """
-        checked = check_messages(messages)
-        tools = check_tools(options.tools)
+        checked, tools, breakpoints = take_breakpoints(check_messages(messages), check_tools(options.tools))
         kwargs = self.template_kwargs(options)
         if options.chat_template is not None and not self._trust_template:
             raise VLLMValidationError(
@@ -82,6 +82,7 @@ class PromptReader:
             template_kwargs=kwargs or None,
             chat_template=options.chat_template,
             add_special_tokens=bool(options.add_special_tokens),
+            breakpoints=breakpoints if must_fit else (),
         )
         if must_fit:
             self.check_tokens(len(rendered.prompt_token_ids), "messages")

@@ -48,6 +48,8 @@ class GenerationRequest(ApiModel):
     request_id: str | None = None
     priority: int | None = None
     cache_salt: str | None = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
 
     n: int | None = None
     best_of: int | None = None
@@ -114,8 +116,6 @@ class ChatCompletionRequest(GenerationRequest):
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
 
 
 class CompletionRequest(GenerationRequest):
