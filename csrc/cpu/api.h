@@ -97,6 +97,7 @@ struct Buffers {
   float* qkv;
   // Results of attention units: [row][head_dim] unnormalised sums, bases and sums of weights.
   float *sums, *bases, *totals;
+  int64_t* indices;
   uint16_t* panels;  // [threads][panel_size]: int8 weights made bfloat16
   int64_t panel_size;
 };
@@ -109,6 +110,9 @@ struct Kernels {
                  float* out);
   void (*swiglu)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
                  float* out);
+  // out [rows]: column of the highest
+  void (*most_likely)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
+                      int64_t* out);
   void (*rms_norm)(Team&, int, const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out);
   // q [num_tokens][heads][D], turned, neither scaled nor narrowed
   void (*rope_and_write)(Team&, int, const Stack&, const Batch&, const float* qkv, void* k_cache, void* v_cache,

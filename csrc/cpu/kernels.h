@@ -274,6 +274,20 @@ struct Accumulate {
   }
 };
 
+// Keeps the highest of each piece alone, and its column, the first of equals.
+struct Highest {
+  float* values;      // [rows][pieces]
+  int64_t* indices;
+  int64_t pieces;
+  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
+    const float* top = std::max_element(block, block + width);
+    const int64_t at = row * pieces + column / width_of_piece;
+    values[at] = *top;
+    indices[at] = column + (top - block);
+  }
+  static constexpr int64_t width_of_piece = 64;
+};
+
 // Columns alternate, 16 of the gate and 16 of the up projection; writes silu(gate) · up.
 template <class A>
 struct SiluMul {
@@ -291,6 +305,7 @@ struct SiluMul {
 
 // A unit of work is 64 columns of up to kUnitRows rows: its weights stay in the second-level cache while the rows pass.
 constexpr int64_t kUnitTiles = 4;
+static_assert(Highest::width_of_piece == kUnitTiles * kLanes);
 constexpr int64_t kUnitRows = 192;
 
 template <class Kind, class Epilogue>
@@ -741,7 +756,22 @@ void enter_attention(Team& team, int index, const Stack& stack, const Batch& bat
   });
 }
 
-constexpr Kernels kKernels = {enter_stack,    enter_linear,         enter_swiglu,
+void enter_most_likely(Team& team, int index, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
+                       int32_t arithmetic, int64_t* out) {
+  Member member(team, index);
+  const Highest highest{buffers.bases, buffers.indices, ceil_div(w.n, kUnitTiles * kLanes)};
+  with_kind(w.format, arithmetic, [&](auto kind) {
+    using Kind = decltype(kind);
+    const auto* a = converted<typename Kind::A>(member, x, rows, w.k, buffers);
+    linear<Kind>(member, buffers, a, w.k, rows, w, highest);
+  });
+  member.for_each(rows, [&](int64_t row) {
+    const float* values = highest.values + row * highest.pieces;
+    out[row] = highest.indices[row * highest.pieces + (std::max_element(values, values + highest.pieces) - values)];
+  });
+}
+
+constexpr Kernels kKernels = {enter_stack,    enter_linear,         enter_swiglu,    enter_most_likely,
                               enter_rms_norm, enter_rope_and_write, enter_attention};
 
 }  // namespace

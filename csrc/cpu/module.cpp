@@ -83,7 +83,7 @@ class Memory {
 };
 
 struct Workspace {
-  Memory x, q, attended, inner, qkv, sums, bases, totals, panels;
+  Memory x, q, attended, inner, qkv, sums, bases, totals, indices, panels;
   std::vector<AttentionUnit> units;
   std::vector<int64_t> parts_of, parts;
 };
@@ -240,6 +240,20 @@ EXPORT void vsp_swiglu(const float* x, int64_t rows, const Matrix* w, float* out
 EXPORT void vsp_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out,
                          int32_t threads) {
   run_team(threads, [&](Team& team, int index) { kernels->rms_norm(team, index, x, rows, size, weight, eps, out); });
+}
+
+// x [rows][k] → out [rows], the column of each row's highest of x Wᵀ + b, the first of equals
+EXPORT void vsp_most_likely(const float* x, int64_t rows, const Matrix* w, int64_t* out, int32_t arithmetic,
+                            int32_t threads) {
+  Workspace& memory = workspace;
+  Buffers buffers{};
+  buffers.x = memory.x.take<float>(rows * w->k);
+  buffers.bases = memory.bases.take<float>(rows * ceil_div(w->n, 64));
+  buffers.indices = memory.indices.take<int64_t>(rows * ceil_div(w->n, 64));
+  reserve_panels(memory, buffers, w->k, threads);
+  run_team(threads, [&](Team& team, int index) {
+    kernels->most_likely(team, index, x, rows, *w, buffers, arithmetic, out);
+  });
 }
 
 // qkv [num_tokens][(heads + 2 KVH) D] → K and V in their slots, q [num_tokens][heads][D]; all are turned by position.

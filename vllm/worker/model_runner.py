@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, vocab_size, device)
         # One row more than sequences, for the padding of captured steps.
         self.token_ids = torch.zeros((max_num_seqs + 1, max_model_len + 1), dtype=torch.int64, device=device)
+        # Where the device is the host, small inputs are worked out by numpy, at a quarter of what torch takes for them.
+        on_host = device.type == "cpu"
+        self._tokens: Any = self.token_ids.numpy() if on_host else self.token_ids
+        self._tables: Any = cache.block_tables.numpy() if on_host else cache.block_tables
         self._prefix: list[tuple[PrefixExtent, ...]] = [()] * max_num_seqs
         self._prefix_len = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
@@ -180,19 +184,20 @@ class ModelRunner:
             groups = self._groups(plan.rows, plan.counts)
             hidden = graphs.mixed(token_rows, token_positions, token_own, sequences, groups)
             return self._sample(plan, hidden, rows, starts + counts, ends)
-        row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
+        row_index, positions, own = self._placed(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
-        slot_mapping = self.cache.block_tables[row_index, own // block_size] * block_size + own % block_size
+        slot_mapping = self._tables[row_index, own // block_size] * block_size + own % block_size
         num_columns = -(-int(context_lens.max()) // block_size)
         metadata = AttentionMetadata(
-            slot_mapping=slot_mapping,
-            block_tables=self.cache.block_tables[self._to_device(rows), :num_columns],
+            slot_mapping=torch.as_tensor(slot_mapping),
+            block_tables=torch.as_tensor(self._tables[self._placed(rows), :num_columns]),
             query_lens=plan.counts,
             context_lens=context_lens.tolist(),
             groups=self._groups(plan.rows, plan.counts),
             block_size=block_size,
         )
-        hidden = self._forward(self.token_ids[row_index, positions], positions, metadata)
+        token_ids = torch.as_tensor(self._tokens[row_index, positions])
+        hidden = self._forward(token_ids, torch.as_tensor(positions), metadata)
         return self._sample(plan, hidden, rows, starts + counts, ends)
 
     def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Callable[[], StepResult]:
@@ -245,11 +250,16 @@ class ModelRunner:
         drawn = torch.empty(0, dtype=torch.int64)
         logprobs: LogprobTensors | None = None
         if len(picked):
-            logits = self.model.logits(hidden[self._to_device(ends[picked] - 1)]).float()
+            if len(picked) < len(hidden):
+                hidden = hidden[self._to_device(ends[picked] - 1)]
             rows, num_tokens = rows[picked], num_tokens[picked]
             masks = self._token_masks(plan, picked)
-            drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids, masks)
-            self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
+            if masks is None and self.sampler.takes_most_likely(rows):
+                drawn = self.model.most_likely(hidden)
+            else:
+                logits = self.model.logits(hidden).float()
+                drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids, masks)
+            self._tokens[self._placed(rows), self._placed(num_tokens)] = drawn
         return self._results(plan, picked, drawn, logprobs, prompt_logprobs)
 
     def _token_masks(self, plan: StepPlan, picked: np.ndarray) -> TokenMasks | None:
@@ -322,6 +332,10 @@ class ModelRunner:
                 wants = [int(self._num_prompt_logprobs[row])] * (b - a)
                 found[i].append(LogprobTensors.at(logprobs, tokens, wants, [0] * (b - a)))
         return found
+
+    def _placed(self, values: np.ndarray) -> Any:
+        """Index arrays for `_tokens` and `_tables`."""
+        return values if self.device.type == "cpu" else self._to_device(values)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(values)

@@ -135,6 +135,9 @@ class PackedLlama:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return cpu_kernels.linear(hidden.contiguous(), self._head, self._arithmetic)
 
+    def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
+        return cpu_kernels.most_likely(hidden.contiguous(), self._head, self._arithmetic)
+
 
 class LlamaForCausalLM(nn.Module):
     """Token ids → hidden states → logits.
@@ -168,8 +171,13 @@ class LlamaForCausalLM(nn.Module):
 
         Args:
             int8: Quantise every matrix.
+
+        Raises:
+            StartupError: `int8`, and the network would stay as it is.
         """
         misfit = "it is split over ranks" if self.tp.world_size > 1 else PackedLlama.misfit(self)
+        if misfit is not None and int8:
+            raise StartupError(f"--quantization int8_cpu cannot serve this model: {misfit}.")
         if misfit is not None:
             logger.warning("The compiled CPU kernels compute only the attention of this model: %s.", misfit)
             return
@@ -194,6 +202,12 @@ class LlamaForCausalLM(nn.Module):
         if self._packed is not None:
             return self._packed.logits(hidden)
         return self.lm_head.logits(hidden)
+
+    def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] → token id of the highest score, the first of equals; int64 [R]."""
+        if self._packed is not None:
+            return self._packed.most_likely(hidden)
+        return self.logits(hidden).float().argmax(dim=-1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Takes the checkpoint's tensors, by their Hugging Face names.

@@ -239,6 +239,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
+def most_likely(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
+    """`argmax(x Wᵀ + b)`, the first of equals, whose products never go through memory: float32 [R, K] → int64 [R]."""
+    out = torch.empty(x.shape[0], dtype=torch.int64)
+    _kernels().vsp_most_likely(
+        _address(x), c_int64(x.shape[0]), byref(weight.struct), _address(out), c_int32(arithmetic), _threads()
+    )
+    return out
+
+
 def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor, block_size: int) -> None:
     """Copies blocks of `block_size` rows of `cache`: int64 `pairs` [P, 2] of (from, to); all are read before any is
     written."""
