@@ -94,6 +94,14 @@ def server(server_factory: ServerFactory, default_model_path: str) -> ServerProc
 
 
 @pytest.fixture(scope="session")
+def tools_server(server_factory: ServerFactory, default_model_path: str) -> ServerProcess:
+    """Like `server`, but it tells tool calls and reasoning from the rest of an answer."""
+    parsers = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
+    size = ["--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024"]
+    return server_factory(*parsers, *size)
+
+
+@pytest.fixture(scope="session")
 def hf_model_dir(default_model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model as a Hugging Face directory: weights dequantised to float32, tokenizer, chat template."""
     import torch
