@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import threading
-from array import array
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from typing import Any
@@ -413,7 +412,7 @@ def test_simultaneous_requests_probe_once(tokenizer: Tokenizer, monkeypatch: pyt
     renderer = ChatRenderer(tokenizer)
     probe, calls, first = renderer._probe, [], threading.Event()
 
-    def slow(head: Any) -> array:
+    def slow(head: Any) -> list[int]:
         calls.append(head)
         first.wait(0.2)
         return probe(head)
@@ -431,9 +430,9 @@ def test_boundaries_are_bounded_by_number_and_tokens(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(chat_template, "_MAX_BOUNDARIES", 3)
     monkeypatch.setattr(chat_template, "_MAX_BOUNDARY_TOKENS", 100)
     for i in range(5):
-        cache.get(bytes([i]), lambda: array("q", [1] * 10))
-        cache.get(b"\0", lambda: array("q", [1] * 10))
+        cache.get(bytes([i]), lambda: [1] * 10)
+        cache.get(b"\0", lambda: [1] * 10)
     assert set(cache._entries) == {b"\0", b"\3", b"\4"}
     assert cache._num_tokens == 30
-    assert len(cache.get(b"big", lambda: array("q", [1] * 200))) == 200
+    assert len(cache.get(b"big", lambda: [1] * 200)) == 200
     assert (len(cache._entries), cache._num_tokens) == (0, 0)

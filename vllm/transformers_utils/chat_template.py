@@ -6,7 +6,6 @@ import hashlib
 import inspect
 import json
 import threading
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
+import orjson
 from transformers import PreTrainedTokenizerBase
 
 from vllm.exceptions import VLLMValidationError
@@ -32,7 +32,7 @@ _PROBES = ("a", "\n7", " \u00e9")
 across the end of the system part differs between at least two of them, also in templates that strip what users say."""
 
 _MAX_BOUNDARIES = 1024
-_MAX_BOUNDARY_TOKENS = 4_000_000
+_MAX_BOUNDARY_TOKENS = 2_000_000
 _MAX_TEMPLATES = 32
 _MAX_REASON_CHARS = 500
 _RESERVED_KWARGS = frozenset(
@@ -171,14 +171,14 @@ class ChatRenderer:
         template = self._inspect(self._choose_template(None, tools))
         normal = [_normalise(message, template) for message in _checked(messages)]
         boundary = self._boundary(_Chat(template, normal, tools or None, template_kwargs or {}, True, False, False))
-        return list(boundary) if boundary else None
+        return list(boundary) or None
 
     def text_prefix(self, text: str) -> list[int]:
         """Token ids that plain prompts starting with `text` start with, whatever follows it.
 
         The last tokens of `text` alone may merge with what follows; those are left out.
         """
-        return list(_common_prefix([self._tokenizer.encode(text + probe) for probe in _PROBES]))
+        return _common_prefix([self._tokenizer.encode(text + probe) for probe in _PROBES])
 
     def _choose_template(self, chat_template: str | None, tools: list[dict[str, Any]] | None) -> str:
         given = chat_template or self._chat_template
@@ -230,7 +230,7 @@ class ChatRenderer:
     def _num_system_tokens(self, chat: _Chat, ids: list[int]) -> int | None:
         boundary = self._boundary(chat)
         size = len(boundary)
-        if not 0 < size < len(ids) or array("q", ids[:size]) != boundary:
+        if not 0 < size < len(ids) or ids[:size] != boundary:
             return None
         return size
 
@@ -253,29 +253,29 @@ class ChatRenderer:
         except (TypeError, ValueError, RecursionError):
             return 0
         shared = self._boundaries.get(key, lambda: self._shared(variants))
-        return len(_common_prefix([ids, list(shared)]))
+        return len(shared) if ids[: len(shared)] == shared else len(_common_prefix([ids, shared]))
 
-    def _shared(self, variants: list[_Chat]) -> array[int]:
+    def _shared(self, variants: list[_Chat]) -> list[int]:
         """Token ids that all of these chats' prompts start with; empty if the template refuses one of them."""
         try:
             return _common_prefix([self._encode(variant)[1] for variant in variants])
         except VLLMValidationError as error:
             logger.debug("No end of a marked prefix: %s", error)
-            return array("q")
+            return []
 
-    def _boundary(self, chat: _Chat) -> array[int]:
+    def _boundary(self, chat: _Chat) -> list[int]:
         """Token ids of a chat's system part; empty if there is none or its end is not certain."""
         count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
         if count == 0 and not chat.tools:
-            return array("q")
+            return []
         head = replace(chat, messages=chat.messages[:count], add_generation_prompt=True, continue_final_message=False)
         try:
             key = _digest(head)
         except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
-            return array("q")
+            return []
         return self._boundaries.get(key, lambda: self._probe(head))
 
-    def _probe(self, head: _Chat) -> array[int]:
+    def _probe(self, head: _Chat) -> list[int]:
         """Token ids that the prompts of a system part start with, whatever the user says; empty if that is unknown."""
         prompts = []
         for probe in _PROBES:
@@ -284,9 +284,9 @@ class ChatRenderer:
                 prompts.append(self._encode(replace(head, messages=[*head.messages, user]))[1])
             except VLLMValidationError as error:
                 logger.debug("No boundary of a system prompt: %s", error)
-                return array("q")
+                return []
         if any(prompt == prompts[0] for prompt in prompts[1:]):  # the template drops what the user says
-            return array("q")
+            return []
         return _common_prefix(prompts)
 
     def _inspect_template(self, source: str) -> _Template:
@@ -330,11 +330,11 @@ class _BoundaryCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._entries: OrderedDict[bytes, list[int]] = OrderedDict()
         self._num_tokens = 0
-        self._computing: dict[bytes, Future[array[int]]] = {}
+        self._computing: dict[bytes, Future[list[int]]] = {}
 
-    def get(self, key: bytes, compute: Callable[[], array[int]]) -> array[int]:
+    def get(self, key: bytes, compute: Callable[[], list[int]]) -> list[int]:
         """Returns the entry; computes it once, however many threads ask for it at the same time."""
         with self._lock:
             if key in self._entries:
@@ -342,11 +342,11 @@ class _BoundaryCache:
                 return self._entries[key]
             pending = self._computing.get(key)
             if pending is None:
-                own: Future[array[int]] = Future()
+                own: Future[list[int]] = Future()
                 self._computing[key] = own
         if pending is not None:
             return pending.result()
-        boundary: array[int] = array("q")
+        boundary: list[int] = []
         try:
             boundary = compute()
         finally:
@@ -356,7 +356,7 @@ class _BoundaryCache:
             own.set_result(boundary)  # also when computing failed: nobody may be left waiting
         return boundary
 
-    def _store(self, key: bytes, boundary: array[int]) -> None:
+    def _store(self, key: bytes, boundary: list[int]) -> None:
         self._entries[key] = boundary
         self._num_tokens += len(boundary)
         while len(self._entries) > _MAX_BOUNDARIES or self._num_tokens > _MAX_BOUNDARY_TOKENS:
@@ -364,21 +364,21 @@ class _BoundaryCache:
             self._num_tokens -= len(dropped)
 
 
-def _common_prefix(prompts: list[list[int]]) -> array[int]:
+def _common_prefix(prompts: list[list[int]]) -> list[int]:
     """The token ids that all of `prompts` start with."""
     size = 0
     for column in zip(*prompts, strict=False):
         if len(set(column)) > 1:
             break
         size += 1
-    return array("q", prompts[0][:size])
+    return prompts[0][:size]
 
 
 def _digest(head: _Chat) -> bytes:
     # Keys keep their order: templates write tools as they come, so another order is another prompt.
     today = str(date.today()) if head.template.tells_date else ""
     parts = [head.messages, head.tools, head.kwargs, head.template.source, head.add_special_tokens, today]
-    return hashlib.sha256(json.dumps(parts, separators=(",", ":")).encode()).digest()
+    return hashlib.sha256(orjson.dumps(parts)).digest()
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:

@@ -1,0 +1,171 @@
+"""What the system-prompt pool costs the host: planning a step, routing a request, finding where a system part ends.
+
+    python benchmarks/benchmark_pool.py [--json FILE]
+
+Planning is timed with few and with many registered prompts, in turns, over the same running sequences; nothing here
+needs a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.config import SchedulerConfig, SystemPromptConfig
+from vllm.core.block_manager import BlockManager
+from vllm.core.scheduler import Scheduler
+from vllm.core.system_prompt_pool import SystemPromptPool
+from vllm.sampling_params import SamplingParams
+from vllm.sequence import Sequence
+from vllm.transformers_utils.chat_template import ChatRenderer
+from vllm.transformers_utils.config import resolve_model
+from vllm.transformers_utils.tokenizer import load_tokenizer
+from vllm.worker.cache_engine import PinnedBlockPool
+
+BLOCK, PROMPT_TOKENS, MAX_LEN = 16, 64, 4096
+SHARED = 10
+
+
+def make_scheduler(num_prompts: int, num_running: int, ttl: float | None) -> Scheduler:
+    """A scheduler with so many pinned prompts, and sequences that decode and read the first ten of them."""
+    num_blocks = num_prompts * PROMPT_TOKENS // BLOCK + num_running * 80 + MAX_LEN // BLOCK
+    blocks = BlockManager(num_blocks, BLOCK)
+    pinned = PinnedBlockPool(num_blocks, num_blocks, MAX_LEN // BLOCK)
+    pool = SystemPromptPool(
+        SystemPromptConfig(ttl=ttl), pinned, BLOCK, on_release=lambda e: blocks.give_back(e.start, e.num_blocks)
+    )
+    config = SchedulerConfig(max_num_seqs=num_running, max_num_batched_tokens=8192)
+    scheduler = Scheduler(config, blocks, pool, MAX_LEN)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(50_000) for _ in range(PROMPT_TOKENS)] for _ in range(num_prompts)]
+    for i in range(num_running):
+        prompt = prompts[i % min(SHARED, num_prompts)]
+        seq = Sequence(f"r{i}", [*prompt, i], SamplingParams(max_tokens=2000, ignore_eos=True))
+        scheduler.add([seq], PROMPT_TOKENS)
+    settle(scheduler, until=lambda: len(scheduler.running) == num_running)
+    # The place in memory of the others does not matter here: they are put one below the other, as in a long life.
+    for prompt in prompts[SHARED:]:
+        pool.add(prompt, ttl=ttl)
+        start = pinned.num_blocks - pinned.pinned_blocks - PROMPT_TOKENS // BLOCK
+        blocks.vacate(start, PROMPT_TOKENS // BLOCK, scheduler.running)
+        pool.begin_prefill(start)
+        pool.end_prefill()
+    return scheduler
+
+
+def settle(scheduler: Scheduler, until: Callable[[], bool]) -> None:
+    while not until():
+        step(scheduler)
+
+
+def step(scheduler: Scheduler) -> float:
+    """Seconds that planning a step took."""
+    started = time.perf_counter()
+    plan = scheduler.schedule()
+    seconds = time.perf_counter() - started
+    scheduler.postprocess([7 if samples else -1 for samples in plan.samples])
+    return seconds
+
+
+def planning(few: int, many: int, num_running: int, steps: int) -> dict[str, float]:
+    schedulers = {"few": make_scheduler(few, num_running, 3600.0), "many": make_scheduler(many, num_running, 3600.0)}
+    seconds: dict[str, list[float]] = {"few": [], "many": []}
+    for _ in range(steps):
+        for name, scheduler in schedulers.items():
+            seconds[name].append(step(scheduler))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "few_prompts": few,
+        "many_prompts": many,
+        "running": num_running,
+        "schedule_few_us": medians["few"] * 1e6,
+        "schedule_many_us": medians["many"] * 1e6,
+        "schedule_ratio": medians["many"] / medians["few"],
+    }
+
+
+def timed(function: Callable[[], object], repeats: int) -> float:
+    """Median microseconds of a call."""
+    values = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        values.append(time.perf_counter() - started)
+    return statistics.median(values) * 1e6
+
+
+def routing(num_tokens: int, num_prompts: int) -> float:
+    """Microseconds to attach a request to one of many known prompts of so many tokens."""
+    num_blocks = 2 * num_prompts * num_tokens // BLOCK
+    pinned = PinnedBlockPool(num_blocks, num_blocks, 0)
+    pool = SystemPromptPool(SystemPromptConfig(), pinned, BLOCK, on_release=lambda e: None)
+    rng = random.Random(0)
+    head = [rng.randrange(50_000) for _ in range(num_tokens // 2)]
+    for _ in range(num_prompts):
+        prompt = head + [rng.randrange(50_000) for _ in range(num_tokens - len(head))]
+        pool.add(prompt)
+        pool.begin_prefill(pinned.num_blocks - pinned.pinned_blocks - num_tokens // BLOCK)
+        pool.end_prefill()
+    # As they come from the socket: equal numbers, other objects.
+    ids = json.loads(json.dumps([*prompt, 1, 2, 3]))
+
+    def route() -> None:
+        seq = Sequence("r", ids)
+        pool.route(seq, num_tokens)
+        pool.detach(seq)
+
+    return timed(route, 200)
+
+
+def boundaries(model: str | None, num_tokens: int) -> dict[str, float]:
+    """Microseconds of rendering and tokenising a chat with a known system prompt, and of finding its end therein."""
+    tokenizer = load_tokenizer(resolve_model(model, None, True)[1])
+    renderer = ChatRenderer(tokenizer)
+    rng = random.Random(0)
+    words = [rng.choice(("tide", "lamp", "oak", "ferry", "ledger", "salt", "bridge")) for _ in range(num_tokens)]
+    chat = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "Hello"}]
+    find, finding = renderer._num_system_tokens, []
+
+    def watched(*args: Any) -> int | None:
+        started = time.perf_counter()
+        size = find(*args)
+        finding.append(time.perf_counter() - started)
+        return size
+
+    renderer._num_system_tokens = watched  # type: ignore[method-assign]
+    rendered = renderer.render(chat)
+    finding.clear()
+    whole = timed(lambda: renderer.render(chat), 100)
+    return {
+        "system_tokens": float(rendered.num_system_tokens or 0),
+        "render_us": whole,
+        "boundary_us": statistics.median(finding) * 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="whose tokenizer and chat template to use; the default model if not given")
+    parser.add_argument("--prompts", type=int, default=10_000, help="registered prompts (default: %(default)s)")
+    parser.add_argument("--running", type=int, default=1000, help="running sequences (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=200, help="steps that are timed (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results")
+    args = parser.parse_args()
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    results: dict[str, object] = {"planning": planning(SHARED, args.prompts, args.running, args.steps)}
+    results["routing_us"] = {str(n): routing(n, 100) for n in (256, 1024, 4096, 8192)}
+    results["boundaries"] = [boundaries(args.model, n) for n in (256, 1024, 4096, 8192)]
+    print(json.dumps(results, indent=2))
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
