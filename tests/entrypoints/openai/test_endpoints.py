@@ -116,16 +116,29 @@ def test_metrics_are_prometheus_text(client):
         assert name in response.text
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("path", "streamed"),
+    [
+        ("/v1/chat/completions", False),
+        ("/v1/chat/completions", True),
+        ("/v1/completions", False),
+        ("/v1/completions", True),
+        ("/v1/messages", True),
+        ("/v1/responses", True),
+    ],
+)
 def test_a_client_that_leaves_ends_its_request(client, server, path, streamed):
     wait_for(lambda: gauge(client, "num_requests_running") == 0)
-    body = {"messages": [USER], "prompt": ["Once", "Twice"], "max_tokens": 1900, "ignore_eos": True, "stream": streamed}
+    body = {"ignore_eos": True, "stream": streamed}
+    if path == "/v1/responses":
+        body |= {"input": "Once", "max_output_tokens": 1900}
+    else:
+        body |= {"messages": [USER], "prompt": ["Once", "Twice"], "max_tokens": 1900}
     with contextlib.suppress(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=2) as leaver:
         if streamed:
             with leaver.stream("POST", path, json=body) as response:
                 lines = response.iter_lines()
-                assert next(lines).startswith("data: ")
+                assert next(lines).startswith(("data: ", "event: "))
                 wait_for(lambda: gauge(client, "num_requests_running") > 0)
         else:
             leaver.post(path, json=body)

@@ -215,13 +215,20 @@ def test_when_the_engine_dies_requests_fail_and_it_is_started_again_as_often_as_
     with concurrent.futures.ThreadPoolExecutor() as pool:
         whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=60)
         streamed = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60)
-        wait_until_running(server, 2)
+        told = {"messages": [{"role": "user", "content": "Hi"}], "input": "Hi", "stream": True, "ignore_eos": True}
+        message, response = (
+            pool.submit(httpx.post, f"{server.url}{path}", json=told | {limit: 1000}, timeout=60)
+            for path, limit in (("/v1/messages", "max_tokens"), ("/v1/responses", "max_output_tokens"))
+        )
+        wait_until_running(server, 4)
         os.kill(engine_process(server).pid, signal.SIGKILL)
         error = whole.result().json()["error"]
         assert error["code"] == whole.result().status_code == 500
         assert "engine" in error["message"]
         assert '"error"' in streamed.result().text
         assert streamed.result().text.endswith("data: [DONE]\n\n")
+        for answer, name in ((message, "error"), (response, "response.failed")):
+            assert answer.result().text.split("\n\n")[-2].startswith(f"event: {name}\n")
     assert httpx.get(f"{server.url}/health").status_code == 503
     assert httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=60).status_code == 500
     server.wait_until_healthy(60)

@@ -92,6 +92,7 @@ def test_reasoning_is_an_item_of_its_own(sdk, asked):
     response = sdk.responses.create(**thinking)
     (item,) = response.output
     assert item.type == "reasoning"
+    assert 0 < response.usage.output_tokens_details.reasoning_tokens <= response.usage.output_tokens
     with sdk.responses.stream(**thinking) as events:
         text = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     assert text == item.content[0].text

@@ -49,6 +49,10 @@ class _Answer:
     def response(self) -> dict[str, Any]:
         return self.stored.response
 
+    @property
+    def reasoning(self) -> str:
+        return self._text("reasoning")
+
     def take(self, chunk: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Takes in a chat completion or a chunk of one; returns what is new as events without numbers."""
         self.response["usage"] = _usage(chunk["usage"])
@@ -90,8 +94,8 @@ class _Answer:
     def _message(self) -> dict[str, Any]:
         """The answer as the chat message that a next request goes on from."""
         message: dict[str, Any] = {"role": "assistant", "content": self._text("text")}
-        if reasoning := self._text("reasoning"):
-            message["reasoning_content"] = reasoning
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
         calls = [block for block in self._reader.blocks if block.kind == "tool_call"]
         if calls:
             message["tool_calls"] = [
@@ -160,6 +164,7 @@ class ServingResponses:
     """Answers requests of the Responses API by the chat path."""
 
     def __init__(self, engine: AsyncLLMEngine, models: ServingModels, chat: ServingChat) -> None:
+        self._tokenizer = engine.tokenizer
         self._models = models
         self._chat = chat
         self._defaults = engine.vllm_config.model.generation_defaults
@@ -187,8 +192,9 @@ class ServingResponses:
         completion = await self._chat.create(chat, engine_id)
         if isinstance(completion, EventStream):
             raise RuntimeError(f"the chat answered {stored.id} with a stream")
-        for _ in (*answer.take(completion), *answer.finish()):
-            pass
+        list(answer.take(completion))
+        await self._count_reasoning(answer)
+        list(answer.finish())
         self._keep(answer)
         return stored.response
 
@@ -265,11 +271,19 @@ class ServingResponses:
                 raise
             yield answer.encode(answer.fail(exc))
         else:
+            await self._count_reasoning(answer)
             for event in answer.finish():
                 # Kept before its end is told, so that a client may come back at once.
                 if "response" in event:
                     self._keep(answer)
                 yield answer.encode(event)
+
+    async def _count_reasoning(self, answer: _Answer) -> None:
+        """Sets `reasoning_tokens`: those of the reasoning's text, since a chat counts all of its output together."""
+        text, usage = answer.reasoning, answer.response["usage"]
+        if text and usage is not None:
+            count = len(await asyncio.to_thread(self._tokenizer.encode, text, False))
+            usage["output_tokens_details"]["reasoning_tokens"] = min(count, usage["output_tokens"])
 
     def _keep(self, answer: _Answer) -> None:
         if answer.response["store"]:
@@ -299,6 +313,7 @@ class ServingResponses:
                         run.add(answer.encode({"type": "response.in_progress", "response": answer.response}))
                     for event in answer.take(chunk):
                         run.add(answer.encode(event))
+            await self._count_reasoning(answer)
             for event in answer.finish():
                 run.add(answer.encode(event))
         except Exception as exc:
@@ -369,7 +384,6 @@ class ServingResponses:
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
     details = usage["prompt_tokens_details"]
-    reasoning = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {
@@ -377,6 +391,6 @@ def _usage(usage: dict[str, Any]) -> dict[str, Any]:
             "cache_write_tokens": details["cache_write_tokens"],
         },
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": reasoning or 0},
+        "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": usage["total_tokens"],
     }
