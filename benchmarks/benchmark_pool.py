@@ -133,9 +133,9 @@ def boundaries(model: str | None, num_tokens: int) -> dict[str, float]:
     chat = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "Hello"}]
     find, finding = renderer._num_system_tokens, []
 
-    def watched(*args: Any) -> int | None:
+    def watched(chat: Any, ids: list[int]) -> int | None:
         started = time.perf_counter()
-        size = find(*args)
+        size = find(chat, ids)
         finding.append(time.perf_counter() - started)
         return size
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import httpx
+import psutil
 import pytest
 from fastapi import Depends, FastAPI
 
@@ -29,7 +30,7 @@ def server(server_factory, tiny_model_dir, tmp_path_factory):
     files = [arg for name in ("porter.txt", "harbour.json") for arg in ("--system-prompt-file", str(folder / name))]
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "400")
     limits = ("--system-prompt-cache-tokens", "3200", "--system-prompt-min-tokens", "12")
-    keys = ("--api-key", *KEYS, "--admin-api-key", ADMIN)
+    keys = ("--api-key", *KEYS, "--admin-api-key", ADMIN, "--engine-restarts", "1")
     return server_factory("--model", str(tiny_model_dir), *flags, *limits, *files, *keys, api_key=KEYS[0])
 
 
@@ -315,3 +316,21 @@ def test_a_wrong_file_stops_the_start(tmp_path, name, content, message):
         read_system_prompt_file(tmp_path / name)
     with pytest.raises(StartupError, match="cannot be read: No such file"):
         read_system_prompt_file(tmp_path / "missing.txt")
+
+
+def test_an_engine_that_follows_a_dead_one_has_what_operators_pinned(server, admin):
+    """Last of the tests over HTTP: what requests pinned is gone after it."""
+    kept, ended = named(admin, "porter"), named(admin, "harbour")
+    (engine,) = [p for p in psutil.Process(server.process.pid).children() if "core_process" in " ".join(p.cmdline())]
+    engine.kill()
+    deadline = time.monotonic() + 60
+    while True:
+        answer = admin.get("/v1/system_prompts")
+        names = [p["name"] for p in answer.json()["data"]] if answer.status_code == 200 else []
+        if "porter" in names:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert named(admin, "porter")["id"] == kept["id"]
+    assert cached(chat(server, PORTER, "Is there still a room?")) == kept["num_tokens"]
+    assert ended["name"] not in names, "a pin with an end, or a soft one, is not given back"

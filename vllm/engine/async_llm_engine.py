@@ -82,6 +82,7 @@ class AsyncLLMEngine:
         self._closed = False
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
+        self._kept: dict[str, tuple[list[int], dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
@@ -210,7 +211,16 @@ class AsyncLLMEngine:
         self.metrics.on_restart(ready.num_blocks)
         self._dead = None
         self._ensure_reading()
+        await self._pin_again()
         logger.info("The engine serves again.")
+
+    async def _pin_again(self) -> None:
+        """Gives a new engine process what operators pinned for good in the one that died."""
+        for prompt_id, (token_ids, options) in list(self._kept.items()):
+            try:
+                await self._call("add_system_prompt", token_ids, options)
+            except (VLLMValidationError, EngineDeadError) as error:
+                logger.error("System prompt %s is not pinned again: %s", prompt_id, error)
 
     async def _read(self) -> None:
         decoder = msgspec.msgpack.Decoder(StepOutputs)
@@ -387,7 +397,16 @@ class AsyncLLMEngine:
         """
         token_ids = await self._in_thread(self.input_processor.system_prompt, prompt_or_ids)
         options = {"name": name, "ttl": ttl, "pin": pin, "source": source}
-        return SystemPromptInfo(**await self._call("add_system_prompt", token_ids, options))
+        info = SystemPromptInfo(**await self._call("add_system_prompt", token_ids, options))
+        self._keep(info, token_ids, options)
+        return info
+
+    def _keep(self, info: SystemPromptInfo, token_ids: list[int], options: dict[str, Any]) -> None:
+        """Remembers what is pinned until an operator says otherwise, for an engine process that follows this one."""
+        if info.pin == "hard" and info.ttl is None:
+            self._kept[info.id] = (token_ids, options)
+        else:
+            self._kept.pop(info.id, None)
 
     async def update_system_prompt(self, prompt_id: str, **changes: Any) -> SystemPromptInfo:
         """Changes the `name` or `ttl` of a prompt; its ttl counts from now on.
@@ -395,7 +414,11 @@ class AsyncLLMEngine:
         Raises:
             VLLMValidationError: there is no such system prompt.
         """
-        return SystemPromptInfo(**await self._call("update_system_prompt", prompt_id, changes))
+        info = SystemPromptInfo(**await self._call("update_system_prompt", prompt_id, changes))
+        if prompt_id in self._kept:
+            token_ids, options = self._kept[prompt_id]
+            self._keep(info, token_ids, options | changes)
+        return info
 
     async def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
         """Ends a pin, at once or when its last reader has finished.
@@ -403,6 +426,7 @@ class AsyncLLMEngine:
         Raises:
             VLLMValidationError: there is no such system prompt.
         """
+        self._kept.pop(prompt_id, None)
         return SystemPromptInfo(**await self._call("remove_system_prompt", prompt_id))
 
     async def list_system_prompts(self) -> list[SystemPromptInfo]:

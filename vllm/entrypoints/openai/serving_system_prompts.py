@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.varying_prompts import describe_varying
+from vllm.entrypoints.openai.cache_marks import cache_marks
 from vllm.entrypoints.openai.chat_messages import check_messages
 from vllm.entrypoints.openai.errors import ApiError
 from vllm.entrypoints.openai.json_body import snippet
@@ -18,6 +19,7 @@ from vllm.entrypoints.openai.protocol import (
     SystemPromptRequest,
 )
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import CacheMark
 from vllm.outputs import SystemPromptInfo
 from vllm.sampling_params import SamplingParams, check_float
 from vllm.transformers_utils.tokenizer import Tokenizer
@@ -154,6 +156,7 @@ class ServingSystemPrompts:
         if (request.messages is None) == (request.prompt is None):
             raise VLLMValidationError("Give the body of a request to explain: messages or prompt, and not both.")
         system: int | None = None
+        marks: list[CacheMark] = []
         if request.messages is not None:
             options = ChatOptions(
                 tools=request.tools,
@@ -167,6 +170,7 @@ class ServingSystemPrompts:
             )
             rendered = await self._prompts.chat(request.messages, options)
             token_ids, system = rendered.prompt_token_ids, rendered.num_system_tokens
+            marks = cache_marks(rendered, None)
         elif isinstance(request.prompt, str):
             special = request.add_special_tokens is not False
             token_ids = await self._prompts.text(request.prompt, "prompt", add_special_tokens=special)
@@ -174,7 +178,7 @@ class ServingSystemPrompts:
             token_ids = request.prompt or []
         params = SamplingParams(prompt_logprobs=request.prompt_logprobs)
         found = await self._engine.explain_request(
-            token_ids, params, num_system_tokens=system, cache_salt=request.cache_salt
+            token_ids, params, num_system_tokens=system, cache_salt=request.cache_salt, marks=marks
         )
         return {
             "object": "system_prompt.explanation",
