@@ -40,14 +40,13 @@ from chat_load import (
     ChatClient,
     Prompt,
     client_session,
-    cpu_model,
     first_error,
     markdown_table,
     positive_int,
     quantile,
     say,
-    usable_cores,
 )
+from machine_facts import cpu_model, usable_cores
 from server_process import ServerProcess
 
 FLOOD_CONCURRENCY = 8

@@ -6,15 +6,12 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
 import random
 import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -205,20 +202,6 @@ def markdown_table(lines: Sequence[Sequence[object]], num_text_columns: int = 1)
     head, *rows = lines
     rule = [*["---"] * num_text_columns, *["---:"] * (len(head) - num_text_columns)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, rule, *rows))
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
-    try:
-        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def say(message: str) -> None:
