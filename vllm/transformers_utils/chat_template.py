@@ -7,7 +7,7 @@ import inspect
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import date
@@ -33,6 +33,7 @@ across the end of the system part differs between at least two of them, also in 
 
 _MAX_BOUNDARIES = 1024
 _MAX_BOUNDARY_TOKENS = 2_000_000
+_MAX_KEY_CHARS = 32_768
 _MAX_TEMPLATES = 32
 _MAX_REASON_CHARS = 500
 _RESERVED_KWARGS = frozenset(
@@ -249,7 +250,7 @@ class ChatRenderer:
         marked = None if place.message is None else messages[place.message]
         variants = [_cut(chat, place, marked, probe, has_system=head > 0) for probe in _PROBES[:2]]
         try:
-            key = _digest(variants[0])
+            key = _digest(variants[0], variants[0].messages)
         except (TypeError, ValueError, RecursionError):
             return 0
         shared = self._boundaries.get(key, lambda: self._shared(variants))
@@ -268,12 +269,17 @@ class ChatRenderer:
         count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
         if count == 0 and not chat.tools:
             return []
-        head = replace(chat, messages=chat.messages[:count], add_generation_prompt=True, continue_final_message=False)
+        messages = chat.messages[:count]
         try:
-            key = _digest(head)
+            key = _key(chat, messages)
         except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
             return []
-        return self._boundaries.get(key, lambda: self._probe(head))
+        return self._boundaries.get(
+            key,
+            lambda: self._probe(
+                replace(chat, messages=messages, add_generation_prompt=True, continue_final_message=False)
+            ),
+        )
 
     def _probe(self, head: _Chat) -> list[int]:
         """Token ids that the prompts of a system part start with, whatever the user says; empty if that is unknown."""
@@ -330,11 +336,11 @@ class _BoundaryCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._entries: OrderedDict[bytes, list[int]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, list[int]] = OrderedDict()
         self._num_tokens = 0
-        self._computing: dict[bytes, Future[list[int]]] = {}
+        self._computing: dict[Hashable, Future[list[int]]] = {}
 
-    def get(self, key: bytes, compute: Callable[[], list[int]]) -> list[int]:
+    def get(self, key: Hashable, compute: Callable[[], list[int]]) -> list[int]:
         """Returns the entry; computes it once, however many threads ask for it at the same time."""
         with self._lock:
             if key in self._entries:
@@ -356,7 +362,7 @@ class _BoundaryCache:
             own.set_result(boundary)  # also when computing failed: nobody may be left waiting
         return boundary
 
-    def _store(self, key: bytes, boundary: list[int]) -> None:
+    def _store(self, key: Hashable, boundary: list[int]) -> None:
         self._entries[key] = boundary
         self._num_tokens += len(boundary)
         while len(self._entries) > _MAX_BOUNDARIES or self._num_tokens > _MAX_BOUNDARY_TOKENS:
@@ -374,11 +380,29 @@ def _common_prefix(prompts: list[list[int]]) -> list[int]:
     return prompts[0][:size]
 
 
-def _digest(head: _Chat) -> bytes:
+def _key(chat: _Chat, messages: list[dict[str, Any]]) -> Hashable:
+    """What the system part `messages` of a chat is known by. A few texts are that themselves, which is found fastest;
+    all else by a digest.
+
+    Raises:
+        TypeError, ValueError, RecursionError: there are template variables that are no JSON.
+    """
+    texts = [message["content"] for message in messages]
+    plain = not chat.tools and not chat.kwargs and all(len(message) == 2 for message in messages)
+    if plain and all(isinstance(text, str) for text in texts) and sum(map(len, texts)) <= _MAX_KEY_CHARS:
+        roles = tuple(message["role"] for message in messages)
+        return (chat.template.source, chat.add_special_tokens, _today(chat), roles, tuple(texts))
+    return _digest(chat, messages)
+
+
+def _digest(chat: _Chat, messages: list[dict[str, Any]]) -> bytes:
     # Keys keep their order: templates write tools as they come, so another order is another prompt.
-    today = str(date.today()) if head.template.tells_date else ""
-    parts = [head.messages, head.tools, head.kwargs, head.template.source, head.add_special_tokens, today]
+    parts = [messages, chat.tools, chat.kwargs, chat.template.source, chat.add_special_tokens, _today(chat)]
     return hashlib.sha256(orjson.dumps(parts)).digest()
+
+
+def _today(chat: _Chat) -> str:
+    return str(date.today()) if chat.template.tells_date else ""
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
