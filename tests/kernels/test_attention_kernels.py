@@ -18,7 +18,6 @@ from vllm.attention.ops.triton_merge import merge_partials, merge_partials_refer
 from vllm.attention.ops.triton_prefix import (
     PREFIX_FIELDS,
     group_array,
-    plan_chunk,
     plan_prefix,
     prefix_attention,
     prefix_attention_reference,
@@ -26,6 +25,7 @@ from vllm.attention.ops.triton_prefix import (
 )
 from vllm.attention.ops.triton_suffix import (
     SUFFIX_FIELDS,
+    plan_chunk,
     plan_suffix,
     suffix_attention,
     suffix_attention_reference,
@@ -375,74 +375,140 @@ def test_plans_of_256_sequences_are_made_in_a_fraction_of_a_step() -> None:
     assert max(best) < 1e-3, best
 
 
+hopper_only = pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability()[0] != 9, reason="the kernel uses instructions that only Hopper has"
+)
+HOPPER_SHAPES = [((32, 8, 128), torch.bfloat16), ((6, 2, 64), torch.float16)]
+
+
+def only(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+    """Leaves NaN in all slots but these: they would show, also with weight 0."""
+    foreign = torch.ones(len(k), dtype=torch.bool, device=DEVICE)
+    foreign[slots] = False
+    k[foreign] = v[foreign] = float("nan")
+
+
 @pytest.mark.gpu
+@hopper_only
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 4097])
-@pytest.mark.parametrize(("shape", "dtype"), [((32, 8, 128), torch.bfloat16), ((6, 2, 64), torch.float16)])
-def test_hopper_kernel_over_lengths(length: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the kernel uses instructions that only Hopper has")
-    for tokens in (1, 31, 100, 300):
-        check_hopper(
-            [PrefixGroup(0, tokens, 5, length), PrefixGroup(tokens, 3, 5 + length, 200)], tokens + 4, shape, dtype
-        )
-
-
-def check_hopper(groups: list[PrefixGroup], num_tokens: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    from vllm.attention.ops.gluon_prefix import BLOCK_M, BLOCK_N, hopper_prefix_attention
+@pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
+def test_hopper_kernel_over_extents(length: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
-    work, counts = plan_prefix(
-        group_array(groups),
-        num_tokens,
-        group_size=heads // kv_heads,
-        num_kv_heads=kv_heads,
-        tiles=TileConfig(BLOCK_M, BLOCK_N, 4, 2, 1),
-        num_programs=20,
-        max_partials=6,
-        max_work=10**6,
-    )
-    num_slots = max(g.first_slot + g.length for g in groups) + 3
-    q = randn(num_tokens, heads, dim, dtype=dtype)
-    k, v = (randn(num_slots, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
-    foreign = torch.ones(num_slots, dtype=torch.bool, device=DEVICE)
-    for g in groups:
-        foreign[g.first_slot : g.first_slot + g.length] = False
-    k[foreign] = v[foreign] = float("nan")
-    out, lse = poisoned(6, num_tokens, heads, dim), poisoned(6, num_tokens, heads)
-    want, want_lse = poisoned(6, num_tokens, heads, dim), poisoned(6, num_tokens, heads)
-    prefix_attention_reference(q, k, v, dim**-0.5, on_device(work), want, want_lse)
-    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
-    hopper_prefix_attention(q, k, v, dim**-0.5, on_device(work), size, out, lse, 7)
-    written = torch.arange(6, device=DEVICE)[:, None] < on_device(counts)
-    for result, expected in ((out, want), (lse, want_lse)):
-        assert torch.equal(torch.isnan(result).flatten(2).any(-1), ~written)
-        assert_near(result[written], expected[written], TOLERANCE[dtype])
+    for tokens in (1, 31, 100, 300):
+        groups = [PrefixGroup(0, tokens, 5, length), PrefixGroup(tokens, 3, 5 + length, 200)]
+        work, counts = plan_prefix(
+            group_array(groups),
+            tokens + 4,
+            group_size=heads // kv_heads,
+            num_kv_heads=kv_heads,
+            tiles=TILES,
+            num_programs=20,
+            max_partials=6,
+            max_work=10**6,
+        )
+        q = randn(tokens + 4, heads, dim, dtype=dtype)
+        k, v = (randn(length + 400, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+        only(k, v, torch.arange(5, 205 + length, device=DEVICE))
+        out, lse = poisoned(6, tokens + 4, heads, dim), poisoned(6, tokens + 4, heads)
+        want, want_lse = out.clone(), lse.clone()
+        prefix_attention_reference(q, k, v, dim**-0.5, on_device(work), want, want_lse)
+        size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+        hopper_attention(q, k, v, dim**-0.5, on_device(work), size, out, lse, 7)
+        written = torch.arange(6, device=DEVICE)[:, None] < on_device(counts)
+        for result, expected in ((out, want), (lse, want_lse)):
+            assert torch.equal(torch.isnan(result).flatten(2).any(-1), ~written)
+            assert_near(result[written], expected[written], TOLERANCE[dtype])
 
 
 @pytest.mark.gpu
+@hopper_only
 @pytest.mark.parametrize(("start", "count"), [(0, 1), (0, 128), (0, 1000), (5, 333), (4096, 129), (37, 4096)])
-@pytest.mark.parametrize(("shape", "dtype"), [((32, 8, 128), torch.bfloat16), ((2, 2, 64), torch.float16)])
+@pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
 def test_hopper_kernel_over_chunks_of_a_prefill(
     start: int, count: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("the kernel uses instructions that only Hopper has")
-    from vllm.attention.ops.gluon_prefix import BLOCK_M, hopper_prefix_attention
+    """Consecutive slots are blocks in order, so the reference is that of the paged kernel."""
+    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
-    work = plan_chunk(11, start, count, BLOCK_M // (heads // kv_heads))
+    work = plan_chunk(16, start, count, TILES.tokens(heads // kv_heads))
     q = randn(count, heads, dim, dtype=dtype)
-    k, v = (randn(11 + start + count + 200, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
-    for cache in (k, v):
-        cache[:11] = cache[11 + start + count :] = float("nan")
+    k, v = (randn(16 + start + count + 200, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+    only(k, v, torch.arange(16, 16 + start + count, device=DEVICE))
     out = poisoned(1, count, heads, dim).to(dtype)
     want, lse = poisoned(1, count, heads, dim), poisoned(1, count, heads)
-    prefix_attention_reference(q, k, v, dim**-0.5, on_device(work), want, lse, causal=True)
+    tables = torch.arange(1, 2 + (start + count) // 16, device=DEVICE).unsqueeze(0)
+    paged = work.copy()
+    paged[:, 2] = 0
+    suffix_attention_reference(q, k, v, dim**-0.5, tables, 16, on_device(paged), want, lse)
     size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
-    hopper_prefix_attention(q, k, v, dim**-0.5, on_device(work), size, out, None, 9, causal=True)
+    hopper_attention(q, k, v, dim**-0.5, on_device(work), size, out, None, 9, causal=True)
     assert_near(out, want, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("block_size", [8, 16, 32, 128])
+@pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
+@pytest.mark.parametrize("max_partials", [1, 5])
+def test_hopper_kernel_over_blocks(
+    block_size: int, shape: tuple[int, int, int], dtype: torch.dtype, max_partials: int
+) -> None:
+    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+
+    heads, kv_heads, dim = shape
+    queries, contexts = np.array([1, 40, 300, 129, 7, 64, 20]), np.array([1, 40, 300, 4097, 700, 129, 0])
+    counts = np.zeros(queries.sum(), np.int32)
+    work = plan_suffix(
+        queries.cumsum() - queries,
+        queries,
+        contexts,
+        np.arange(len(queries)),
+        counts,
+        group_size=heads // kv_heads,
+        num_kv_heads=kv_heads,
+        tiles=TILES,
+        num_programs=20,
+        max_partials=max_partials,
+        max_work=10**6,
+    )
+    width = -(-4097 // block_size)
+    tables = torch.randperm(len(queries) * width, device=DEVICE).view(len(queries), width)
+    q = randn(len(counts), heads, dim, dtype=dtype)
+    k, v = (randn(len(queries) * width * block_size, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+    owned = [
+        tables[i, own // block_size] * block_size + own % block_size
+        for i, own in enumerate(torch.arange(n, device=DEVICE) for n in contexts.tolist())
+    ]
+    only(k, v, torch.cat(owned))
+    out, lse = poisoned(max_partials, len(counts), heads, dim), poisoned(max_partials, len(counts), heads)
+    want, want_lse = out.clone(), lse.clone()
+    suffix_attention_reference(q, k, v, dim**-0.5, tables, block_size, on_device(work), want, want_lse)
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    hopper_attention(
+        q,
+        k,
+        v,
+        dim**-0.5,
+        on_device(work),
+        size,
+        out,
+        lse,
+        7,
+        block_tables=tables,
+        block_size=block_size,
+        causal=True,
+    )
+    written = torch.arange(max_partials, device=DEVICE)[:, None] < on_device(counts)
+    assert torch.equal(torch.isnan(out).flatten(2).any(-1), ~written)
+    assert_near(out[written], want[written], TOLERANCE[dtype])
+    empty = torch.isinf(want_lse[written])
+    assert torch.equal(torch.isinf(lse[written]), empty)
+    assert_near(lse[written][~empty], want_lse[written][~empty], TOLERANCE[dtype])
 
 
 def test_chunks_are_cut_into_tiles_longest_first() -> None:
     work = plan_chunk(7, 100, 70, 32)
-    assert work.tolist() == [[64, 6, 7, 0, 170, 0], [32, 32, 7, 0, 164, 0], [0, 32, 7, 0, 132, 0]]
+    assert work.tolist() == [[64, 6, 7, 0, 170, 164, 0], [32, 32, 7, 0, 164, 132, 0], [0, 32, 7, 0, 132, 100, 0]]

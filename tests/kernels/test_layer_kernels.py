@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, DTYPES, TOLERANCE, assert_near, poisoned, randn
 from vllm.model_executor.layers.ops.triton_activation import silu_and_mul, silu_and_mul_reference
+from vllm.model_executor.layers.ops.triton_linear import row_linear, row_linear_reference
 from vllm.model_executor.layers.ops.triton_norm import add_rms_norm, rms_norm, rms_norm_reference
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write, rope_and_write_reference
 from vllm.worker.ops.triton_copy import BlockCopier, copy_blocks_reference
@@ -106,3 +107,12 @@ def test_block_copy(dtype: torch.dtype, pairs: list[tuple[int, int]]) -> None:
 def test_block_copy_refuses_blocks_of_odd_bytes() -> None:
     with pytest.raises(ValueError, match="blocks of 6 bytes"):
         BlockCopier([randn(4, 1, 3, dtype=torch.bfloat16)], 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (17, 576), (40, 1030), (9, 4096)])
+def test_linear_of_one_row(dtype: torch.dtype, rows: int, size: int) -> None:
+    x, weight = randn(1, size, dtype=dtype), randn(rows, size, dtype=dtype, seed=1)
+    assert_near(row_linear(x, weight), row_linear_reference(x, weight), TOLERANCE[dtype])
+    with pytest.raises(ValueError, match="no contiguous row"):
+        row_linear(x[:, ::2], weight)

@@ -17,7 +17,6 @@ import torch
 from vllm.attention.backends.triton import ReplayBuffers, TritonAttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import PrefixGroup
-from vllm.kernel_launch import compiling_ahead
 from vllm.logger import init_logger
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.worker.cache_engine import CacheEngine
@@ -53,7 +52,7 @@ class CapturedMixed:
 
 
 class GraphRunner:
-    """Captures steps at construction, and replays them.
+    """Captures steps once, and replays them.
 
     Args:
         token_ids: Tokens of all rows, and one row more that padding reads and writes; int64 [max_num_seqs + 1, n].
@@ -96,17 +95,14 @@ class GraphRunner:
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._decode: dict[int, CapturedDecode] = {}
         self._mixed: dict[int, CapturedMixed] = {}
-        self._capture()
+        self._fill_inputs(most, *np.zeros((3, 0), np.int64))
+        self._buffers.fill(most, np.zeros((0, 4), np.int64), [], decode=False)
 
     @torch.inference_mode()
-    def _capture(self) -> None:
+    def capture(self) -> None:
         started = time.perf_counter()
-        self._fill_inputs(self._inputs.shape[1], *np.zeros((3, 0), np.int64))
-        self._buffers.fill(self._inputs.shape[1], np.zeros((0, 4), np.int64), [], decode=False)
-        with compiling_ahead():
-            self._run_all()
         # Whatever is set up by a first launch must not fall into a capture.
-        self._run_all()
+        self.run_all()
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
         for tokens in reversed(self._mixed_sizes):
@@ -129,7 +125,9 @@ class GraphRunner:
             time.perf_counter() - started,
         )
 
-    def _run_all(self) -> None:
+    @torch.inference_mode()
+    def run_all(self) -> None:
+        """Launches every step that is captured, on padding alone."""
         for tokens in self._mixed_sizes:
             self._mixed_step(tokens)
         for batch in self._sizes:

@@ -63,49 +63,44 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
         self.graphs: GraphRunner | None = None
 
-    def capture_graphs(self, max_num_seqs: int, vocab_size: int, max_num_batched_tokens: int) -> None:
-        """Captures decode steps and small mixed steps; from then on they are replayed. Needs a GPU and the Triton
-        backend."""
-        from vllm.attention.backends.triton import TritonAttentionBackend
-        from vllm.worker.graph_runner import GraphRunner
-
-        if isinstance(self.backend, TritonAttentionBackend):
-            self.graphs = GraphRunner(
-                self.model,
-                self.cache,
-                self.backend,
-                self.token_ids,
-                vocab_size,
-                max_num_seqs,
-                max_num_batched_tokens,
-            )
-
-    @torch.inference_mode()
-    def compile_kernels(self, num_tokens: int) -> None:
-        """Compiles what batches that are no replays launch, side by side, so that no request waits for a compiler.
+    def warm_up(self, max_num_seqs: int, vocab_size: int, max_num_batched_tokens: int, capture: bool) -> None:
+        """Compiles all kernels, so that no request waits for a compiler. Needs a GPU.
 
         Args:
-            num_tokens: Tokens of a large batch.
+            capture: Also capture decode steps and small mixed steps, to be replayed from then on (Triton backend).
         """
+        from vllm.attention.backends.triton import TritonAttentionBackend
         from vllm.kernel_launch import compiling_ahead
+        from vllm.worker.graph_runner import GraphRunner
 
-        long = max(1, num_tokens - 20)
-        small, mixed, extent = [num_tokens], [1, 10, long], 4096
+        graphs: GraphRunner | None = None
+        if capture and isinstance(self.backend, TritonAttentionBackend):
+            graphs = GraphRunner(
+                self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs, max_num_batched_tokens
+            )
         with compiling_ahead():
-            for lens, groups, contiguous_from in (
-                (small, [], None),
-                (small, [], 0),
-                (mixed, [], None),
-                (mixed, [PrefixGroup(0, sum(mixed), 0, extent)], None),
-                ([100], [PrefixGroup(0, 100, 0, extent)], None),
-                ([10], [PrefixGroup(0, 10, 0, extent)], None),
-                ([1], [PrefixGroup(0, 1, 0, extent)], None),
-            ):
-                tokens = torch.zeros(sum(lens), dtype=torch.int64, device=self.device)
-                columns = -(-max(lens) // self.cache.block_size)
-                tables = torch.zeros((len(lens), columns), dtype=torch.int64, device=self.device)
-                metadata = AttentionMetadata(tokens, tables, lens, lens, groups, self.cache.block_size, contiguous_from)
-                self._forward(tokens, tokens, metadata)
+            self._run_typical_batches(max_num_batched_tokens)
+            if graphs is not None:
+                graphs.run_all()
+        if graphs is not None:
+            graphs.capture()
+        self.graphs = graphs
+
+    @torch.inference_mode()
+    def _run_typical_batches(self, num_tokens: int) -> None:
+        """Launches what batches launch that are no replays; they compute nothing of use."""
+        mixed, extent = [1, max(1, num_tokens - 20)], 4096
+        for lens, groups, contiguous_from in (
+            ([num_tokens], [], None),
+            ([num_tokens], [], 0),
+            (mixed, [], None),
+            (mixed, [PrefixGroup(0, sum(mixed), 0, extent)], None),
+        ):
+            tokens = torch.zeros(sum(lens), dtype=torch.int64, device=self.device)
+            columns = -(-max(lens) // self.cache.block_size)
+            tables = torch.zeros((len(lens), columns), dtype=torch.int64, device=self.device)
+            metadata = AttentionMetadata(tokens, tables, lens, lens, groups, self.cache.block_size, contiguous_from)
+            self._forward(tokens, tokens, metadata)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan, after_moves: Callable[[StepPlan], None]) -> Callable[[], StepResult]:

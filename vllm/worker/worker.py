@@ -125,9 +125,12 @@ class Worker:
         )
         if self.device.type == "cuda":
             scheduler = self.config.scheduler
-            self.runner.compile_kernels(scheduler.max_num_batched_tokens)
-        if self.device.type == "cuda" and not self.config.enforce_eager:
-            self.runner.capture_graphs(scheduler.max_num_seqs, model.vocab_size, scheduler.max_num_batched_tokens)
+            self.runner.warm_up(
+                scheduler.max_num_seqs,
+                model.vocab_size,
+                scheduler.max_num_batched_tokens,
+                capture=not self.config.enforce_eager,
+            )
 
     def _open_tiers(self, kv: CacheEngine) -> ExtentTransfers:
         tiers, model = self.config.system_prompt, self.config.model

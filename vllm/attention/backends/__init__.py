@@ -55,5 +55,5 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
         # Triton comes with CUDA builds of torch only.
         from vllm.attention.backends.triton import TritonAttentionBackend
 
-        return TritonAttentionBackend(*shape[:4], device)
+        return TritonAttentionBackend(*shape[:4], device, shape.block_size)
     raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")

@@ -29,15 +29,8 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import (
-    PREFIX_FIELDS,
-    group_array,
-    plan_chunk,
-    plan_prefix,
-    prefix_attention,
-    prefix_tiles,
-)
-from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_suffix, suffix_attention, suffix_tiles
+from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
+from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 
 # Query rows up to which a sequence is served by the small tiles of decode.
@@ -93,11 +86,12 @@ class TritonAttentionBackend(AttentionBackend):
     Args:
         num_heads, num_kv_heads, head_dim: This rank's share.
         dtype, device: Of q, K and V.
+        block_size: Slots in a block.
         use_tma: Load pinned K and V through tensor descriptors; None does so where it can be done (5 to 8 % faster on
             an H100): 16-bit rows of a power of two, Hopper or newer.
 
     Attributes:
-        use_gluon: Large tiles of prefix attention are done by the kernel written for Hopper.
+        use_gluon: Tiles of more than 64 rows are done by the kernel written for Hopper.
     """
 
     def __init__(
@@ -107,6 +101,7 @@ class TritonAttentionBackend(AttentionBackend):
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        block_size: int = 16,
         use_tma: bool | None = None,
     ) -> None:
         self.num_heads = num_heads
@@ -122,16 +117,27 @@ class TritonAttentionBackend(AttentionBackend):
             suited = dtype.itemsize == 2 and head_dim & (head_dim - 1) == 0
             use_tma = suited and is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self.use_tma = use_tma
-        is_hopper = is_cuda and torch.cuda.get_device_capability(device)[0] == 9
-        self.use_gluon = use_tma and is_hopper and head_dim in (64, 128)
+        self.use_gluon = False
+        if use_tma and is_cuda and torch.cuda.get_device_capability(device)[0] == 9:
+            # Gluon comes with the Triton of torch's builds for such GPUs.
+            from vllm.attention.ops import gluon_attention
+
+            self.use_gluon = gluon_attention.takes(dtype, head_dim, block_size)
 
     def prefix_tiles(self, max_tokens: int) -> TileConfig:
         """Tiles for groups of at most `max_tokens` tokens."""
-        return prefix_tiles(max_tokens * self.group_size, self.head_dim, self.dtype)
+        return self._for_device(prefix_tiles(max_tokens * self.group_size, self.head_dim, self.dtype))
 
     def suffix_tiles(self, max_tokens: int) -> TileConfig:
         """Tiles for sequences of at most `max_tokens` query tokens."""
-        return suffix_tiles(max_tokens * self.group_size, self.head_dim, self.dtype)
+        return self._for_device(suffix_tiles(max_tokens * self.group_size, self.head_dim, self.dtype))
+
+    def _for_device(self, tiles: TileConfig) -> TileConfig:
+        if self.use_gluon and tiles.block_m > 64:
+            from vllm.attention.ops import gluon_attention
+
+            return gluon_attention.TILES
+        return tiles
 
     def programs(self, tiles: TileConfig) -> int:
         """Programs that run at once."""
@@ -207,7 +213,7 @@ class TritonAttentionBackend(AttentionBackend):
             offset += work.size
             items = len(work) * self.num_kv_heads
             # The kernel for Hopper sets up a program for many items; the others are started one for each.
-            programs = min(items, self.programs(shape)) if i == 0 and self.use_gluon else items
+            programs = min(items, self.programs(shape)) if self.use_gluon and shape.block_m > 64 else items
             launches.append(Launch(view, flat[i : i + 1], shape, programs))
         num_parts = int(counts.max(initial=0))
         single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
@@ -276,20 +282,7 @@ class TritonAttentionBackend(AttentionBackend):
         if prepared.prefix is not None:
             self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
         for run in prepared.suffixes:
-            suffix_attention(
-                q,
-                k_cache,
-                v_cache,
-                scale,
-                prepared.block_tables,
-                prepared.block_size,
-                run.work,
-                run.num_work,
-                target,
-                lse,
-                run.tiles,
-                run.num_programs,
-            )
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared)
         if partial is not None and lse is not None:
             merge_partials(partial, lse, prepared.counts, out)
         return out
@@ -305,16 +298,59 @@ class TritonAttentionBackend(AttentionBackend):
         lse: torch.Tensor | None,
         causal: bool,
     ) -> None:
-        if self.use_gluon and run.tiles.block_m == 128:
-            # Needs a Triton that has Gluon, which torch's CUDA builds for Hopper come with.
-            from vllm.attention.ops.gluon_prefix import hopper_prefix_attention
+        if self.use_gluon and run.tiles.block_m > 64:
+            from vllm.attention.ops.gluon_attention import hopper_attention
 
-            hopper_prefix_attention(
-                q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, run.num_programs, causal
-            )
+            programs = run.num_programs
+            hopper_attention(q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, programs, causal=causal)
         elif lse is not None:
             prefix_attention(
                 q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, run.tiles, run.num_programs, self.use_tma
+            )
+
+    def _suffix(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        scale: float,
+        run: Launch,
+        out: torch.Tensor,
+        lse: torch.Tensor | None,
+        prepared: PreparedBatch,
+    ) -> None:
+        tables, block_size = prepared.block_tables, prepared.block_size
+        if self.use_gluon and run.tiles.block_m > 64:
+            from vllm.attention.ops.gluon_attention import hopper_attention
+
+            hopper_attention(
+                q,
+                k_cache,
+                v_cache,
+                scale,
+                run.work,
+                run.num_work,
+                out,
+                lse,
+                run.num_programs,
+                block_tables=tables,
+                block_size=block_size,
+                causal=True,
+            )
+        else:
+            suffix_attention(
+                q,
+                k_cache,
+                v_cache,
+                scale,
+                tables,
+                block_size,
+                run.work,
+                run.num_work,
+                out,
+                lse,
+                run.tiles,
+                run.num_programs,
             )
 
 

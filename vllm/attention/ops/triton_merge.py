@@ -11,10 +11,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from vllm.attention.ops.triton_common import LOG2E
-from vllm.kernel_launch import launch
+from vllm.kernel_launch import follow, launch
 
 # Elements of a program's tile: parts × columns of the flattened heads.
 _TILE = 2048
@@ -34,8 +33,7 @@ def _merge_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
+    follow(PDL)
     COLUMNS: tl.constexpr = NUM_HEADS * D
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

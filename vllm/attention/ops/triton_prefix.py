@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from vllm.attention.metadata import PrefixGroup
 from vllm.attention.ops.triton_common import (
@@ -29,7 +28,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
-from vllm.kernel_launch import launch
+from vllm.kernel_launch import follow, launch
 
 # first_token, num_tokens, first_slot, begin, end (keys of the extent), split
 PREFIX_FIELDS = 6
@@ -125,21 +124,6 @@ def plan_prefix(
     return work, counts.astype(np.int32)
 
 
-def plan_chunk(first_slot: int, start: int, count: int, tokens_of_tile: int) -> np.ndarray:
-    """Work of a causal prefill over consecutive slots: tokens start … start+count-1, K and V of all of them and of
-    those before in place. A token sees the keys up to its own; the longest items come first.
-
-    Returns int32 [n, PREFIX_FIELDS], one part a token.
-    """
-    first = np.arange(0, count, tokens_of_tile)[::-1]
-    work = np.zeros((len(first), PREFIX_FIELDS), np.int32)
-    work[:, 0] = first
-    work[:, 1] = np.minimum(tokens_of_tile, count - first)
-    work[:, 2] = first_slot
-    work[:, 4] = start + first + work[:, 1]
-    return work
-
-
 def _coverage(first: np.ndarray, size: np.ndarray, value: np.ndarray, num_tokens: int) -> np.ndarray:
     """Sum of `value` over the ranges that cover each token."""
     steps = np.zeros(num_tokens + 1, np.int64)
@@ -220,8 +204,7 @@ def _prefix_kernel(
     USE_TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
+    follow(PDL)
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     SLOT: tl.constexpr = NUM_KV_HEADS * D
     keys = tl.arange(0, BLOCK_N)
@@ -334,20 +317,12 @@ def prefix_attention_reference(
     work: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    causal: bool = False,
 ) -> None:
-    """`prefix_attention` in float64, item by item; every row of `work` counts.
-
-    Args:
-        causal: Token i of an item's n tokens does not see the last n-1-i keys.
-    """
+    """`prefix_attention` in float64, item by item; every row of `work` counts."""
     share = q.shape[1] // k_cache.shape[1]
     for first_token, num_tokens, first_slot, begin, end, split in work.tolist():
         tokens, slots = slice(first_token, first_token + num_tokens), slice(first_slot + begin, first_slot + end)
         k, v = (x[slots].double().repeat_interleave(share, dim=1) for x in (k_cache, v_cache))
         scores = torch.einsum("thd,nhd->thn", q[tokens].double(), k) * scale
-        if causal:
-            key, token = torch.arange(begin, end, device=q.device), torch.arange(num_tokens, device=q.device)
-            scores.masked_fill_((key > end - num_tokens + token[:, None])[:, None, :], float("-inf"))
         out[split, tokens] = torch.einsum("thn,nhd->thd", scores.softmax(dim=-1), v).to(out.dtype)
         lse[split, tokens] = scores.logsumexp(dim=-1).float()

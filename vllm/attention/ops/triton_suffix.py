@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from vllm.attention.ops.triton_common import (
     LOG2E,
@@ -24,7 +23,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
-from vllm.kernel_launch import launch
+from vllm.kernel_launch import follow, launch
 
 # first_token, num_tokens, table_row, begin, end (own keys), position (own position of the first query token), split
 SUFFIX_FIELDS = 7
@@ -40,8 +39,8 @@ def suffix_tiles(max_rows: int, head_dim: int, dtype: torch.dtype) -> TileConfig
         return TileConfig(16, 32 if head_dim <= 128 else 16, 4, 2, 2)
     wide = head_dim > 128
     if max_rows <= 16:
-        # The look-up of blocks takes pipeline stages too: three leave one step of K and V in flight, five leave two.
-        return TileConfig(16, 32 if wide else 64, 4, 3, 2 if wide else 3)
+        # 256 sequences of 1,152 keys on an H100: 422 µs (2.87 TB/s); 435 µs by steps of 64 keys, three programs each.
+        return TileConfig(16, 32 if wide else 128, 4, 3, 2)
     if max_rows <= 64 or wide:
         return TileConfig(64, 64, 4, 2 if wide else 3, 1 if wide else 2)
     return TileConfig(128, 64, 8, 3, 1)
@@ -127,6 +126,22 @@ def plan_suffix(
     return work[np.argsort(work[:, 3] - work[:, 4], kind="stable")]
 
 
+def plan_chunk(first_slot: int, start: int, count: int, tokens_of_tile: int) -> np.ndarray:
+    """Work of a prefill over consecutive slots instead of blocks: query tokens start … start+count-1 of a sequence
+    whose slots begin at `first_slot`. The longest items come first.
+
+    Returns int32 [n, SUFFIX_FIELDS], `first_slot` in the place of the row, one part a token.
+    """
+    first = np.arange(0, count, tokens_of_tile)[::-1]
+    work = np.zeros((len(first), SUFFIX_FIELDS), np.int32)
+    work[:, 0] = first
+    work[:, 1] = np.minimum(tokens_of_tile, count - first)
+    work[:, 2] = first_slot
+    work[:, 4] = start + first + work[:, 1]
+    work[:, 5] = start + first
+    return work
+
+
 def _members(first: np.ndarray, size: np.ndarray) -> np.ndarray:
     """All tokens of the ranges, range by range."""
     if size.max() == 1:
@@ -162,8 +177,7 @@ def _suffix_kernel(
     WITH_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
+    follow(PDL)
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     SLOT: tl.constexpr = NUM_KV_HEADS * D
     keys = tl.arange(0, BLOCK_N)

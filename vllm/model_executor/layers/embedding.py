@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from vllm.distributed.communication import all_gather_last_dim, all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
-from vllm.model_executor.layers.linear import copy_checked
+from vllm.model_executor.layers.linear import copy_checked, linear
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -39,4 +39,4 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores of the whole vocabulary: [T, hidden_size] → [T, vocab_size]."""
-        return all_gather_last_dim(functional.linear(hidden, self.weight), self.tp)[..., : self.vocab_size]
+        return all_gather_last_dim(linear(hidden, self.weight, None), self.tp)[..., : self.vocab_size]

@@ -13,6 +13,16 @@ from vllm.distributed.communication import all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x Wᵀ + b`: x [T, in_features], weight [out_features, in_features]."""
+    if x.is_cuda and x.shape[0] == 1 and weight.dtype.itemsize == 2:
+        from vllm.model_executor.layers.ops import triton_linear
+
+        out = triton_linear.row_linear(x, weight)
+        return out if bias is None else out + bias
+    return functional.linear(x, weight, bias)
+
+
 class LinearBase(nn.Module):
     """`x Wᵀ + b`; weight [out_features, in_features] of this rank."""
 
@@ -23,7 +33,7 @@ class LinearBase(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -64,7 +74,7 @@ class RowParallelLinear(LinearBase):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Only one rank adds the bias, or the sum would hold it world_size times.
         bias = self.bias if self.tp.rank == 0 else None
-        return all_reduce(functional.linear(x, self.weight, bias), self.tp)
+        return all_reduce(linear(x, self.weight, bias), self.tp)
 
 
 def shard(tensor: torch.Tensor, dim: int, size: int, tp: TensorParallelGroup, name: str) -> torch.Tensor:

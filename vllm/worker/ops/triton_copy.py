@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
-from vllm.kernel_launch import launch
+from vllm.kernel_launch import follow, launch
 
 # Blocks are moved as 8-byte words, so many at a time.
 _WORDS = 1024
@@ -19,8 +18,7 @@ _WORDS = 1024
 
 @triton.jit
 def _copy_kernel(source_bases, target_bases, pairs_ptr, num_words, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
+    follow(PDL)
     pair = tl.program_id(0)
     tensor = tl.program_id(1)
     source = tl.load(source_bases + tensor).to(tl.pointer_type(tl.int64))

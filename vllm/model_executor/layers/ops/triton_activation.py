@@ -8,15 +8,13 @@ import torch
 import triton
 import triton.language as tl
 from torch.nn import functional
-from triton.language.extra.cuda import gdc_wait
 
-from vllm.kernel_launch import launch
+from vllm.kernel_launch import follow, launch
 
 
 @triton.jit
 def _silu_and_mul_kernel(x_ptr, x_stride, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    if PDL:
-        gdc_wait()
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE

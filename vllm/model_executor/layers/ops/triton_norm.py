@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
-from vllm.kernel_launch import launch
+from vllm.kernel_launch import follow, launch
 
 
 @triton.jit
@@ -28,8 +27,7 @@ def _norm_kernel(
     ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        gdc_wait()
+    follow(PDL)
     row = tl.program_id(0).to(tl.int64) * SIZE
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
