@@ -116,7 +116,8 @@ def _append(messages: list[dict[str, Any]], message: dict[str, Any]) -> None:
     if last is None or last["role"] != message["role"] or message["role"] not in ("user", "assistant"):
         messages.append(message)
         return
-    last["content"] = last["content"] + message["content"]
+    # Grown in place: a conversation may be one turn in very many pieces.
+    last["content"] += message["content"]
     last |= _cache_control(message)
     for key in ("tool_calls", "reasoning_content"):
         if key in message:
@@ -226,12 +227,16 @@ def _blocks(where: str, content: Any) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _text_part(where: str, block: dict[str, Any]) -> dict[str, Any]:
+    text = block.get("text")
     if block["type"] != "text":
         raise VLLMValidationError(
             f"{where} has type {snippet(block['type'])}, which cannot be used there; this model reads only text.",
             _param(where),
         )
-    return {"type": "text", "text": _string(f"{where}.text", block.get("text"))} | _cache_control(block)
+    if not isinstance(text, str):
+        raise VLLMValidationError(f"{where}.text must be a string, got {snippet(text)}.", _param(where))
+    part = {"type": "text", "text": text}
+    return part | _cache_control(block) if "cache_control" in block else part
 
 
 def _cache_control(*blocks: dict[str, Any]) -> dict[str, Any]:
@@ -367,19 +372,21 @@ def check_cache_control(request: CountTokensRequest) -> None:
 
 def _cache_markers(request: CountTokensRequest) -> Iterator[tuple[str, Any]]:
     """All `cache_control` values with their places, in the order in which the prompt shows their blocks."""
-    blocks = [(f"tools[{i}]", tool) for i, tool in enumerate(request.tools or ())]
-    if isinstance(request.system, list):
-        blocks += [(f"system[{i}]", block) for i, block in enumerate(request.system)]
+    yield from _markers_of("tools", request.tools)
+    yield from _markers_of("system", request.system)
     for i, message in enumerate(request.messages):
         content = message.get("content") if isinstance(message, dict) else None
-        for j, block in enumerate(content if isinstance(content, list) else ()):
-            inner = block.get("content") if isinstance(block, dict) else None
-            place = f"messages[{i}].content[{j}]"
-            if isinstance(inner, list):
-                blocks += [(f"{place}.content[{k}]", part) for k, part in enumerate(inner)]
-            blocks.append((place, block))
-    for where, block in blocks:
-        if isinstance(block, dict) and block.get("cache_control") is not None:
-            yield f"{where}.cache_control", block["cache_control"]
+        if isinstance(content, list):
+            yield from _markers_of(f"messages[{i}].content", content)
     if request.cache_control is not None:
         yield "cache_control", request.cache_control
+
+
+def _markers_of(where: str, blocks: Any) -> Iterator[tuple[str, Any]]:
+    for i, block in enumerate(blocks if isinstance(blocks, list) else ()):
+        if not isinstance(block, dict):
+            continue
+        if block.get("type") == "tool_result":
+            yield from _markers_of(f"{where}[{i}].content", block.get("content"))
+        if block.get("cache_control") is not None:
+            yield f"{where}[{i}].cache_control", block["cache_control"]

@@ -176,7 +176,7 @@ def _block_event(news: BlockNews) -> bytes:
     block = news.block
     event: dict[str, Any] = {"type": f"content_block_{news.what}", "index": block.index}
     if news.what == "start":
-        event["content_block"] = _content_block(Block(block.index, block.kind, "", block.call_id, block.name))
+        event["content_block"] = _content_block(Block(block.index, block.kind, block.call_id, block.name))
     elif news.what == "delta":
         event["delta"] = {"type": _DELTA_TYPES[block.kind], _DELTA_FIELDS[block.kind]: news.text}
     return typed_sse(event)

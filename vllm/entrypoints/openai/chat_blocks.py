@@ -13,17 +13,22 @@ class Block:
 
     Attributes:
         index: Position in the answer.
-        text: What has come of it; of a tool call, its arguments as JSON.
+        pieces: What has come of its text.
         call_id / name: Of a tool call.
         logprobs: Of text: one entry a token, as chat completions show them.
     """
 
     index: int
     kind: Literal["reasoning", "text", "tool_call"]
-    text: str = ""
     call_id: str = ""
     name: str = ""
+    pieces: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """Of a tool call, its arguments as JSON."""
+        return "".join(self.pieces)
 
 
 class BlockNews(NamedTuple):
@@ -95,6 +100,6 @@ class BlockReader:
     def _add(self, text: str, logprobs: tuple[dict[str, Any], ...] = ()) -> Iterator[BlockNews]:
         block = self._open
         if block is not None and text:
-            block.text += text
+            block.pieces.append(text)
             block.logprobs += logprobs
             yield BlockNews("delta", block, text, logprobs)
