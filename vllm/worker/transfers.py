@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+import numpy as np
 import torch
 
 from vllm.exceptions import StartupError
@@ -95,10 +96,12 @@ class ExtentTransfers:
             there = slice(transfer.first, transfer.first + transfer.count)
             here = slice(transfer.start_block + there.start, transfer.start_block + there.stop)
             for on_host, cache in zip(image, self._caches, strict=True):
-                if transfer.to_host:
-                    on_host[there].copy_(cache[here], non_blocking=True)
+                source, target = (cache[here], on_host[there]) if transfer.to_host else (on_host[there], cache[here])
+                if self._on_gpu:
+                    target.copy_(source, non_blocking=True)
                 else:
-                    cache[here].copy_(on_host[there], non_blocking=True)
+                    # A layer's share of a slice is small: waking torch's threads for it costs more than copying it.
+                    np.copyto(target.numpy(), source.numpy())
 
     def _image(self, image: HostImage) -> torch.Tensor:
         shape = (len(self._caches), image.num_blocks, self._block_bytes)
