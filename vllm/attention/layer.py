@@ -21,6 +21,8 @@ class ForwardContext:
         positions: Position of each token; int64 [T].
         slot_mapping: Slot of each token; int64 [T].
         k_caches, v_caches: Per layer [num_slots, num_kv_heads, head_dim].
+        wanted: The tokens whose hidden states are wanted; int64 [R]. None: of all. The others only leave K and V, and
+            the last layer does no more for them: 3 % of a prefill of 32 layers.
     """
 
     backend: AttentionBackend
@@ -29,6 +31,7 @@ class ForwardContext:
     slot_mapping: torch.Tensor
     k_caches: list[torch.Tensor]
     v_caches: list[torch.Tensor]
+    wanted: torch.Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -50,8 +53,12 @@ class Attention(nn.Module):
     def forward(self, qkv: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """[T, (num_heads + 2 num_kv_heads) * head_dim] → [T, num_heads * head_dim]; `cos_sin` is the rotary table."""
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
-        backend = context.backend
-        q = backend.rope_and_write(
+        q = self.write(qkv, cos_sin, context)
+        return context.backend.forward(q, k_cache, v_cache, self.scale, context.prepared).flatten(1)
+
+    def write(self, qkv: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """Only writes K and V; returns the queries, turned by their positions, [T, num_heads, head_dim]."""
+        k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
+        return context.backend.rope_and_write(
             qkv, context.positions, cos_sin, context.slot_mapping, k_cache, v_cache, self.num_heads
         )
-        return backend.forward(q, k_cache, v_cache, self.scale, context.prepared).flatten(1)

@@ -8,7 +8,7 @@ without a device. `CacheEngine` holds the tensors. All ranks hold the same block
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -193,21 +193,28 @@ class CacheEngine:
         """
         if not updates:
             return
+        import numpy as np
         import torch
 
-        entries: dict[tuple[int, int], int] = {}
         for row, first, blocks in updates:
             if first > self._num_blocks_of_row[row]:
                 raise RuntimeError(f"row {row} has {self._num_blocks_of_row[row]} blocks, cannot add at {first}")
             self._num_blocks_of_row[row] = max(self._num_blocks_of_row[row], first + len(blocks))
-            entries.update(((row, first + i), block) for i, block in enumerate(blocks))
-        flat = torch.tensor([(row, column, block) for (row, column), block in entries.items()], dtype=torch.int64)
-        flat = flat.T.contiguous()
+        lengths = np.array([len(blocks) for _, _, blocks in updates])
+        rows = np.repeat([row for row, _, _ in updates], lengths)
+        starts = np.array([first for _, first, _ in updates]) - (lengths.cumsum() - lengths)
+        columns = np.arange(len(rows)) + np.repeat(starts, lengths)
+        values = np.fromiter(chain.from_iterable(blocks for _, _, blocks in updates), np.int64, len(rows))
+        if len(updates) > 1:
+            # Of two that touch the same entry the later one counts, so entries are looked for from the end.
+            _, kept = np.unique((rows * self.block_tables.shape[1] + columns)[::-1], return_index=True)
+            rows, columns, values = (x[::-1][kept] for x in (rows, columns, values))
+        flat = torch.from_numpy(np.stack((rows, columns, values)))
         if self._device.type == "cuda":
             # From pageable memory the copy would wait for the device.
             flat = flat.pin_memory()
-        rows, columns, values = flat.to(self._device, non_blocking=True)
-        self.block_tables[rows, columns] = values
+        where_row, where_column, written = flat.to(self._device, non_blocking=True)
+        self.block_tables[where_row, where_column] = written
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
         """Copies whole blocks, all layers: `pairs` of (source, destination).

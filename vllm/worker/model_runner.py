@@ -12,7 +12,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks
+from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
 from vllm.worker.cache_engine import CacheEngine
@@ -64,27 +64,36 @@ class ModelRunner:
         self.graphs: GraphRunner | None = None
 
     def warm_up(self, max_num_seqs: int, vocab_size: int, max_num_batched_tokens: int, capture: bool) -> None:
-        """Compiles all kernels, so that no request waits for a compiler. Needs a GPU.
+        """Makes what is compiled or captured once, so that no request waits for it. Needs a GPU.
 
         Args:
-            capture: Also capture decode steps and small mixed steps, to be replayed from then on (Triton backend).
+            capture: Capture decode steps and small mixed steps, to be replayed from then on (Triton backend).
         """
         from vllm.attention.backends.triton import TritonAttentionBackend
         from vllm.kernel_launch import compiling_ahead
         from vllm.worker.graph_runner import GraphRunner
 
-        graphs: GraphRunner | None = None
-        if capture and isinstance(self.backend, TritonAttentionBackend):
-            graphs = GraphRunner(
-                self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs, max_num_batched_tokens
-            )
+        if not capture or not isinstance(self.backend, TritonAttentionBackend):
+            return
+        graphs = GraphRunner(
+            self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs, max_num_batched_tokens
+        )
         with compiling_ahead():
-            self._run_typical_batches(max_num_batched_tokens)
-            if graphs is not None:
-                graphs.run_all()
-        if graphs is not None:
-            graphs.capture()
+            graphs.run_all()
+        graphs.capture()
         self.graphs = graphs
+
+    @torch.inference_mode()
+    def try_largest_step(self, num_tokens: int, num_seqs: int) -> None:
+        """Takes the memory of a step of so many tokens, and of a draw for so many sequences, and gives it back. Kernels
+        are only compiled by it, the larger ones of those that are not captured. Needs a GPU."""
+        from vllm.kernel_launch import compiling_ahead
+
+        with compiling_ahead():
+            self._run_typical_batches(num_tokens)
+        hidden = torch.zeros((num_seqs, self.model.norm.weight.shape[0]), dtype=self.model.norm.weight.dtype)
+        logits = self.model.logits(hidden.to(self.device)).float()
+        draw_by_inversion(logits, torch.zeros(num_seqs, dtype=torch.float64, device=self.device))
 
     @torch.inference_mode()
     def _run_typical_batches(self, num_tokens: int) -> None:
@@ -164,7 +173,8 @@ class ModelRunner:
             block_size=block_size,
             contiguous_from=None if chunk.prefix else chunk.start_block * block_size,
         )
-        self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata)
+        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata, nothing)
 
     def _run_batch(self, plan: StepPlan) -> Callable[[], StepResult]:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
@@ -192,7 +202,8 @@ class ModelRunner:
             block_size=block_size,
         )
         token_ids = torch.as_tensor(self._tokens[row_index, positions])
-        hidden = self._forward(token_ids, torch.as_tensor(positions), metadata)
+        wanted = None if any(plan.wants_prompt_logprobs) else self._to_device(ends[plan.samples] - 1)
+        hidden = self._forward(token_ids, torch.as_tensor(positions), metadata, wanted)
         return self._sample(plan, hidden, rows, starts + counts, ends)
 
     def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Callable[[], StepResult]:
@@ -225,7 +236,14 @@ class ModelRunner:
             token += count
         return groups
 
-    def _forward(self, token_ids: torch.Tensor, positions: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+    def _forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        wanted: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states of the tokens `wanted`, or of all."""
         context = ForwardContext(
             backend=self.backend,
             prepared=self.backend.prepare(metadata),
@@ -233,6 +251,7 @@ class ModelRunner:
             slot_mapping=metadata.slot_mapping,
             k_caches=self.cache.k_caches,
             v_caches=self.cache.v_caches,
+            wanted=wanted,
         )
         return self.model(token_ids, context)
 

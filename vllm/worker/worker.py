@@ -85,8 +85,44 @@ class Worker:
         )
 
     def available_kv_bytes(self) -> int:
-        """Bytes that the KV cache may take on this rank, weights loaded."""
-        return self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
+        """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
+        available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
+        return available if self.device.type == "cpu" else max(0, available - self._bytes_of_largest_step())
+
+    def _bytes_of_largest_step(self) -> int:
+        """Memory beside weights and KV cache, by a trial of a step of as many tokens and sequences as may be. Compiles
+        on the way the kernels that such steps launch."""
+        scheduler = self.config.scheduler
+        try:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            num_blocks = -(-scheduler.max_num_batched_tokens // self.config.cache.block_size)
+            trial = self._make_runner(num_blocks)
+            trial.try_largest_step(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+            needed = torch.cuda.max_memory_allocated() - before - num_blocks * self.bytes_per_block
+        except torch.OutOfMemoryError as error:
+            raise self._step_too_large(error) from None
+        del trial
+        torch.cuda.empty_cache()
+        # Captured steps are smaller, and have memory of their own.
+        return needed if self.config.enforce_eager else needed + needed // 2
+
+    def _make_runner(self, num_blocks: int) -> ModelRunner:
+        model, scheduler = self.config.model, self.config.scheduler
+        kv = CacheEngine(
+            num_layers=model.num_layers,
+            num_blocks=num_blocks,
+            block_size=self.config.cache.block_size,
+            num_kv_heads=self.tp.divide(model.num_kv_heads, "KV heads"),
+            head_dim=model.head_dim,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_blocks_per_seq=-(-model.max_model_len // self.config.cache.block_size) + 1,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return ModelRunner(
+            self.model, kv, self.backend, model.vocab_size, scheduler.max_num_seqs, model.max_model_len, self.device
+        )
 
     def initialize_cache(self, num_blocks: int) -> None:
         """Makes the K/V tensors and the host tier, and looks for snapshots.
@@ -94,43 +130,34 @@ class Worker:
         Raises:
             StartupError: there is not enough memory.
         """
-        model, cache = self.config.model, self.config.cache
         needed, left = num_blocks * self.bytes_per_block, self.platform.available_memory_bytes()
         if needed > left:
             # A CPU would hand out the memory and be killed for using it.
             raise self._too_large(needed, f"{left / 2**30:.1f} GiB are left")
         try:
-            kv = CacheEngine(
-                num_layers=model.num_layers,
-                num_blocks=num_blocks,
-                block_size=cache.block_size,
-                num_kv_heads=self.tp.divide(model.num_kv_heads, "KV heads"),
-                head_dim=model.head_dim,
-                max_num_seqs=self.config.scheduler.max_num_seqs,
-                max_blocks_per_seq=-(-model.max_model_len // cache.block_size) + 1,
-                dtype=self.dtype,
-                device=self.device,
-            )
+            self.runner = self._make_runner(num_blocks)
         except (MemoryError, RuntimeError) as error:
             raise self._too_large(needed, str(error).splitlines()[0]) from None
-        self.transfers = self._open_tiers(kv)
-        self.runner = ModelRunner(
-            self.model,
-            kv,
-            self.backend,
-            model.vocab_size,
-            self.config.scheduler.max_num_seqs,
-            model.max_model_len,
-            self.device,
-        )
+        self.transfers = self._open_tiers(self.runner.cache)
         if self.device.type == "cuda":
             scheduler = self.config.scheduler
-            self.runner.warm_up(
-                scheduler.max_num_seqs,
-                model.vocab_size,
-                scheduler.max_num_batched_tokens,
-                capture=not self.config.enforce_eager,
-            )
+            try:
+                self.runner.warm_up(
+                    scheduler.max_num_seqs,
+                    self.config.model.vocab_size,
+                    scheduler.max_num_batched_tokens,
+                    capture=not self.config.enforce_eager,
+                )
+            except torch.OutOfMemoryError as error:
+                raise self._step_too_large(error) from None
+
+    def _step_too_large(self, error: torch.OutOfMemoryError) -> StartupError:
+        scheduler = self.config.scheduler
+        return StartupError(
+            f"There is no memory for steps of {scheduler.max_num_batched_tokens} tokens and {scheduler.max_num_seqs} "
+            f"sequences beside the weights and the KV cache ({str(error).splitlines()[0]}); lower "
+            "--gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs."
+        )
 
     def _open_tiers(self, kv: CacheEngine) -> ExtentTransfers:
         tiers, model = self.config.system_prompt, self.config.model

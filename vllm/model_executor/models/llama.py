@@ -65,9 +65,6 @@ class LlamaAttention(nn.Module):
             layer_index, tp.divide(num_heads, "attention heads"), tp.divide(num_kv_heads, "KV heads"), head_dim
         )
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        return self.o_proj(self.attention(self.qkv_proj(x), cos_sin, context))
-
 
 class LlamaLayer(nn.Module):
     def __init__(self, config: PretrainedConfig, layer_index: int, head_dim: int, tp: TensorParallelGroup) -> None:
@@ -76,6 +73,27 @@ class LlamaLayer(nn.Module):
         self.mlp = LlamaMLP(config, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        cos_sin: torch.Tensor,
+        context: ForwardContext,
+        wanted: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the output and the residual stream it is to be added to, of the wanted tokens or (None) of all."""
+        attention = self.self_attn
+        x, residual = self.input_layernorm.add(x, residual)
+        qkv = attention.qkv_proj(x)
+        if wanted is not None and not len(wanted):
+            attention.attention.write(qkv, cos_sin, context)
+            return x[:0], residual[:0]
+        x = attention.attention(qkv, cos_sin, context)
+        if wanted is not None:
+            x, residual = x[wanted], residual[wanted]
+        x, residual = self.post_attention_layernorm.add(attention.o_proj(x), residual)
+        return self.mlp(x), residual
 
 
 class PackedLlama:
@@ -184,16 +202,16 @@ class LlamaForCausalLM(nn.Module):
         self._packed = PackedLlama(self, int8)
 
     def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """int64 [T] → hidden states [T, hidden_size]; writes K and V of every token."""
+        """int64 [T] → hidden states of the wanted tokens [R, hidden_size]; writes K and V of every token."""
         residual = self.embed_tokens(token_ids)
+        wanted = context.wanted
         if self._packed is not None:
-            return self._packed.forward(residual, context)
+            hidden = self._packed.forward(residual, context)
+            return hidden if wanted is None else hidden[wanted]
         x = torch.zeros_like(residual)
-        for layer in self.layers:
-            x, residual = layer.input_layernorm.add(x, residual)
-            x = layer.self_attn(x, self.rotary.cos_sin, context)
-            x, residual = layer.post_attention_layernorm.add(x, residual)
-            x = layer.mlp(x)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, self.rotary.cos_sin, context, wanted if i == last else None)
         x, _ = self.norm.add(x, residual)
         return x
 
