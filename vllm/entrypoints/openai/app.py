@@ -27,6 +27,7 @@ from vllm.entrypoints.openai.middleware import (
     ApiKeyMiddleware,
     RequestIdMiddleware,
 )
+from vllm.entrypoints.openai.openapi import describe_bodies
 from vllm.entrypoints.openai.protocol import (
     ApiModel,
     ChatCompletionRequest,
@@ -78,6 +79,8 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     _add_status_routes(app, engine)
     if envs.server_dev_mode():
         _add_development_routes(app, engine)
+
+    describe_bodies(app)
 
     # The one added last sees a request first.
     keys = args.api_key or ([envs.api_key()] if envs.api_key() else [])
