@@ -26,11 +26,13 @@ class ModelConfig:
         served_model_names: Names under which the HTTP API knows the model; the first one is reported back.
         hf_config: Shape of the network.
         dtype: Name of the torch dtype of weights and activations.
+        quantization: How the matrices are held instead: `int8_cpu`, int8 with a factor for each of their rows; or None.
         max_model_len: Longest prompt plus output of a request, in tokens.
         load_format: Where weights come from.
         seed: Seed of the engine's own draws, or None for fresh entropy.
         chat_template: Template text that replaces the tokenizer's own, or None.
-        weights_digest: SHA-256 over what identifies the weights; seeds the keys of cached blocks.
+        weights_digest: SHA-256 over what identifies the weights, their quantization included; seeds the keys of cached
+            blocks.
         tokenizer_digest, chat_template_digest: SHA-256 of what turns text into tokens; snapshots are kept apart by it.
         eos_token_ids: Tokens that end an answer unless the request says `ignore_eos`.
         generation_defaults: Sampling values that the checkpoint's generation_config.json recommends; the HTTP API
@@ -45,6 +47,7 @@ class ModelConfig:
     dtype: str
     max_model_len: int
     load_format: Literal["gguf", "safetensors", "dummy"]
+    quantization: Literal["int8_cpu"] | None = None
     seed: int | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False

@@ -102,13 +102,18 @@ def test_one_by_one(engine: LLMEngine, requests: list[Request], expected: list[l
     assert_nothing_held(engine)
 
 
-def test_safetensors_hold_the_same_weights(engine: LLMEngine, hf_model_dir: Path) -> None:
-    other = make_engine(hf_model_dir, num_gpu_blocks_override=32)
+def test_safetensors_hold_the_same_weights(default_model_path: str, hf_model_dir: Path) -> None:
+    # The CPU kernels would take the weights over.
+    engine, other = (
+        make_engine(path, num_gpu_blocks_override=32, attention_backend="TORCH")
+        for path in (default_model_path, hf_model_dir)
+    )
     ours, theirs = (e.core.executor._worker.model.state_dict() for e in (engine, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert other.vllm_config.model.load_format == "safetensors"
     assert other.vllm_config.model.eos_token_ids == engine.vllm_config.model.eos_token_ids
+    engine.shutdown()
     other.shutdown()
 
 

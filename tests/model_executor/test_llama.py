@@ -152,3 +152,13 @@ def test_wrong_shape(dim: int, longer: bool) -> None:
 def test_another_activation() -> None:
     with pytest.raises(StartupError, match="The model asks for activation 'gelu'; Llama checkpoints use silu"):
         load(make_config(hidden_act="gelu"), {})
+
+
+def test_int8_of_sizes_that_cannot_be_packed() -> None:
+    config = make_config(hidden_size=24)
+    model = load(config, checkpoint(make_reference(config)))
+    model.pack_for_cpu()
+    with pytest.raises(
+        StartupError, match="--quantization int8_cpu cannot serve this model: hidden_size 24 is no mult"
+    ):
+        model.pack_for_cpu(int8=True)

@@ -59,6 +59,7 @@ class EngineArgs:
     revision: str | None = None
     load_format: Literal["auto", "gguf", "safetensors", "dummy"] = "auto"
     dtype: str = "auto"
+    quantization: str | None = None
     max_model_len: int | None = None
     seed: int | None = None
     chat_template: str | None = None
@@ -121,6 +122,7 @@ class EngineArgs:
         add("revision", "Branch, tag or commit of a hub id.")
         add("load_format", "How the weights are stored; dummy makes random ones.", choices=_choices("load_format"))
         add("dtype", "Of weights and activations.", choices=_DTYPES)
+        add("quantization", "int8_cpu: matrices as int8, faster on a CPU and a little less exact.", type=_quantization)
         add("max_model_len", "Longest prompt plus output, in tokens; 8k and 8K are understood.", type=_human_int)
         add("seed", "Of the engine's own draws; fresh entropy if not given.", type=int)
         add("chat_template", "Template text, or a file that holds it, in place of the tokenizer's own.")
@@ -243,12 +245,13 @@ class EngineArgs:
             dtype=dtype,
             max_model_len=self._max_model_len(int(hf_config.max_position_embeddings)),
             load_format=load_format,
+            quantization=_quantization(self.quantization),
             seed=self.seed,
             chat_template=_read_template(self.chat_template),
             trust_request_chat_template=self.trust_request_chat_template,
             trust_remote_code=self.trust_remote_code,
             max_logprobs=self.max_logprobs,
-            weights_digest=weights_digest(model_path),
+            weights_digest=weights_digest(model_path, _quantization(self.quantization)),
             tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
             chat_template_digest=_template_digest(_read_template(self.chat_template) or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
@@ -317,6 +320,14 @@ AsyncEngineArgs = EngineArgs
 
 def _choices(name: str) -> tuple[str, ...]:
     return {"load_format": ("auto", "gguf", "safetensors", "dummy"), "mode": ("auto", "declared", "off")}[name]
+
+
+def _quantization(name: str | None) -> Literal["int8_cpu"] | None:
+    if name in (None, "none"):
+        return None
+    if name == "int8_cpu":
+        return "int8_cpu"
+    raise StartupError(f"--quantization {name} is not supported by this server; only int8_cpu and none are.")
 
 
 def _human_int(text: str) -> int:

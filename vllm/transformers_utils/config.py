@@ -123,10 +123,11 @@ def eos_token_ids(model_path: str, hf_config: PretrainedConfig, tokenizer: Token
     return tuple(sorted(i for i in found if i is not None and 0 <= i < tokenizer.vocab_size))
 
 
-def weights_digest(model_path: str) -> str:
+def weights_digest(model_path: str, quantization: str | None = None) -> str:
     """SHA-256 (hex) that changes when the weights do, without reading all of them.
 
-    Covers the configuration, and of each weight file its name, size, modification time and first and last MiB.
+    Covers the configuration, and of each weight file its name, size, modification time and first and last MiB; then
+    what the weights are quantised to.
     """
     path = Path(model_path)
     digest = hashlib.sha256()
@@ -147,6 +148,8 @@ def weights_digest(model_path: str) -> str:
             add(data.read(_DIGEST_BYTES))
             data.seek(max(0, status.st_size - _DIGEST_BYTES))
             add(data.read(_DIGEST_BYTES))
+    if quantization is not None:
+        add(quantization.encode())
     return digest.hexdigest()
 
 

@@ -74,7 +74,7 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
     ("args", "words"),
     [
         (["--quantization", "awq"], "--quantization awq"),
-        (["-q", "awq"], "--quantization awq"),
+        (["-q", "awq"], "--quantization awq is not supported by this server; only int8_cpu and none are"),
         (["--enable-lora"], "--enable-lora"),
         (["--speculative-config", "{}"], "--speculative-config"),
         (["--speculative_config={}"], "--speculative-config"),

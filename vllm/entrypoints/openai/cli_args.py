@@ -155,7 +155,6 @@ _UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "override-pooler-config": (),
     "pipeline-parallel-size": ("1",),
     "pooler-config": (),
-    "quantization": ("none",),
     "rope-scaling": (),
     "rope-theta": (),
     "runner": ("auto", "generate"),
