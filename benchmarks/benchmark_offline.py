@@ -21,12 +21,12 @@ from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, workloads
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
-    """A checkpoint without weights: the configuration, and a tokenizer that knows single bytes."""
+    """A checkpoint without weights: the configuration, and a tokenizer that has a word for every id."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     (folder / "config.json").write_text(json.dumps(config))
-    vocabulary = {f"<{i}>": i for i in range(256)}
+    vocabulary = {f"<{i}>": i for i in range(config["vocab_size"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
 

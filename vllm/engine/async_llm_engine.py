@@ -27,6 +27,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.core_process import CoreProcessArgs
 from vllm.engine.engine_core import PinName
 from vllm.engine.input_processor import InputProcessor
+from vllm.engine.mailbox import Mailbox
 from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, EngineStats, StepOutputs, UtilityCall
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.output_processor import OutputProcessor
@@ -325,19 +326,20 @@ class AsyncLLMEngine:
             tenant=current_tenant.get(),
             arrival_time=arrival_time,
         )
-        queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        mailbox = Mailbox(sampling_params.output_kind)
         try:
-            state = self._processor.add(request, text, queue.put_nowait)
+            state = self._processor.add(request, text, mailbox.put)
         except ValueError as error:
             raise VLLMValidationError(str(error), "request_id") from None
         try:
             await self._send(request)
             while True:
-                news = await queue.get()
-                if isinstance(news, Exception):
-                    if wanted and isinstance(news, VLLMValidationError) and news.param == "structured_outputs":
-                        self._compiler.refuse(wanted, news)
-                    raise news
+                try:
+                    news = await mailbox.take()
+                except VLLMValidationError as error:
+                    if wanted and error.param == "structured_outputs":
+                        self._compiler.refuse(wanted, error)
+                    raise
                 yield news
                 if news.finished:
                     return
