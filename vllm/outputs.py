@@ -86,7 +86,8 @@ class SystemPromptInfo:
 
     Attributes:
         id: Same tokens, same id.
-        state: `pending` (waits for room), `computing`, `pinned`, `removing` (readers still run) or `removed`.
+        state: `pending` (waits for room), `computing`, `loading` (comes from the host or disk), `pinned`, `host` (waits
+            in host memory until it is asked for), `removing` (readers still run) or `removed`.
         num_tokens: S.
         num_blocks: KV blocks of its extent.
         source: `auto` (a chat request), `marker` (one that marked it), `shared_prefix` (seen in several raw prompts),

@@ -126,6 +126,19 @@ def test_how_a_prompt_is_pinned_is_kept_up_to_date(make_kept: MakeEngine) -> Non
     assert (info.name, info.pin) == ("Now an operator's", "hard")
 
 
+def test_what_is_pinned_softly_is_not_left_on_disk(make_kept: MakeEngine, tmp_path: Path) -> None:
+    engine = make_kept()
+    engine.add_system_prompt(ids(1, 40), pin="soft")
+    ask(engine, ids(2, 40))
+    saved(engine, 1)
+    assert [json.loads((f / "manifest.json").read_text())["record"]["pin"] for f in folders(tmp_path)] == ["automatic"]
+    engine.add_system_prompt(ids(1, 40))
+    saved(engine, 2)
+    assert len(folders(tmp_path)) == 2
+    engine.shutdown()
+    assert_nothing_held(engine)
+
+
 def test_a_damaged_prompt_of_an_operator_is_computed_before_the_engine_is_ready(
     make_kept: MakeEngine, tmp_path: Path
 ) -> None:

@@ -157,10 +157,13 @@ class PromptTiers:
     def save(self, prompt: PinnedPrompt) -> bool:
         """Keeps what was computed for a prompt, if a tier has room for it. Returns whether its extent is going to be
         copied, and must stay until `plan_rest` returns the prompt."""
-        if prompt.id in self._images:
+        image = self._images.get(prompt.id)
+        if image is not None:
+            if self.is_on_host(prompt) and self._wants_snapshot(prompt):
+                self._begin_job("save", record_of(prompt), image)
             return False
         may_leave = prompt.pin != PinClass.HARD and self.has_room(prompt.num_blocks)
-        if not may_leave and (not self.keeps_snapshots or self._is_stored(prompt)):
+        if not may_leave and not self._wants_snapshot(prompt):
             return False
         self._make_image(prompt)
         self._saves.append(prompt)
@@ -195,12 +198,19 @@ class PromptTiers:
 
     def _end_save(self, prompt: PinnedPrompt, image: _Image) -> None:
         image.filled = True
-        if self.keeps_snapshots and not prompt.doomed and not self._is_stored(prompt):
+        if self._wants_snapshot(prompt) and not prompt.doomed:
             self._begin_job("save", record_of(prompt), image)
         else:
             self._drop_unless_kept(image)
 
     # Snapshots -------------------------------------------------------------------------------------------------
+
+    def _wants_snapshot(self, prompt: PinnedPrompt) -> bool:
+        """Whether a prompt is to outlive the server and does not yet. Soft pins are not: they hold what clients have
+        marked for some minutes, which is nothing to leave on a disk."""
+        if not self.keeps_snapshots or prompt.pin == PinClass.SOFT or self._is_stored(prompt):
+            return False
+        return not any(job.op == "save" and job.record.prompt_id == prompt.id for job in self._under_way)
 
     def note_change(self, prompt: PinnedPrompt) -> None:
         """Tells a prompt's snapshot how it is pinned now."""

@@ -412,6 +412,8 @@ class SystemPromptPool:
             self._track_ttl(existing)
             self.tiers.note_change(existing)
             self._recall(existing)
+            if existing.state == PromptState.PINNED and not existing.is_being_saved:
+                existing.is_being_saved = self.tiers.save(existing)
             return existing
         refusal = Outcome.DISABLED if self.config.mode == "off" else None
         if refusal is None:
