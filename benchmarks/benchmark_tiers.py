@@ -247,15 +247,7 @@ def show(report: dict[str, Any]) -> str:
         ]
         parts.append(markdown_table([head, *body]))
     if report["host"]:
-        head = [
-            "gaps of the streams",
-            "tokens",
-            "p50 ms",
-            "p99 ms",
-            "× alone",
-            "× herd on device",
-            "herd's first token ms",
-        ]
+        head = ["gaps of the streams", "tokens", "p50 ms", "p99 ms", "p99 × alone", "herd's first token ms"]
         lines: list[list[object]] = [head]
         for gaps in (Gaps(**row) for row in report["host"]):
             first = "–" if gaps.herd_first_token_ms is None else f"{gaps.herd_first_token_ms:.0f}"
