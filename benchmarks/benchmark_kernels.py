@@ -14,18 +14,29 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import triton.testing
 
+from vllm.attention.ops import gluon_attention
 from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
 from vllm.attention.ops.triton_prefix import plan_prefix, prefix_attention, prefix_attention_reference, prefix_tiles
-from vllm.attention.ops.triton_suffix import plan_suffix, suffix_attention, suffix_attention_reference, suffix_tiles
+from vllm.attention.ops.triton_suffix import (
+    plan_chunk,
+    plan_suffix,
+    suffix_attention,
+    suffix_attention_reference,
+    suffix_tiles,
+)
+from vllm.kernel_launch import compiling_ahead
 from vllm.model_executor.layers.ops.triton_activation import silu_and_mul
+from vllm.model_executor.layers.ops.triton_linear import row_linear
 from vllm.model_executor.layers.ops.triton_norm import add_rms_norm
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 from vllm.worker.ops.triton_copy import BlockCopier
@@ -170,6 +181,93 @@ def suffix_case(batch: int, queries: int, context: int, tiles: TileConfig | None
     )
 
 
+def hopper_case(groups: int, batch: int, length: int) -> Case:
+    """`prefix_case` by the kernel for Hopper."""
+    tiles, per_group, index = gluon_attention.TILES, batch // groups, np.arange(groups)
+    parts = min(64, max(12, 1024 // batch))
+    table = np.stack((index * per_group, np.full(groups, per_group), index * length, np.full(groups, length)), axis=1)
+    work, counts = plan_prefix(
+        table,
+        batch,
+        group_size=HEADS // KV_HEADS,
+        num_kv_heads=KV_HEADS,
+        tiles=tiles,
+        num_programs=num_sms(),
+        max_partials=parts - parts // 4,
+        max_work=10**6,
+    )
+    q, k, v = randn(batch, HEADS, DIM), *(randn(groups * length, KV_HEADS, DIM) for _ in range(2))
+    out = torch.empty(parts, batch, HEADS, DIM, device=DEVICE)
+    lse = torch.empty(parts, batch, HEADS, device=DEVICE)
+    items, size = to_device(work), size_of(work)
+    return Case(
+        f"prefix {groups} × {length}, {batch} sequences [Gluon]",
+        lambda: gluon_attention.hopper_attention(q, k, v, DIM**-0.5, items, size, out, lse, num_sms()),
+        2 * k.nbytes + q.nbytes + int(counts.sum()) * HEADS * (DIM + 1) * 4,
+        4.0 * batch * HEADS * DIM * length,
+    )
+
+
+def chunk_case(start: int, count: int) -> Case:
+    """A chunk of a system prompt's own prefill, by the kernel for Hopper."""
+    work = plan_chunk(0, start, count, gluon_attention.TILES.tokens(HEADS // KV_HEADS))
+    q, k, v = randn(count, HEADS, DIM), *(randn(start + count, KV_HEADS, DIM) for _ in range(2))
+    out, items, size = torch.empty_like(q), to_device(work), size_of(work)
+    return Case(
+        f"prefill of tokens {start} … {start + count - 1} [Gluon]",
+        lambda: gluon_attention.hopper_attention(q, k, v, DIM**-0.5, items, size, out, None, num_sms(), causal=True),
+        2 * k.nbytes + 2 * q.nbytes,
+        4.0 * HEADS * DIM * (start * count + count * (count + 1) / 2),
+    )
+
+
+def paged_case(batch: int, queries: int, context: int) -> Case:
+    """`suffix_case` by the kernel for Hopper, nothing split."""
+    index = np.arange(batch)
+    work = plan_suffix(
+        index * queries,
+        np.full(batch, queries),
+        np.full(batch, context),
+        index,
+        np.zeros(batch * queries, np.int32),
+        group_size=HEADS // KV_HEADS,
+        num_kv_heads=KV_HEADS,
+        tiles=gluon_attention.TILES,
+        num_programs=num_sms(),
+        max_partials=1,
+        max_work=10**6,
+    )
+    blocks = -(-context // BLOCK_SIZE)
+    tables = torch.randperm(batch * blocks, device=DEVICE).view(batch, blocks)
+    q = randn(batch * queries, HEADS, DIM)
+    k, v = (randn(batch * blocks * BLOCK_SIZE, KV_HEADS, DIM) for _ in range(2))
+    out, items, size = torch.empty_like(q), to_device(work), size_of(work)
+    return Case(
+        f"suffix {batch} × {context} keys, {queries} queries each [Gluon]",
+        lambda: gluon_attention.hopper_attention(
+            q,
+            k,
+            v,
+            DIM**-0.5,
+            items,
+            size,
+            out,
+            None,
+            num_sms(),
+            block_tables=tables,
+            block_size=BLOCK_SIZE,
+            causal=True,
+        ),
+        batch * context * 2 * KV_HEADS * DIM * 2 + 2 * q.nbytes,
+        4.0 * batch * sum(context - queries + 1 + i for i in range(queries)) * HEADS * DIM,
+    )
+
+
+def row_case(rows: int, columns: int) -> Case:
+    x, weight = randn(1, columns), randn(rows, columns)
+    return Case(f"one row × {rows} × {columns}", lambda: row_linear(x, weight), weight.nbytes, 2.0 * weight.numel())
+
+
 def label(tiles: TileConfig, tma: bool = False) -> str:
     shape = f"{tiles.block_m}×{tiles.block_n} w{tiles.num_warps} s{tiles.num_stages} p{tiles.programs_per_sm}"
     return f" [{shape}{' descriptors' if tma else ''}]"
@@ -229,6 +327,16 @@ def cases() -> Iterator[Case]:
     for length, batch in product((2048, 8192, 32768), (1, 16, 64, 256)):
         yield prefix_case(1, batch, length)
         yield prefix_case(1, batch, length, tma=True)
+    if torch.cuda.get_device_capability()[0] == 9:
+        for length, batch in product((2048, 8192, 32768), (64, 256)):
+            yield hopper_case(1, batch, length)
+        yield hopper_case(8, 256, 8192)
+        yield hopper_case(1, 8192, 24576)
+        yield from (chunk_case(start, 4096) for start in (0, 12288, 28672))
+        for batch, queries, context in ((1, 8192, 8192), (8, 1024, 1024), (64, 128, 128), (4, 512, 8192)):
+            yield paged_case(batch, queries, context)
+    for rows, columns in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)):
+        yield row_case(rows, columns)
     yield prefix_case(8, 256, 8192)
     yield prefix_case(64, 64, 2048)
     for batch, context in ((1, 384), (1, 32768), (16, 1152), (64, 2048), (256, 256), (256, 1152)):
@@ -264,26 +372,28 @@ def relative_error(out: torch.Tensor, want: torch.Tensor) -> float:
 def check() -> None:
     """Prefix and suffix attention over odd sizes against float64; raises AssertionError with the sizes that fail."""
     worst = dict.fromkeys(TOLERANCE, 0.0)
-    dims, shares = (64, 80, 96, 128, 256), (1, 3, 4, 8)
-    count = 0
-    for dtype, dim, kv_heads, share in product(TOLERANCE, dims, (1, 4, 8), shares):
-        # One of the lengths and one of the row counts for each shape; over all shapes, all pairs come up.
+    checks: list[tuple[torch.dtype, Callable[[bool], float], tuple[Any, ...]]] = []
+    for count, (dtype, dim, kv_heads) in enumerate(product(TOLERANCE, (64, 80, 96, 128, 256), (1, 4, 8))):
+        # One of the lengths, row counts and group sizes for each shape; over all shapes, all of them come up.
         length, tokens = (1, 15, 16, 17, 4097)[count % 5], (1, 2, 17, 75, 300)[count // 5 % 5]
-        count += 1
-        for tiles in {prefix_tiles(rows, dim, dtype) for rows in (16, 64, 1024)}:
-            error = _check_prefix(dtype, kv_heads * share, kv_heads, dim, length, tokens, tiles)
-            worst[dtype] = max(worst[dtype], error)
-            assert error <= TOLERANCE[dtype], ("prefix", error, dtype, kv_heads, share, dim, length, tokens, tiles)
-        for tiles in {suffix_tiles(rows, dim, dtype) for rows in (16, 64, 1024)}:
-            error = _check_suffix(dtype, kv_heads * share, kv_heads, dim, length, tokens, tiles)
-            worst[dtype] = max(worst[dtype], error)
-            assert error <= TOLERANCE[dtype], ("suffix", error, dtype, kv_heads, share, dim, length, tokens, tiles)
+        heads = kv_heads * (1, 3, 4, 8)[count % 4]
+        for kernel, shapes in ((_check_prefix, prefix_tiles), (_check_suffix, suffix_tiles)):
+            for tiles in {shapes(rows, dim, dtype) for rows in (16, 64, 1024)}:
+                what = (dtype, heads, kv_heads, dim, length, tokens, tiles)
+                checks.append((dtype, partial(kernel, *what), (kernel.__name__, *what)))
+    with compiling_ahead():
+        for _, run, _ in checks:
+            run(False)
+    for dtype, run, what in checks:
+        error = run(True)
+        worst[dtype] = max(worst[dtype], error)
+        assert error <= TOLERANCE[dtype], (error, *what)
     for dtype, error in worst.items():
-        print(f"{count} shapes checked, largest relative error of {dtype}: {error:.2e}")
+        print(f"{len(checks)} cases checked, largest relative error of {dtype}: {error:.2e}")
 
 
 def _check_prefix(
-    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int, tokens: int, tiles: TileConfig
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int, tokens: int, tiles: TileConfig, compare: bool
 ) -> float:
     groups = np.array([[0, tokens, 3, length], [tokens, 2, 3 + length, 16]])
     programs = num_sms() * tiles.programs_per_sm
@@ -303,12 +413,14 @@ def _check_prefix(
     lse = torch.full(out.shape[:3], float("nan"), device=DEVICE)
     want, want_lse = out.clone(), lse.clone()
     prefix_attention(q, k, v, dim**-0.5, to_device(work), size_of(work), out, lse, tiles, programs)
+    if not compare:
+        return 0.0
     prefix_attention_reference(q, k, v, dim**-0.5, torch.from_numpy(work), want, want_lse)
     return max(relative_error(out, want), relative_error(lse, want_lse))
 
 
 def _check_suffix(
-    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int, tokens: int, tiles: TileConfig
+    dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int, tokens: int, tiles: TileConfig, compare: bool
 ) -> float:
     queries = np.array([min(tokens, length), 1, 1, 1])
     contexts = np.array([length, 1, 0, 40])
@@ -336,6 +448,8 @@ def _check_suffix(
     want, want_lse = out.clone(), lse.clone()
     arguments = (q, k, v, dim**-0.5, tables, BLOCK_SIZE)
     suffix_attention(*arguments, to_device(work), size_of(work), out, lse, tiles, programs)
+    if not compare:
+        return 0.0
     suffix_attention_reference(*arguments, torch.from_numpy(work), want, want_lse)
     return max(relative_error(out, want), relative_error(lse, want_lse))
 

@@ -1,4 +1,7 @@
-"""The engine on a GPU against transformers on the same GPU: greedy tokens in float32, log-probabilities in bfloat16."""
+"""The engine on a GPU against transformers on the same GPU: greedy tokens in float32, log-probabilities in bfloat16.
+
+Of two tokens whose logits differ by less than rounding, either may come; each later one is judged by what precedes it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from tests.engine.helpers import Request, greedy, make_engine, run, tokens
 pytestmark = pytest.mark.gpu
 
 VOCABULARY, NUM_TOKENS = 4096, 64
+# Of float32 sums over 16 layers, relative to the largest logit.
+ROUNDING = 2e-5
 SYSTEM_LENGTHS = (33, 700, 1500, 64, 65, 300, 901, 2000)
 
 
@@ -83,11 +88,18 @@ def test_greedy_tokens_are_those_of_transformers(llama: tuple[Path, torch.nn.Mod
     engine = make_engine(
         folder, max_model_len=4096, num_gpu_blocks_override=4000, max_num_seqs=32, enforce_eager=eager, device="cuda"
     )
+    ties = 0
     for num_systems in (1, 3, 8):
         requests = make_requests(num_systems)
         outputs = tokens(run(engine, requests, greedy(NUM_TOKENS)))
         for request, output in zip(requests, outputs, strict=True):
-            assert output == logits_of(model, request, output).argmax(-1).tolist()
+            logits = logits_of(model, request, output)
+            chosen = logits.gather(-1, torch.tensor(output, device="cuda").unsqueeze(-1)).squeeze(-1)
+            short = logits.amax(-1) - chosen
+            assert float(short.max()) <= ROUNDING * float(logits.abs().max()), (num_systems, len(request.token_ids))
+            ties += int((short > 0).sum())
+    # 3 x 24 x 64 tokens.
+    assert ties <= 2
     engine.shutdown()
 
 

@@ -63,36 +63,41 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
         self.graphs: GraphRunner | None = None
 
-    def warm_up(self, max_num_seqs: int, vocab_size: int, max_num_batched_tokens: int, capture: bool) -> None:
-        """Makes what is compiled or captured once, so that no request waits for it. Needs a GPU.
+    def capture_graphs(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        """Captures decode steps and small mixed steps, to be replayed from then on. Needs a GPU; does nothing for
+        backends that cannot be captured."""
+        self.graphs = self._make_graphs(max_num_seqs, max_num_batched_tokens)
+        if self.graphs is not None:
+            self.graphs.capture()
 
-        Args:
-            capture: Capture decode steps and small mixed steps, to be replayed from then on (Triton backend).
-        """
+    def _make_graphs(self, max_num_seqs: int, max_num_batched_tokens: int) -> GraphRunner | None:
         from vllm.attention.backends.triton import TritonAttentionBackend
-        from vllm.kernel_launch import compiling_ahead
         from vllm.worker.graph_runner import GraphRunner
 
-        if not capture or not isinstance(self.backend, TritonAttentionBackend):
-            return
-        graphs = GraphRunner(
+        if not isinstance(self.backend, TritonAttentionBackend):
+            return None
+        vocab_size = self.sampler.vocab_size
+        return GraphRunner(
             self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs, max_num_batched_tokens
         )
-        with compiling_ahead():
-            graphs.run_all()
-        graphs.capture()
-        self.graphs = graphs
 
     @torch.inference_mode()
-    def try_largest_step(self, num_tokens: int, num_seqs: int) -> None:
-        """Takes the memory of a step of so many tokens, and of a draw for so many sequences, and gives it back. Kernels
-        are only compiled by it, the larger ones of those that are not captured. Needs a GPU."""
+    def try_largest_step(self, num_seqs: int, num_tokens: int, capture: bool) -> None:
+        """Takes the memory of a step of so many tokens and of a draw for so many sequences, and gives it back. Needs a
+        GPU. Kernels are only compiled by it, all that are in use, side by side.
+
+        Args:
+            capture: Steps will be captured.
+        """
         from vllm.kernel_launch import compiling_ahead
 
+        graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
         with compiling_ahead():
             self._run_typical_batches(num_tokens)
-        hidden = torch.zeros((num_seqs, self.model.norm.weight.shape[0]), dtype=self.model.norm.weight.dtype)
-        logits = self.model.logits(hidden.to(self.device)).float()
+            if graphs is not None:
+                graphs.run_all()
+        weight = self.model.norm.weight
+        logits = self.model.logits(torch.zeros((num_seqs, len(weight)), dtype=weight.dtype, device=self.device)).float()
         draw_by_inversion(logits, torch.zeros(num_seqs, dtype=torch.float64, device=self.device))
 
     @torch.inference_mode()

@@ -61,6 +61,7 @@ class Worker:
         )
         self.runner: ModelRunner | None = None
         self.transfers: ExtentTransfers | None = None
+        self._step_bytes = 0
         self._snapshots: list[SnapshotRecord] = []
 
     def _attention_shape(self) -> AttentionShape:
@@ -87,25 +88,32 @@ class Worker:
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
         available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
-        return available if self.device.type == "cpu" else max(0, available - self._bytes_of_largest_step())
+        if self.device.type == "cuda":
+            self._step_bytes = self._bytes_of_largest_step()
+        return max(0, available - self._step_bytes)
 
     def _bytes_of_largest_step(self) -> int:
-        """Memory beside weights and KV cache, by a trial of a step of as many tokens and sequences as may be. Compiles
-        on the way the kernels that such steps launch."""
+        """Memory beside weights and KV cache, by a trial of a step of as many tokens and sequences as may be; it also
+        compiles the kernels.
+
+        Raises:
+            StartupError: there is not so much.
+        """
         scheduler = self.config.scheduler
         try:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             num_blocks = -(-scheduler.max_num_batched_tokens // self.config.cache.block_size)
             trial = self._make_runner(num_blocks)
-            trial.try_largest_step(scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+            capture = not self.config.enforce_eager
+            trial.try_largest_step(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, capture)
             needed = torch.cuda.max_memory_allocated() - before - num_blocks * self.bytes_per_block
         except torch.OutOfMemoryError as error:
             raise self._step_too_large(error) from None
         del trial
         torch.cuda.empty_cache()
-        # Captured steps are smaller, and have memory of their own.
-        return needed if self.config.enforce_eager else needed + needed // 2
+        # Captured steps have at most 1,024 tokens, and memory of their own.
+        return needed + needed // 4 if capture else needed
 
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         model, scheduler = self.config.model, self.config.scheduler
@@ -130,7 +138,8 @@ class Worker:
         Raises:
             StartupError: there is not enough memory.
         """
-        needed, left = num_blocks * self.bytes_per_block, self.platform.available_memory_bytes()
+        needed = num_blocks * self.bytes_per_block
+        left = self.platform.available_memory_bytes() - self._step_bytes
         if needed > left:
             # A CPU would hand out the memory and be killed for using it.
             raise self._too_large(needed, f"{left / 2**30:.1f} GiB are left")
@@ -139,15 +148,10 @@ class Worker:
         except (MemoryError, RuntimeError) as error:
             raise self._too_large(needed, str(error).splitlines()[0]) from None
         self.transfers = self._open_tiers(self.runner.cache)
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.config.enforce_eager:
             scheduler = self.config.scheduler
             try:
-                self.runner.warm_up(
-                    scheduler.max_num_seqs,
-                    self.config.model.vocab_size,
-                    scheduler.max_num_batched_tokens,
-                    capture=not self.config.enforce_eager,
-                )
+                self.runner.capture_graphs(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
             except torch.OutOfMemoryError as error:
                 raise self._step_too_large(error) from None
 
