@@ -11,12 +11,16 @@ import pytest
 
 import vllm  # noqa: F401 - first, since it sets how torch's threads wait
 from server_process import ServerProcess
+from vllm.platforms import CudaPlatform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Tests use local files alone; a look-up on a model hub should fail at once instead of waiting for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when Triton is imported, which torch or transformers may do long before the tests of the kernels.
+if not CudaPlatform.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ServerFactory = Callable[..., ServerProcess]
 
@@ -28,8 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in nightly]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu:
-        from vllm.platforms import CudaPlatform
-
         if not CudaPlatform.is_available():
             for item in on_gpu:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
