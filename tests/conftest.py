@@ -31,10 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if item not in nightly]
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        if not CudaPlatform.is_available():
-            for item in on_gpu:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    if on_gpu and not CudaPlatform.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
 @pytest.fixture(scope="session")
