@@ -33,7 +33,7 @@ def test_matrices_are_int8_and_cache_and_embeddings_are_not(engine: LLMEngine) -
     matrices.append(worker.model._packed._head)
     assert {m.data.dtype for m in matrices} == {torch.int8}
     assert worker.model.embed_tokens.weight.dtype == torch.float32
-    assert worker.runner.kv.k_caches[0].dtype == torch.float32
+    assert worker.runner.cache.k_caches[0].dtype == torch.float32
 
 
 def test_tokens_are_those_of_the_whole_weights_for_a_while(engine: LLMEngine, default_model_path: str) -> None:
