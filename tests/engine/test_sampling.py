@@ -124,7 +124,9 @@ def assert_are_logprobs(entries: list[TokenLogprobs], token_ids: list[int], want
         assert set(entry) == {token, *row.topk(top).indices.tolist()}
         for t, found in entry.items():
             assert found.logprob == pytest.approx(float(row[t]), abs=1e-4)
-            assert found.rank == int((row > row[t]).sum()) + 1
+            # Among tens of thousands of unlikely tokens some are as near as rounding.
+            assert found.rank is not None
+            assert int((row > row[t] + 1e-4).sum()) + 1 <= found.rank <= int((row > row[t] - 1e-4).sum())
             assert found.decoded_token is not None
 
 
