@@ -113,7 +113,6 @@ _UNSUPPORTED_SWITCHES = (
     "enable-force-include-usage",
     "enable-lora",
     "enable-prompt-embeds",
-    "enable-reasoning",
     "enable-return-routed-experts",
     "enable-sleep-mode",
     "enable-ssl-refresh",
