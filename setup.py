@@ -66,6 +66,11 @@ class BuildKernels(build_ext):
             # The extension is optional: setuptools says so and goes on.
             raise CompileError(f"the CPU kernels are not built, torch will compute instead: {error}") from None
 
+    def copy_extensions_to_source(self) -> None:
+        # A server that runs has the old file in its memory: it keeps it, and the new one takes its name.
+        (ROOT / "vllm" / "cpu_kernels.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
     def get_ext_filename(self, ext_name: str) -> str:
         return f"{ext_name.replace('.', '/')}.so"
 

@@ -56,8 +56,9 @@ def _rope_kernel(
     target = q_ptr + (token * NUM_HEADS + head[:, None]) * D + half[None, :]
     tl.store(target, turned_first, mask=mask & is_query)
     tl.store(target + HALF, turned_second, mask=mask & is_query)
-    written = mask & (slot >= 0)
-    is_key = (head >= NUM_HEADS)[:, None] & (is_value == 0)
+    # Compared as a block: Triton's interpreter does not take a mask from a scalar.
+    written = mask & (slot + tl.zeros([BLOCK_HEADS], tl.int64) >= 0)[:, None]
+    is_key = ((head >= NUM_HEADS) & (head < NUM_HEADS + NUM_KV_HEADS))[:, None]
     target = k_ptr + (slot * NUM_KV_HEADS + head[:, None] - NUM_HEADS) * D + half[None, :]
     tl.store(target, turned_first, mask=written & is_key)
     tl.store(target + HALF, turned_second, mask=written & is_key)
