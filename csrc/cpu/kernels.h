@@ -330,11 +330,10 @@ inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_ro
 
 // int8 tiles → bfloat16 tiles; exact.
 inline void expand_int8(const int8_t* from, int64_t size, uint16_t* to) {
-  for (int64_t i = 0; i < size; i += 64)
-    for (int64_t j = 0; j < 64; ++j) {
-      const int64_t column = j / 4, depth = j % 4;
-      to[i + depth / 2 * 32 + column * 2 + depth % 2] = float_to_bf16(float(from[i + j]));
-    }
+  for (int64_t i = 0; i < size; i += 64) {
+    Simd::store_pairs(to + i, Simd::byte<0>(from + i), Simd::byte<1>(from + i));
+    Simd::store_pairs(to + i + 32, Simd::byte<2>(from + i), Simd::byte<3>(from + i));
+  }
 }
 
 // x Wᵀ + b, every finished piece given to `epilogue`. `Kind` says what `x` is and how weights of its own format

@@ -79,6 +79,11 @@ struct Simd {
   static V byte(const int8_t* p) {
     return {signed_byte<i>(words(p)), signed_byte<i>(words(p + 32))};
   }
+  // Stores 16 pairs of bfloat16 from float32 that are exact in bfloat16.
+  static void store_pairs(uint16_t* p, V even, V odd) {
+    store_half(p, even.lo, odd.lo);
+    store_half(p + 16, even.hi, odd.hi);
+  }
   // Lanes from `first` on become a score so low that its power of two is 0.
   static V hide_from(V v, int first) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -96,6 +101,10 @@ struct Simd {
   static V scale(V v, V x) { return {scaled(v.lo, x.lo), scaled(v.hi, x.hi)}; }
 
  private:
+  static void store_half(uint16_t* p, __m256 even, __m256 odd) {
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_castps_si256(odd)));
+  }
   static __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   template <int i>
   static __m256 signed_byte(__m256i word) {
