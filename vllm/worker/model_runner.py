@@ -184,8 +184,10 @@ class ModelRunner:
     def _run_batch(self, plan: StepPlan) -> Callable[[], StepResult]:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
         ends = counts.cumsum()
-        token_rows = np.repeat(rows, counts)
-        token_positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+        token_rows, token_positions = rows, starts
+        if ends[-1] > len(rows):
+            token_rows = np.repeat(rows, counts)
+            token_positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
         token_own = token_positions - self._prefix_len[token_rows]
         context_lens = starts + counts - self._prefix_len[rows]
         graphs = self.graphs
@@ -271,7 +273,8 @@ class ModelRunner:
         if len(picked):
             if len(picked) < len(hidden):
                 hidden = hidden[self._to_device(ends[picked] - 1)]
-            rows, num_tokens = rows[picked], num_tokens[picked]
+            if len(picked) < len(rows):
+                rows, num_tokens = rows[picked], num_tokens[picked]
             masks = self._token_masks(plan, picked)
             if masks is None and self.sampler.takes_most_likely(rows):
                 drawn = self.model.most_likely(hidden)

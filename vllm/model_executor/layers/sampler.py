@@ -154,6 +154,8 @@ class Sampler:
         self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
         self._penalised = np.zeros(max_num_seqs, bool)
         self._rare: dict[int, RareParams] = {}
+        # Rows that ask for the most likely token and nothing else.
+        self._greedy = np.zeros(max_num_seqs, bool)
         # Made when the first request asks for a penalty: [rows, vocabulary] each.
         self._output_counts: torch.Tensor | None = None
         self._in_prompt: torch.Tensor | None = None
@@ -181,6 +183,8 @@ class Sampler:
             self._rare.pop(row, None)
         else:
             self._rare[row] = rare
+        wants_logprobs = params.logprobs is not None
+        self._greedy[row] = not (params.temperature > 0 or self._penalised[row] or wants_logprobs or rare is not None)
 
     def _count_tokens(self, seq: SequenceStart) -> None:
         if self._output_counts is None or self._in_prompt is None:
@@ -213,8 +217,7 @@ class Sampler:
 
     def takes_most_likely(self, rows: np.ndarray) -> bool:
         """Whether these rows ask for nothing but the most likely token."""
-        unusual = (self._temperature[rows] > 0) | self._penalised[rows] | (self._num_logprobs[rows] >= 0)
-        return not unusual.any() and (not self._rare or self._rare.keys().isdisjoint(rows.tolist()))
+        return bool(self._greedy[rows].all())
 
     def sample(
         self,
