@@ -17,9 +17,9 @@
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // What multiplies: bfloat16 weights may be widened to float32, or go into dot products of pairs.
-enum Arithmetic : int32_t { kWiden = 0, kDot = 1, kTiles = 2 };
+enum Arithmetic : int32_t { kWiden = 0, kDot = 1 };
 
-enum Instructions : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
+enum Instructions : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2 };
 
 struct Matrix {
   const void* data;    // packed
@@ -92,6 +92,9 @@ struct AttentionPlan {
   const int64_t* parts;
 };
 
+// Columns of a unit of a matrix product: their weights stay in the second-level cache while the rows pass.
+constexpr int64_t kUnitColumns = 64;
+
 struct Buffers {
   void *x, *q, *attended, *inner;  // left operands of products
   float* qkv;
@@ -121,4 +124,4 @@ struct Kernels {
                     const void* k_cache, const void* v_cache, float* out);
 };
 
-extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels, kAmxKernels;
+extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

@@ -16,11 +16,11 @@ namespace {
 
 using V = Simd::V;
 constexpr int kLanes = 16;
+constexpr float kLog2E = 1.44269504f;  // e^x = 2^(x log2(e))
 constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kMostUnitRows = 128;  // at least kUnitQueries; one token may have that many in a KV head
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // 2^x, as precise as its use: polynomials over [0, 1) fitted by weighted least squares, with relative errors below 8e-8
 // for what stays float32 and 8e-5 for what becomes bfloat16 (whose step is 4e-3), times a power of two.
@@ -44,17 +44,19 @@ ALWAYS_INLINE V exp2(V x) {
   return Simd::scale(p, x);
 }
 
-inline uint16_t float_to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return uint16_t((bits | 0x400000) >> 16);
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // Operand kinds ------------------------------------------------------------------------------------------------------
 //
 // A: what multiplies from the left, row-major in memory. B: packed, from the right. kDepth: elements along K of a step,
 // which takes 16 * kDepth elements of B.
+
+// acc[i][j] += x[i] w[j], with x[i] at a[i * lda]
+template <int rows, int tiles>
+ALWAYS_INLINE void add_outer(V (&acc)[rows][tiles], const float* a, int64_t lda, const V (&w)[tiles]) {
+  for (int i = 0; i < rows; ++i) {
+    const V x = Simd::set1(a[i * lda]);
+    for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
+  }
+}
 
 struct Float32 {
   using A = float;
@@ -66,10 +68,7 @@ struct Float32 {
   static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     V w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = Simd::load(b[j]);
-    for (int i = 0; i < rows; ++i) {
-      const V x = Simd::set1(a[i * lda]);
-      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
-    }
+    add_outer(acc, a, lda, w);
   }
 };
 
@@ -83,15 +82,9 @@ struct WidenedBf16 {
   static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     V w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = Simd::even(b[j]);
-    for (int i = 0; i < rows; ++i) {
-      const V x = Simd::set1(a[i * lda]);
-      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
-    }
+    add_outer(acc, a, lda, w);
     for (int j = 0; j < tiles; ++j) w[j] = Simd::odd(b[j]);
-    for (int i = 0; i < rows; ++i) {
-      const V x = Simd::set1(a[i * lda + 1]);
-      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
-    }
+    add_outer(acc, a + 1, lda, w);
   }
 };
 
@@ -135,10 +128,7 @@ struct WidenedInt8 {
   static ALWAYS_INLINE void add(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     V w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = Simd::byte<depth>(b[j]);
-    for (int i = 0; i < rows; ++i) {
-      const V x = Simd::set1(a[i * lda + depth]);
-      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(x, w[j], acc[i][j]);
-    }
+    add_outer(acc, a + depth, lda, w);
   }
 };
 
@@ -153,8 +143,9 @@ struct DotInt8 {
   static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     __m512bh first[tiles], second[tiles];
     for (int j = 0; j < tiles; ++j) {
-      first[j] = pairs(Simd::byte<0>(b[j]), Simd::byte<1>(b[j]));
-      second[j] = pairs(Simd::byte<2>(b[j]), Simd::byte<3>(b[j]));
+      // Whole numbers below 256 are exact in bfloat16.
+      first[j] = (__m512bh)Simd::pairs(Simd::byte<0>(b[j]), Simd::byte<1>(b[j]));
+      second[j] = (__m512bh)Simd::pairs(Simd::byte<2>(b[j]), Simd::byte<3>(b[j]));
     }
     for (int i = 0; i < rows; ++i) {
       int32_t pair[2];
@@ -165,12 +156,6 @@ struct DotInt8 {
         acc[i][j] = _mm512_dpbf16_ps(acc[i][j], y, second[j]);
       }
     }
-  }
-
- private:
-  // A whole number below 256 fits bfloat16, so its float32 form has zeros below.
-  static ALWAYS_INLINE __m512bh pairs(V even, V odd) {
-    return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
   }
 };
 #endif
@@ -209,7 +194,8 @@ ALWAYS_INLINE void multiply(V (&acc)[rows][tiles], const typename Kind::A* a, in
 
 // out[i][16 j ...] = a[i] · tile j, for tiles whose starts are given by `tile(j)`.
 template <class Kind, int rows, int tiles, class TileAt>
-ALWAYS_INLINE void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int64_t steps, float* out, int64_t ldo) {
+ALWAYS_INLINE void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int64_t steps, float* out,
+                            int64_t ldo) {
   V acc[rows][tiles];
   const typename Kind::B* b[tiles];
   for (int j = 0; j < tiles; ++j) b[j] = tile(j);
@@ -224,17 +210,17 @@ ALWAYS_INLINE void block_of(const typename Kind::A* a, int64_t lda, TileAt&& til
 template <class F>
 ALWAYS_INLINE void with_rows(int64_t rows, F&& f) {
   switch (rows) {
-    case 8: return f(std::integral_constant<int, 8>());
-    case 7: return f(std::integral_constant<int, 7>());
     case 1: return f(std::integral_constant<int, 1>());
     case 2: return f(std::integral_constant<int, 2>());
     case 3: return f(std::integral_constant<int, 3>());
     case 4: return f(std::integral_constant<int, 4>());
     case 5: return f(std::integral_constant<int, 5>());
-    default: return f(std::integral_constant<int, 6>());
+    case 6: return f(std::integral_constant<int, 6>());
+    case 7: return f(std::integral_constant<int, 7>());
+    default: return f(std::integral_constant<int, 8>());
   }
 }
-static_assert(Simd::kRows == 6);
+static_assert(Simd::kMostRows <= 8);
 
 // Tiles that rows take at a time: what the registers hold.
 constexpr int tiles_for(int rows) { return rows <= Simd::kRows || Simd::kTiles == 1 ? Simd::kTiles : Simd::kTiles / 2; }
@@ -244,8 +230,8 @@ inline int64_t next_rows(int64_t left) { return left <= Simd::kMostRows ? left :
 
 // out[0 ... rows)[0 ... 16 tiles) = a · tiles; any number of both.
 template <class Kind, class TileAt>
-ALWAYS_INLINE void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles, int64_t steps,
-                    float* out, int64_t ldo) {
+ALWAYS_INLINE void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles,
+                           int64_t steps, float* out, int64_t ldo) {
   with_rows(rows, [&](auto r) {
     constexpr int wide = tiles_for(decltype(r)::value);
     int64_t j = 0;
@@ -274,18 +260,17 @@ struct Accumulate {
   }
 };
 
-// Keeps the highest of each piece alone, and its column, the first of equals.
+// Keeps the highest of each piece of kUnitColumns alone, and its column, the first of equals.
 struct Highest {
   float* values;      // [rows][pieces]
   int64_t* indices;
   int64_t pieces;
   void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
     const float* top = std::max_element(block, block + width);
-    const int64_t at = row * pieces + column / width_of_piece;
+    const int64_t at = row * pieces + column / kUnitColumns;
     values[at] = *top;
     indices[at] = column + (top - block);
   }
-  static constexpr int64_t width_of_piece = 64;
 };
 
 // Columns alternate, 16 of the gate and 16 of the up projection; writes silu(gate) · up.
@@ -297,28 +282,27 @@ struct SiluMul {
     A* to = out + row * ldo + column / 2;
     for (int64_t i = 0; i < width; i += 2 * kLanes, to += kLanes) {
       const V gate = Simd::load(block + i), up = Simd::load(block + i + kLanes);
-      const V power = exp2<A>(Simd::mul(gate, Simd::set1(-1.44269504f)));
+      const V power = exp2<A>(Simd::mul(gate, Simd::set1(-kLog2E)));
       store_row(to, Simd::mul(Simd::div(gate, Simd::add(Simd::set1(1.0f), power)), up));
     }
   }
 };
 
-// A unit of work is 64 columns of up to kUnitRows rows: its weights stay in the second-level cache while the rows pass.
-constexpr int64_t kUnitTiles = 4;
-static_assert(Highest::width_of_piece == kUnitTiles * kLanes);
+// A unit of work is kUnitColumns of up to kUnitRows rows.
+constexpr int64_t kUnitTiles = kUnitColumns / kLanes;
 constexpr int64_t kUnitRows = 192;
 
 template <class Kind, class Epilogue>
 inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
                         const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue) {
   const int64_t stride = w.k * kLanes, steps = w.k / Kind::kDepth, width = std::min(count * kLanes, w.n - column);
-  alignas(64) float block[Simd::kMostRows * kUnitTiles * kLanes];
+  alignas(64) float block[Simd::kMostRows * kUnitColumns];
   for (int64_t row = first_row, some; row < end_row; row += some) {
     some = next_rows(end_row - row);
     product<Kind>(x + row * lda, lda, some, [&](int64_t j) { return tiles + j * stride; }, count, steps, block,
-                  kUnitTiles * kLanes);
+                  kUnitColumns);
     for (int64_t i = 0; i < some; ++i) {
-      float* line = block + i * kUnitTiles * kLanes;
+      float* line = block + i * kUnitColumns;
       if (w.scale)
         for (int64_t j = 0; j < width; ++j) line[j] *= w.scale[column + j];
       if (w.bias)
@@ -400,7 +384,9 @@ inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t
   const float* cosines = stack.cos_sin + batch.positions[token] * d;
   const float* sines = cosines + half;
   const int64_t slot = batch.slots[token], tile = slot / kLanes, lane = slot % kLanes;
+  constexpr int64_t kDepth = sizeof(float) / sizeof(C);  // elements along K that lie together in a packed matrix
   alignas(64) float turned[kMaxHeadDim];
+  alignas(64) C stored[kMaxHeadDim];
   for (int64_t h = 0; h < heads + kv_heads; ++h) {
     const float* x = qkv + h * d;
     for (int64_t i = 0; i < half; ++i) {
@@ -412,10 +398,9 @@ inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t
       continue;
     }
     C* to = k_cache + (tile * kv_heads + h - heads) * kLanes * d;
-    if constexpr (std::is_same_v<C, float>)
-      for (int64_t i = 0; i < d; ++i) to[i * kLanes + lane] = turned[i];
-    else
-      for (int64_t i = 0; i < d; ++i) to[(i / 2 * kLanes + lane) * 2 + i % 2] = float_to_bf16(turned[i]);
+    for (int64_t i = 0; i < d; i += kLanes) store_row(stored + i, Simd::load(turned + i));
+    for (int64_t i = 0; i < d; i += kDepth)
+      std::memcpy(to + i * kLanes + lane * kDepth, stored + i, sizeof(C) * kDepth);
   }
   // Tiles are multiplied whole, values after the last key by 0: an infinity or NaN that a former owner of the block left
   // there would spread. So the first run of tokens that is written into a tile clears what comes after it.
@@ -427,20 +412,14 @@ inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t
     const float* x = qkv + (heads + kv_heads + h) * d;
     C* to = v_cache + (tile * kv_heads + h) * kLanes * d;
     if (clears) clear_values_after(to, lane, d);
-    for (int64_t i = 0; i < d; ++i) {
-      const int64_t column = i / kLanes, within = i % kLanes;
-      if constexpr (std::is_same_v<C, float>)
-        to[(column * kLanes + lane) * kLanes + within] = x[i];
-      else
-        to[((column * 8 + lane / 2) * kLanes + within) * 2 + lane % 2] = float_to_bf16(x[i]);
+    for (int64_t i = 0; i < d; i += kLanes, to += kLanes * kLanes) {
+      store_row(stored, Simd::load(x + i));
+      for (int64_t j = 0; j < kLanes; ++j) to[(lane / kDepth * kLanes + j) * kDepth + lane % kDepth] = stored[j];
     }
   }
 }
 
 // Attention ----------------------------------------------------------------------------------------------------------
-
-// log2(e), by which scores become powers of two.
-constexpr float kLog2E = 1.44269504f;
 
 constexpr int64_t kKeys = 128;  // keys whose scores are in memory at a time
 constexpr int64_t kKeyTiles = kKeys / kLanes;
@@ -454,7 +433,7 @@ inline void prefetch(const C* from, int64_t size) {
 // sums[i][16 column ...] = factors[i] · itself + weights[i] · values, over `count` tiles of 16 keys.
 template <class Kind, int rows, int tiles, class C>
 ALWAYS_INLINE void add_values(const typename Kind::A* weights, const C* const* v_tiles, int64_t count, int64_t column,
-                       const float* factors, float* sums, int64_t d) {
+                              const float* factors, float* sums, int64_t d) {
   V acc[rows][tiles];
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < tiles; ++j)
@@ -680,14 +659,18 @@ void with_kind(int32_t format, [[maybe_unused]] int32_t arithmetic, F&& f) {
   return f(WidenedBf16());
 }
 
-// The rows of x as left operands of a kind, in buffers.x.
-template <class A>
-const A* converted(Member& member, const float* x, int64_t rows, int64_t size, const Buffers& buffers) {
-  A* to = static_cast<A*>(buffers.x);
-  member.for_each_range(rows, 4, [&](int64_t from, int64_t end) {
-    for (int64_t i = from * size; i < end * size; i += kLanes) store_row(to + i, Simd::load(x + i));
+// x Wᵀ + b for rows of float32; they become left operands in buffers.x.
+template <class Epilogue>
+void linear_of(Member& member, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
+               int32_t arithmetic, const Epilogue& epilogue) {
+  with_kind(w.format, arithmetic, [&](auto kind) {
+    using Kind = decltype(kind);
+    auto* operands = static_cast<typename Kind::A*>(buffers.x);
+    member.for_each_range(rows, 4, [&](int64_t from, int64_t end) {
+      for (int64_t i = from * w.k; i < end * w.k; i += kLanes) store_row(operands + i, Simd::load(x + i));
+    });
+    linear<Kind>(member, buffers, operands, w.k, rows, w, epilogue);
   });
-  return to;
 }
 
 void enter_stack(Team& team, int index, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
@@ -702,21 +685,13 @@ void enter_stack(Team& team, int index, const Stack& stack, const Batch& batch, 
 void enter_linear(Team& team, int index, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
                   int32_t arithmetic, float* out) {
   Member member(team, index);
-  with_kind(w.format, arithmetic, [&](auto kind) {
-    using Kind = decltype(kind);
-    const auto* a = converted<typename Kind::A>(member, x, rows, w.k, buffers);
-    linear<Kind>(member, buffers, a, w.k, rows, w, Store{out, w.n});
-  });
+  linear_of(member, x, rows, w, buffers, arithmetic, Store{out, w.n});
 }
 
 void enter_swiglu(Team& team, int index, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
                   int32_t arithmetic, float* out) {
   Member member(team, index);
-  with_kind(w.format, arithmetic, [&](auto kind) {
-    using Kind = decltype(kind);
-    const auto* a = converted<typename Kind::A>(member, x, rows, w.k, buffers);
-    linear<Kind>(member, buffers, a, w.k, rows, w, SiluMul<float>{out, w.n / 2});
-  });
+  linear_of(member, x, rows, w, buffers, arithmetic, SiluMul<float>{out, w.n / 2});
 }
 
 void enter_rms_norm(Team& team, int index, const float* x, int64_t rows, int64_t size, const float* weight, float eps,
@@ -758,12 +733,8 @@ void enter_attention(Team& team, int index, const Stack& stack, const Batch& bat
 void enter_most_likely(Team& team, int index, const float* x, int64_t rows, const Matrix& w, const Buffers& buffers,
                        int32_t arithmetic, int64_t* out) {
   Member member(team, index);
-  const Highest highest{buffers.bases, buffers.indices, ceil_div(w.n, kUnitTiles * kLanes)};
-  with_kind(w.format, arithmetic, [&](auto kind) {
-    using Kind = decltype(kind);
-    const auto* a = converted<typename Kind::A>(member, x, rows, w.k, buffers);
-    linear<Kind>(member, buffers, a, w.k, rows, w, highest);
-  });
+  const Highest highest{buffers.bases, buffers.indices, ceil_div(w.n, kUnitColumns)};
+  linear_of(member, x, rows, w, buffers, arithmetic, highest);
   member.for_each(rows, [&](int64_t row) {
     const float* values = highest.values + row * highest.pieces;
     out[row] = highest.indices[row * highest.pieces + (std::max_element(values, values + highest.pieces) - values)];

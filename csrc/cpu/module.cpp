@@ -92,8 +92,15 @@ struct Workspace {
 thread_local Workspace workspace;
 
 void reserve_panels(Workspace& memory, Buffers& buffers, int64_t longest, int threads) {
-  buffers.panel_size = 64 * longest;
+  buffers.panel_size = kUnitColumns * longest;
   buffers.panels = memory.panels.take<uint16_t>(buffers.panel_size * threads);
+}
+
+Buffers product_buffers(int64_t rows, const Matrix& w, int threads) {
+  Buffers buffers{};
+  buffers.x = workspace.x.take<float>(rows * w.k);
+  reserve_panels(workspace, buffers, w.k, threads);
+  return buffers;
 }
 
 // Attention plan -----------------------------------------------------------------------------------------------------
@@ -216,10 +223,7 @@ EXPORT void vsp_run_stack(const Stack* stack, const Batch* batch, float* hidden,
 // x [rows][k] → out [rows][n]
 EXPORT void vsp_linear(const float* x, int64_t rows, const Matrix* w, float* out, int32_t arithmetic,
                        int32_t threads) {
-  Workspace& memory = workspace;
-  Buffers buffers{};
-  buffers.x = memory.x.take<float>(rows * w->k);
-  reserve_panels(memory, buffers, w->k, threads);
+  const Buffers buffers = product_buffers(rows, *w, threads);
   run_team(threads, [&](Team& team, int index) {
     kernels->linear(team, index, x, rows, *w, buffers, arithmetic, out);
   });
@@ -228,10 +232,7 @@ EXPORT void vsp_linear(const float* x, int64_t rows, const Matrix* w, float* out
 // x [rows][k] → silu(gate) · up [rows][n/2]
 EXPORT void vsp_swiglu(const float* x, int64_t rows, const Matrix* w, float* out, int32_t arithmetic,
                        int32_t threads) {
-  Workspace& memory = workspace;
-  Buffers buffers{};
-  buffers.x = memory.x.take<float>(rows * w->k);
-  reserve_panels(memory, buffers, w->k, threads);
+  const Buffers buffers = product_buffers(rows, *w, threads);
   run_team(threads, [&](Team& team, int index) {
     kernels->swiglu(team, index, x, rows, *w, buffers, arithmetic, out);
   });
@@ -245,12 +246,10 @@ EXPORT void vsp_rms_norm(const float* x, int64_t rows, int64_t size, const float
 // x [rows][k] → out [rows], the column of each row's highest of x Wᵀ + b, the first of equals
 EXPORT void vsp_most_likely(const float* x, int64_t rows, const Matrix* w, int64_t* out, int32_t arithmetic,
                             int32_t threads) {
-  Workspace& memory = workspace;
-  Buffers buffers{};
-  buffers.x = memory.x.take<float>(rows * w->k);
-  buffers.bases = memory.bases.take<float>(rows * ceil_div(w->n, 64));
-  buffers.indices = memory.indices.take<int64_t>(rows * ceil_div(w->n, 64));
-  reserve_panels(memory, buffers, w->k, threads);
+  Buffers buffers = product_buffers(rows, *w, threads);
+  const int64_t pieces = rows * ceil_div(w->n, kUnitColumns);
+  buffers.bases = workspace.bases.take<float>(pieces);
+  buffers.indices = workspace.indices.take<int64_t>(pieces);
   run_team(threads, [&](Team& team, int index) {
     kernels->most_likely(team, index, x, rows, *w, buffers, arithmetic, out);
   });

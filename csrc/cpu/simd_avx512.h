@@ -60,11 +60,11 @@ struct Simd {
     const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(p), 24 - 8 * i);
     return _mm512_cvtepi32_ps(_mm512_srai_epi32(high, 24));
   }
-  // Stores 16 pairs of bfloat16 from float32 that are exact in bfloat16.
-  static void store_pairs(uint16_t* p, V even, V odd) {
-    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-    _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(odd)));
+  // 16 pairs of bfloat16 from float32 that are exact in bfloat16, whose low halves are zeros.
+  static __m512i pairs(V even, V odd) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
   }
+  static void store_pairs(uint16_t* p, V even, V odd) { _mm512_storeu_si512(p, pairs(even, odd)); }
   // Lanes from `first` on become a score so low that its power of two is 0.
   static V hide_from(V v, int first) {
     const __mmask16 hidden = first <= 0 ? __mmask16(0xffff) : first >= 16 ? __mmask16(0) : __mmask16(0xffff << first);

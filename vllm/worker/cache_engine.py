@@ -8,13 +8,12 @@ without a device. `CacheEngine` holds the tensors. All ranks hold the same block
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
-
-    from vllm.worker.ops.triton_copy import BlockCopier
 
 
 class Extent(NamedTuple):
@@ -166,11 +165,20 @@ class CacheEngine:
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
         self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device
-        self._copier: BlockCopier | None = None
-        if device.type == "cuda":
+        self._copy = self._copier()
+
+    def _copier(self) -> Callable[[list[tuple[int, int]]], None]:
+        """What copies blocks fastest on this device."""
+        from vllm.model_executor.layers.ops import cpu_kernels
+
+        caches = [*self.k_caches, *self.v_caches]
+        if self._device.type == "cuda":
             from vllm.worker.ops.triton_copy import BlockCopier
 
-            self._copier = BlockCopier([*self.k_caches, *self.v_caches], block_size)
+            return BlockCopier(caches, self.block_size).copy
+        if cpu_kernels.library() is not None:
+            return cpu_kernels.BlockCopier(caches, self.block_size).copy
+        return self._copy_by_index
 
     @staticmethod
     def bytes_per_block(block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -221,20 +229,13 @@ class CacheEngine:
 
         All sources are read before any destination is written, so that a block may be both.
         """
-        if not pairs:
-            return
-        if self._copier is not None:
-            self._copier.copy(pairs)
-            return
+        if pairs:
+            self._copy(pairs)
+
+    def _copy_by_index(self, pairs: list[tuple[int, int]]) -> None:
         import torch
 
-        from vllm.model_executor.layers.ops import cpu_kernels
-
         moves = torch.tensor(pairs, dtype=torch.int64, device=self._device)
-        if cpu_kernels.library() is not None:
-            for cache in (*self.k_caches, *self.v_caches):
-                cpu_kernels.copy_blocks(cache, moves, self.block_size)
-            return
         offsets = torch.arange(self.block_size, device=self._device)
         source = (moves[:, :1] * self.block_size + offsets).flatten()
         destination = (moves[:, 1:] * self.block_size + offsets).flatten()

@@ -255,6 +255,20 @@ def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor, block_size: int) -> No
     _kernels().vsp_copy_blocks(_address(cache), _address(pairs), c_int64(len(pairs)), c_int64(size))
 
 
+class BlockCopier:
+    """Copies blocks of several caches [num_slots, ...] at once."""
+
+    def __init__(self, caches: list[torch.Tensor], block_size: int) -> None:
+        self._caches = caches
+        self._block_size = block_size
+
+    def copy(self, pairs: list[tuple[int, int]]) -> None:
+        """`pairs` of (source, destination) blocks; all sources are read before any destination is written."""
+        moves = torch.tensor(pairs, dtype=torch.int64)
+        for cache in self._caches:
+            copy_blocks(cache, moves, self._block_size)
+
+
 @dataclass(frozen=True)
 class PreparedBatch:
     """A batch as the kernels read it, with the tensors that it points to."""
