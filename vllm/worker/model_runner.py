@@ -209,7 +209,10 @@ class ModelRunner:
             block_size=block_size,
         )
         token_ids = torch.as_tensor(self._tokens[row_index, positions])
-        wanted = None if any(plan.wants_prompt_logprobs) else self._to_device(ends[plan.samples] - 1)
+        wanted = None
+        last = ends[plan.samples] - 1
+        if len(last) < len(token_rows) and not any(plan.wants_prompt_logprobs):
+            wanted = self._to_device(last)
         hidden = self._forward(token_ids, torch.as_tensor(positions), metadata, wanted)
         return self._sample(plan, hidden, rows, starts + counts, ends)
 
