@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
+
+from vllm.entrypoints.openai.partial_text import held_back
 
 
 @dataclass
@@ -25,7 +28,7 @@ class ToolDelta:
     calls: list[CallDelta] = field(default_factory=list)
 
 
-class ToolParser:
+class ToolParser(ABC):
     """Finds the calls in one output while it comes.
 
     All that `feed` and `finish` return, joined, does not depend on how the text was split: whatever could still turn
@@ -65,13 +68,24 @@ class ToolParser:
             self._delta.content += self._space
         return self._take()
 
+    @abstractmethod
     def step(self) -> bool:
         """Takes what is certain from the buffer; returns whether there may be more to take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self) -> None:
         """Takes what is left in the buffer."""
-        raise NotImplementedError
+
+    def say_until(self, mark: str) -> bool:
+        """Says what stands before `mark` and drops both; returns whether it is there. Without it, what may be its
+        beginning stays."""
+        before, found, after = self.buffer.partition(mark)
+        if not found:
+            self.say(self.take(len(self.buffer) - held_back(self.buffer, (mark,))))
+            return False
+        self.say(before)
+        self.buffer = after
+        return True
 
     def make_id(self) -> str:
         """The id of a new call."""

@@ -38,13 +38,8 @@ class DeepSeekV3ToolParser(ToolParser):
         return self._read_between() if self._inside else self._read_text()
 
     def _read_text(self) -> bool:
-        before, mark, after = self.buffer.partition(_BEGIN)
-        if not mark:
-            self.say(self.take(len(self.buffer) - held_back(self.buffer, (_BEGIN,))))
-            return False
-        self.say(before)
-        self.buffer, self._inside = after, True
-        return True
+        self._inside = self.say_until(_BEGIN)
+        return self._inside
 
     def _read_between(self) -> bool:
         """Before, between or after calls."""

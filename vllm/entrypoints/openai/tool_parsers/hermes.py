@@ -27,12 +27,8 @@ class HermesToolParser(ToolParser):
         return self._read_rest(self._call)
 
     def _read_text(self) -> bool:
-        before, mark, after = self.buffer.partition(_START)
-        if not mark:
-            self.say(self.take(len(self.buffer) - held_back(self.buffer, (_START,))))
+        if not self.say_until(_START):
             return False
-        self.say(before)
-        self.buffer = after
         self._call = CallReader(self.open_call, self.add_arguments)
         return True
 

@@ -7,7 +7,7 @@ import random
 import string
 from typing import Any
 
-from vllm.entrypoints.openai.partial_text import find_first, held_back
+from vllm.entrypoints.openai.partial_text import find_first
 from vllm.entrypoints.openai.tool_parsers.base import ToolParser
 from vllm.entrypoints.openai.tool_parsers.json_calls import CallReader, ValueScanner
 
@@ -42,13 +42,8 @@ class MistralToolParser(ToolParser):
         return self._read_between() if self._in_list else self._read_name()
 
     def _read_text(self) -> bool:
-        before, mark, after = self.buffer.partition(_START)
-        if not mark:
-            self.say(self.take(len(self.buffer) - held_back(self.buffer, (_START,))))
-            return False
-        self.say(before)
-        self.buffer, self._inside = after, True
-        return True
+        self._inside = self.say_until(_START)
+        return self._inside
 
     def _read_name(self) -> bool:
         """What follows the mark: a list, or a name and where its arguments begin."""
