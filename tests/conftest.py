@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +36,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if on_gpu and not CudaPlatform.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def pip_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`pip_folder("name==version", timeout=300)` returns a folder with a package that cannot live beside the installed
+    ones; skips the test where pip cannot fetch it."""
+
+    def install(package: str, timeout: float = 300) -> Path:
+        folder = tmp_path_factory.mktemp("packages")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), package]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        if done.returncode:
+            pytest.skip(f"pip cannot fetch {package}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return folder
+
+    return install
 
 
 @pytest.fixture(scope="session")

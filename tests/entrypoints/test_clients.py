@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,8 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="session")
-def litellm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("litellm")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "litellm"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(f"pip cannot fetch litellm: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return folder
+def litellm_dir(pip_folder: Callable[..., Path]) -> Path:
+    return pip_folder("litellm", timeout=600)
 
 
 def langchain_model(server, **fields) -> ChatOpenAI:

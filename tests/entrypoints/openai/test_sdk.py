@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import openai
@@ -46,14 +47,8 @@ def sdk(server):
 
 
 @pytest.fixture(scope="session")
-def old_sdk_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with openai==0.28.1, which cannot live beside the current one."""
-    folder = tmp_path_factory.mktemp("openai_0_28")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), "openai==0.28.1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    if done.returncode:
-        pytest.skip(f"pip cannot fetch openai==0.28.1: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-    return folder
+def old_sdk_dir(pip_folder: Callable[..., Path]) -> Path:
+    return pip_folder("openai==0.28.1")
 
 
 def test_chat(sdk, server):
