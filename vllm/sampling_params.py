@@ -18,6 +18,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_ALLOWED_TOKEN_IDS = 200_000
 MAX_BAD_WORDS = 256
 _SAMPLING_EPS = 1e-5
+MAX_LENGTH_PENALTY = 10.0
 _MAX_INT = 2**31 - 1
 
 
@@ -177,14 +178,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
                 raise VLLMValidationError("bad_words must not hold an empty string.", "bad_words")
 
     def _verify_stops(self) -> None:
-        check_count("stop", self.stop_strings, MAX_STOP_STRINGS)
-        for text in self.stop_strings:
-            if not text:
-                raise VLLMValidationError("stop must not hold an empty string.", "stop")
-            if len(text) > MAX_STOP_STRING_CHARS:
-                raise VLLMValidationError(
-                    f"A stop string may have at most {MAX_STOP_STRING_CHARS} characters, got {len(text)}.", "stop"
-                )
+        check_stops(self.stop_strings)
         if self.stop_strings and not self.detokenize:
             raise VLLMValidationError("stop strings need detokenize=True.", "stop")
         check_count("stop_token_ids", self.stop_token_ids or [], MAX_STOP_TOKEN_IDS)
@@ -205,6 +199,54 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value > max_logprobs:
                 raise VLLMValidationError(f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name)
+
+
+class BeamSearchParams(msgspec.Struct, omit_defaults=True):
+    """Parameters of a beam search, named as vLLM names them; `stop`, `stop_token_ids` and `min_tokens` are ours.
+
+    Attributes:
+        beam_width: Sequences that are kept at each step, and returned.
+        max_tokens: Most tokens to generate.
+        ignore_eos: Go on after the end-of-sequence token.
+        temperature: Without effect: the search compares the model's own log-probabilities.
+        length_penalty: A sequence's score is its summed log-probability by its length to this power.
+        include_stop_str_in_output: Outputs keep the stop string or token that ended them.
+
+    Raises:
+        VLLMValidationError: on construction, when a value is out of range; `param` names it.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("beam_width", self.beam_width, 1, MAX_N)
+        check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
+        check_int("min_tokens", self.min_tokens, 0, _MAX_INT)
+        check_float("temperature", self.temperature, 0.0, 100.0)
+        check_float("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
+        check_stops(self.stop)
+        check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+
+
+def check_stops(stops: list[str]) -> None:
+    """Raises `VLLMValidationError` for too many stop strings, or one that is empty or too long."""
+    check_count("stop", stops, MAX_STOP_STRINGS)
+    for text in stops:
+        if not text:
+            raise VLLMValidationError("stop must not hold an empty string.", "stop")
+        if len(text) > MAX_STOP_STRING_CHARS:
+            raise VLLMValidationError(
+                f"A stop string may have at most {MAX_STOP_STRING_CHARS} characters, got {len(text)}.", "stop"
+            )
 
 
 def check_int(name: str, value: Any, low: int, high: int, note: str = "") -> None:

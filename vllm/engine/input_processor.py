@@ -106,7 +106,7 @@ class InputProcessor:
         params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
-            token_ids = self._truncate(token_ids, params)
+            token_ids = self.truncate(token_ids, params)
             num_system_tokens, marks = None, ()
         longest = self.config.max_model_len
         if not token_ids:
@@ -192,7 +192,13 @@ class InputProcessor:
                 )
         return list(token_ids)
 
-    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+    def truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The last tokens of a prompt, as many as `truncate_prompt_tokens` says; -1 for all that leave room for
+        `max_tokens`.
+
+        Raises:
+            VLLMValidationError: that is none, or more than the model takes.
+        """
         limit = self.config.max_model_len - (params.max_tokens or 1)
         keep = params.truncate_prompt_tokens
         keep = limit if keep is None or keep < 0 else keep

@@ -9,12 +9,13 @@ from typing import Any, Literal, cast
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from vllm.beam_search import BeamSearch, BeamSearchOutput
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import PromptType, TokensPrompt
 from vllm.outputs import RequestOutput, SystemPromptInfo
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, check_int
 
 Messages = list[dict[str, Any]]
 
@@ -94,6 +95,48 @@ class LLM:
             prompt = TokensPrompt(prompt_token_ids=rendered.prompt_token_ids, prompt=rendered.text)
             requests.append((prompt, rendered.num_system_tokens))
         return self._run(requests, sampling_params, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: PromptType | Sequence[PromptType],
+        params: BeamSearchParams,
+        *,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The most likely continuations of each prompt, as far as a beam search finds them.
+
+        Each sequence's `tokens` and `text` hold the prompt too; an end token is the last of `tokens`.
+
+        Args:
+            prompts: As of `generate`.
+            use_tqdm: Show on stderr how many prompts are done.
+            concurrency_limit: Most prompts that are searched together; None for all.
+
+        Raises:
+            VLLMValidationError: a prompt or parameter is not allowed.
+        """
+        if concurrency_limit is not None:
+            check_int("concurrency_limit", concurrency_limit, 1, 2**31 - 1)
+        engine = self.llm_engine
+        config = engine.vllm_config.model
+        searches = [
+            BeamSearch(config, engine.tokenizer, engine.input_processor.prompt(prompt).token_ids, params)
+            for prompt in _as_prompts(prompts)
+        ]
+        with tqdm(total=len(searches), desc="Beam searches", disable=not use_tqdm, dynamic_ncols=True) as progress:
+            while running := [search for search in searches if search.active][:concurrency_limit]:
+                requests: list[tuple[PromptType, int | None]] = [
+                    (sequence.tokens, None) for search in running for sequence in search.active
+                ]
+                outputs = iter(self._run(requests, running[0].step_params(), use_tqdm=False))
+                for search in running:
+                    search.advance([next(outputs).outputs[0] for _ in search.active])
+                    progress.update(not search.active)
+        for search in searches:
+            for sequence in search.best():
+                sequence.text = engine.tokenizer.decode(sequence.tokens, params.skip_special_tokens)
+        return [BeamSearchOutput(search.best()) for search in searches]
 
     def add_system_prompt(
         self,

@@ -61,7 +61,7 @@ class GenerationRequest(ApiModel):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    length_penalty: Any = None
+    length_penalty: float | None = None
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None

@@ -10,7 +10,7 @@ from vllm.entrypoints.openai.middleware import MAX_REQUEST_ID_CHARS
 from vllm.entrypoints.openai.output_form import output_form
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import MAX_LOGIT_BIAS, RequestOutputKind, SamplingParams, check_count, check_int
+from vllm.sampling_params import MAX_LOGIT_BIAS, MAX_N, RequestOutputKind, SamplingParams, check_count, check_int
 
 MAX_CACHE_SALT_CHARS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
@@ -56,6 +56,10 @@ def sampling_params(
         value = getattr(request, name)
         if value is not None:
             values[name] = value
+    if request.best_of is not None:
+        values["n"] = request.best_of
+        if request.best_of > num_choices(request) and logprobs is None:
+            logprobs = 0
     return SamplingParams(
         **values,
         logit_bias=_logit_bias(request.logit_bias),
@@ -66,6 +70,11 @@ def sampling_params(
         structured_outputs=output_form(request),
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def num_choices(request: GenerationRequest) -> int:
+    """Outputs that each prompt gets in the answer; with `best_of`, more compete for that."""
+    return 1 if request.n is None else request.n
 
 
 def _logit_bias(given: dict[str, Any] | None) -> dict[int, float] | None:
@@ -113,13 +122,13 @@ def check_generation(request: GenerationRequest) -> None:
     if request.stream and request.prompt_logprobs is not None:
         raise VLLMValidationError("prompt_logprobs are not available when stream is true.", "prompt_logprobs")
     if request.use_beam_search:
-        raise VLLMValidationError(
-            "use_beam_search is not supported; leave it out or set it to false.", "use_beam_search"
-        )
-    if request.best_of is not None and request.best_of != (request.n or 1):
-        raise VLLMValidationError(
-            f"best_of other than n is not supported (n is {request.n or 1}, best_of {request.best_of}).", "best_of"
-        )
+        _check_beam_search(request)
+    if request.best_of is not None:
+        n = num_choices(request)
+        check_int("n", n, 1, MAX_N)
+        check_int("best_of", request.best_of, n, MAX_N, note=" (n is the least)")
+        if request.stream and request.best_of > n:
+            raise VLLMValidationError("best_of above n cannot be streamed: the best are known at the end.", "best_of")
     if request.logits_processors:
         raise VLLMValidationError("logits_processors are not supported.", "logits_processors")
     if request.cache_salt is not None and not 1 <= len(request.cache_salt) <= MAX_CACHE_SALT_CHARS:
@@ -132,6 +141,17 @@ def check_generation(request: GenerationRequest) -> None:
         )
     if request.priority is not None:
         check_int("priority", request.priority, -(2**31), 2**31 - 1)
+
+
+def _check_beam_search(request: GenerationRequest) -> None:
+    """Refuses what has no meaning for the model's own log-probabilities, which a beam search compares."""
+    if request.logit_bias or request.allowed_token_ids or request.bad_words:
+        names = ("logit_bias", "allowed_token_ids", "bad_words")
+        field = next(name for name in names if getattr(request, name))
+        raise VLLMValidationError(f"{field} cannot be combined with use_beam_search.", field)
+    for name, neutral in (("presence_penalty", 0.0), ("frequency_penalty", 0.0), ("repetition_penalty", 1.0)):
+        if getattr(request, name) not in (None, neutral):
+            raise VLLMValidationError(f"{name} cannot be combined with use_beam_search.", name)
 
 
 def check_chat(request: ChatCompletionRequest) -> None:
@@ -150,6 +170,8 @@ def check_chat(request: ChatCompletionRequest) -> None:
 def check_completion(request: CompletionRequest) -> None:
     """Refuses text-completion fields whose feature does not exist here."""
     check_generation(request)
+    if request.stream and request.use_beam_search:
+        raise VLLMValidationError("Streaming is not supported with use_beam_search.", "stream")
     if request.suffix:
         raise VLLMValidationError(
             "suffix is not supported: the model only goes on from the end of a prompt; leave it out.", "suffix"

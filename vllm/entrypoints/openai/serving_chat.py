@@ -18,10 +18,11 @@ from vllm.entrypoints.openai.answers import (
     whole_calls_json,
 )
 from vllm.entrypoints.openai.cache_marks import cache_marks
+from vllm.entrypoints.openai.generation import generate
 from vllm.entrypoints.openai.logprobs import chat_logprobs_json
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, prompt_logprobs_json, random_id, usage
-from vllm.entrypoints.openai.sampling import chat_logprobs, chat_max_tokens, check_chat, sampling_params
+from vllm.entrypoints.openai.sampling import chat_logprobs, chat_max_tokens, check_chat, num_choices, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, sse
 from vllm.exceptions import VLLMValidationError
@@ -141,7 +142,9 @@ class ServingChat:
             model=model,
             request=request,
             # Clients may repeat an id; the engine's must be unique.
-            outputs=self._engine.generate(
+            outputs=generate(
+                self._engine,
+                request,
                 rendered.prompt_token_ids,
                 params,
                 f"{public_id}-{random_id()[:12]}",
@@ -150,13 +153,13 @@ class ServingChat:
                 cache_salt=request.cache_salt,
                 priority=request.priority or 0,
             ),
-            num_choices=params.n,
+            num_choices=num_choices(request),
             top_logprobs=top_logprobs,
             as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,
             role=role,
             echoed=_last_text(last) if request.echo and last["role"] == role else "",
             format=answer_format,
-            parsers=[answer_format.make_parser(ended) for _ in range(params.n)],
+            parsers=[answer_format.make_parser(ended) for _ in range(num_choices(request))],
         )
 
     def _logprobs(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.generation import generate
 from vllm.entrypoints.openai.logprobs import completion_logprobs_json
 from vllm.entrypoints.openai.prompts import PromptReader, split_prompts
 from vllm.entrypoints.openai.protocol import CompletionRequest, now, prompt_logprobs_json, random_id, usage
-from vllm.entrypoints.openai.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, sampling_params
+from vllm.entrypoints.openai.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, num_choices, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, merge, sse
 from vllm.exceptions import VLLMValidationError
@@ -96,7 +97,9 @@ class ServingCompletion:
             model=model,
             request=request,
             streams=[
-                self._engine.generate(
+                generate(
+                    self._engine,
+                    request,
                     ids,
                     params,
                     f"{engine_id}-{i}",
@@ -105,7 +108,7 @@ class ServingCompletion:
                 )
                 for i, ids in enumerate(token_ids)
             ],
-            n=params.n,
+            n=num_choices(request),
             texts=[prompt if isinstance(prompt, str) else None for prompt in prompts],
             prompt_only=prompt_only,
             as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,

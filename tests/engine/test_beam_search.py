@@ -1,0 +1,173 @@
+"""A beam search finds what scoring every continuation finds, by itself and with a model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from vllm import LLM
+from vllm.beam_search import BeamSearch
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, Logprob
+from vllm.sampling_params import BeamSearchParams
+
+PROMPT = [464, 3290, 318, 257, 845, 1263, 5044]
+OTHER = [1212, 318, 262]
+
+
+def naive_search(
+    next_logprobs: Any, prompt: list[int], width: int, max_tokens: int, ends: set[int], penalty: float
+) -> list[tuple[float, float, list[int]]]:
+    """(score, log-probability, tokens) of the best sequences. Never stops early and keeps all that has ended."""
+    active, ended = [(0.0, list(prompt))], []
+    for _ in range(max_tokens):
+        candidates = []
+        for total, tokens in active:
+            row = sorted(next_logprobs(tokens).items(), key=lambda entry: -entry[1])[: 2 * width]
+            for token, logprob in row:
+                extended = (total + logprob, [*tokens, token])
+                (ended if token in ends else candidates).append(extended)
+        active = sorted(candidates, key=lambda entry: -entry[0])[:width]
+    scored = []
+    for total, tokens in ended + active:
+        length = len(tokens) - (tokens[-1] in ends and len(tokens) > len(prompt))
+        scored.append((total / length**penalty, total, tokens))
+    return sorted(scored, key=lambda entry: -entry[0])[:width]
+
+
+def search_table(
+    table: list[list[float]], width: int, max_tokens: int, ends: set[int], penalty: float
+) -> list[tuple[float, list[int]]]:
+    """The search over a model whose next token depends on the last one alone."""
+    config: Any = SimpleNamespace(max_logprobs=2 * width, max_model_len=1000, eos_token_ids=tuple(ends))
+    params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, length_penalty=penalty)
+    search = BeamSearch(config, None, [0], params)  # type: ignore[arg-type]
+    while search.active:
+        outputs = []
+        for sequence in search.active:
+            row = sorted(enumerate(table[sequence.tokens[-1]]), key=lambda entry: -entry[1])
+            entries = {token: Logprob(logprob) for token, logprob in row[: 2 * width]}
+            outputs.append(CompletionOutput(0, "", [], logprobs=[entries]))
+        search.advance(outputs)
+    return [(sequence.cum_logprob, sequence.tokens) for sequence in search.best()]
+
+
+def random_table(seed: int, size: int) -> list[list[float]]:
+    logits = torch.randn(size, size, generator=torch.Generator().manual_seed(seed)) * 2
+    return torch.log_softmax(logits, -1).tolist()
+
+
+@given(seed=st.integers(0, 10**6), width=st.integers(1, 4), penalty=st.sampled_from([-1.0, 0.0, 0.5, 1.0, 2.0]))
+@settings(max_examples=60, deadline=None)
+def test_stopping_early_changes_nothing(seed, width, penalty):
+    table = random_table(seed, 9)
+    found = search_table(table, width, 8, {3}, penalty)
+    expected = naive_search(lambda tokens: dict(enumerate(table[tokens[-1]])), [0], width, 8, {3}, penalty)
+    assert found == [(total, tokens) for _, total, tokens in expected]
+
+
+def test_a_wide_beam_finds_the_most_likely_of_all_continuations():
+    table = random_table(5, 4)
+    every = []
+    for tokens in itertools.product(range(4), repeat=3):
+        total = sum(table[a][b] for a, b in itertools.pairwise((0, *tokens)))
+        every.append((total, [0, *tokens]))
+    found = search_table(table, 16, 3, set(), 1.0)
+    assert found[0][1] == max(every)[1]
+    # All sixteen prefixes of two tokens are kept, so the sixteen best of all are found.
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in sorted(every, reverse=True)[:16]])
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model_dir: Path) -> Iterator[LLM]:
+    llm = LLM(str(tiny_model_dir), dtype="float32", max_model_len=128, num_gpu_blocks_override=256, seed=0)
+    yield llm
+    llm.llm_engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def next_logprobs(tiny_model_dir: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def of(tokens: list[int]) -> dict[int, float]:
+        logprobs = torch.log_softmax(model(torch.tensor([tokens])).logits[0, -1], -1)
+        values, ids = logprobs.topk(20)
+        return dict(zip(ids.tolist(), values.tolist(), strict=True))
+
+    return of
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0])
+def test_scores_are_those_of_transformers_probabilities(llm, next_logprobs, penalty):
+    params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True, length_penalty=penalty)
+    outputs = llm.beam_search([{"prompt_token_ids": PROMPT}, OTHER], params)
+    for prompt, output in zip((PROMPT, OTHER), outputs, strict=True):
+        expected = naive_search(next_logprobs, prompt, 3, 6, set(), penalty)
+        assert [sequence.tokens for sequence in output.sequences] == [tokens for _, _, tokens in expected]
+        for sequence, (_, total, _) in zip(output.sequences, expected, strict=True):
+            assert sequence.cum_logprob == pytest.approx(total, abs=1e-3)
+            assert (sequence.finish_reason, len(sequence.logprobs)) == ("length", 6)
+            assert sequence.text == llm.get_tokenizer().decode(sequence.tokens)
+
+
+def test_a_sequence_that_ends_competes_by_its_own_length(llm, next_logprobs):
+    plain = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+    best = llm.beam_search(PROMPT, plain)[0].sequences[0]
+    end = best.tokens[len(PROMPT) + 2]
+    params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True, stop_token_ids=[end])
+    sequences = llm.beam_search(PROMPT, params)[0].sequences
+    expected = naive_search(next_logprobs, PROMPT, 3, 6, {end}, 1.0)
+    assert [sequence.tokens for sequence in sequences] == [tokens for _, _, tokens in expected]
+    ended = [sequence for sequence in sequences if sequence.stop_reason == end]
+    assert ended
+    assert all(sequence.tokens[-1] == end and sequence.finish_reason == "stop" for sequence in ended)
+
+
+def test_a_stop_string_ends_a_sequence(llm):
+    plain = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
+    best = llm.beam_search(PROMPT, plain)[0].sequences[0]
+    stop = llm.get_tokenizer().decode(best.tokens[len(PROMPT) + 1 : len(PROMPT) + 3])
+    params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True, stop=[stop])
+    sequences = llm.beam_search(PROMPT, params)[0].sequences
+    (stopped,) = [sequence for sequence in sequences if sequence.stop_reason == stop]
+    assert stopped.tokens == best.tokens[: len(PROMPT) + 3]
+
+
+def test_a_search_ends_at_the_end_of_the_context(llm):
+    prompt = (PROMPT * 20)[:125]
+    output = llm.beam_search(prompt, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))[0]
+    assert [len(sequence.tokens) for sequence in output.sequences] == [128, 128]
+
+
+def test_few_prompts_at_a_time_give_the_same(llm):
+    params = BeamSearchParams(beam_width=2, max_tokens=3)
+    together = llm.beam_search([PROMPT, OTHER, "One"], params)
+    assert llm.beam_search([PROMPT, OTHER, "One"], params, concurrency_limit=2) == together
+    assert math.isfinite(together[2].sequences[0].cum_logprob)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"beam_width": 0}, "beam_width"),
+        ({"beam_width": 11}, "beam_width"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"length_penalty": 1e6}, "length_penalty"),
+        ({"stop": [""]}, "stop"),
+    ],
+)
+def test_what_a_search_cannot_do_is_refused(llm, fields, param):
+    with pytest.raises(VLLMValidationError) as caught:
+        llm.beam_search(PROMPT, BeamSearchParams(**{"beam_width": 2, "max_tokens": 3} | fields))
+    assert caught.value.param == param

@@ -1,0 +1,181 @@
+"""Beam search: the most likely continuations of a prompt, kept several at a time.
+
+The search itself, apart from what computes the probabilities: its user asks the model for the token after each active
+sequence and hands the answers to `BeamSearch.advance`. The prefix cache keeps what the sequences have in common, so
+each step computes little more than one token a sequence.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import nlargest
+from itertools import islice
+
+from vllm.config import ModelConfig
+from vllm.engine.output_processor import OutputText
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import CompletionOutput, TokenLogprobs
+from vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from vllm.transformers_utils.tokenizer import Tokenizer
+
+
+@dataclass
+class BeamSearchSequence:
+    """A continuation of a prompt.
+
+    Attributes:
+        tokens: The prompt's token ids and the generated ones; the token that ended it is the last.
+        logprobs: Most likely tokens at each generated position.
+        cum_logprob: Sum of the generated tokens' log-probabilities.
+        text: Of all tokens, or of the generated ones, as whoever ran the search says; None until it is over.
+        finish_reason: `stop` or `length`; None while it is active.
+        stop_reason: Token id or string that ended it.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """The best sequences of a prompt, the best one first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+class BeamSearch:
+    """State of the search for one prompt.
+
+    A sequence's score is cum_logprob / length ** length_penalty; its length counts the prompt and not an end token.
+    A step takes the `beam_width` most likely continuations of all active sequences. One by an end token is finished and
+    takes no place among them.
+
+    Args:
+        config: End tokens and limits of the model.
+        prompt_token_ids: At least one token less than the model takes.
+
+    Attributes:
+        active: Sequences that go on, the most likely first; none when the search is over.
+
+    Raises:
+        VLLMValidationError: The beam is wider than the log-probabilities that the server gives out allow.
+    """
+
+    def __init__(
+        self, config: ModelConfig, tokenizer: Tokenizer, prompt_token_ids: list[int], params: BeamSearchParams
+    ) -> None:
+        check_beam_width("beam_width", params.beam_width, config.max_logprobs)
+        self.params = params
+        self.active = [BeamSearchSequence(prompt_token_ids)]
+        self._tokenizer = tokenizer
+        self._num_prompt_tokens = len(prompt_token_ids)
+        self._longest = min(config.max_model_len, len(prompt_token_ids) + params.max_tokens)
+        ends = () if params.ignore_eos else config.eos_token_ids
+        self._end_ids = frozenset(ends) | frozenset(params.stop_token_ids)
+        # The best of those that ended, by falling score; equal ones in the order in which they ended.
+        self._ended: list[tuple[float, BeamSearchSequence]] = []
+        # A stop string that the newest token completes begins at most so many tokens before the end.
+        self._stop_window = max((len(stop.encode()) for stop in params.stop), default=0)
+
+    def step_params(self) -> SamplingParams:
+        """What to ask of the model for each active sequence: one token, and the most likely ones in its place."""
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            logprobs=2 * self.params.beam_width,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def advance(self, outputs: Sequence[CompletionOutput]) -> None:
+        """Takes a step.
+
+        Args:
+            outputs: What the model gave each active sequence for `step_params`.
+        """
+        width = self.params.beam_width
+        candidates: list[tuple[float, int, BeamSearchSequence, TokenLogprobs]] = []
+        for sequence, output in zip(self.active, outputs, strict=True):
+            row = output.logprobs[0] if output.logprobs else {}
+            for token_id, logprob in islice(row.items(), 2 * width):
+                total = sequence.cum_logprob + logprob.logprob
+                if token_id not in self._end_ids:
+                    candidates.append((total, token_id, sequence, row))
+                elif len(sequence.tokens) - self._num_prompt_tokens >= self.params.min_tokens:
+                    self._end(_continued(sequence, token_id, total, row), "stop", token_id)
+        best = nlargest(width, candidates, key=lambda candidate: candidate[0])
+        following = [_continued(sequence, token_id, total, row) for total, token_id, sequence, row in best]
+        self.active = []
+        for sequence in following:
+            stop = self._found_stop(sequence.tokens)
+            if stop is not None:
+                self._end(sequence, "stop", stop)
+            elif len(sequence.tokens) == self._longest:
+                self._end(sequence, "length")
+            else:
+                self.active.append(sequence)
+        if self.active and len(self._ended) == width and self._best_to_come() <= self._ended[-1][0]:
+            self.active = []
+
+    def best(self) -> list[BeamSearchSequence]:
+        """The sequences with the highest scores, at most `beam_width`, the highest first."""
+        return [sequence for _, sequence in self._ended]
+
+    def output_text(self, sequence: BeamSearchSequence) -> str:
+        """Text of the generated tokens, without an end token and, unless it is to be included, a stop string."""
+        end = -1 if sequence.stop_reason in self._end_ids else None
+        return self._text(sequence.tokens[:end], self._num_prompt_tokens).text
+
+    def _end(self, sequence: BeamSearchSequence, reason: str, stop: int | str | None = None) -> None:
+        sequence.finish_reason, sequence.stop_reason = reason, stop
+        length = len(sequence.tokens) - (stop in self._end_ids)
+        score = sequence.cum_logprob / length**self.params.length_penalty
+        insort(self._ended, (score, sequence), key=lambda entry: -entry[0])
+        del self._ended[self.params.beam_width :]
+
+    def _best_to_come(self) -> float:
+        """No sequence that ends later has a higher score: log-probabilities only fall, lengths only grow."""
+        penalty = self.params.length_penalty
+        length = self._longest if penalty > 0 else len(self.active[0].tokens)
+        return max(sequence.cum_logprob for sequence in self.active) / length**penalty
+
+    def _found_stop(self, tokens: list[int]) -> str | None:
+        if not self.params.stop or len(tokens) - self._num_prompt_tokens <= self.params.min_tokens:
+            return None
+        return self._text(tokens, max(self._num_prompt_tokens, len(tokens) - self._stop_window)).stop_string
+
+    def _text(self, tokens: list[int], first: int) -> OutputText:
+        """Text of the tokens from `first` on."""
+        params = SamplingParams(
+            stop=self.params.stop,
+            skip_special_tokens=self.params.skip_special_tokens,
+            include_stop_str_in_output=self.params.include_stop_str_in_output,
+        )
+        text = OutputText(self._tokenizer, tokens[:first], params)
+        for i, token_id in enumerate(tokens[first:], start=first + 1):
+            text.append(token_id, False, i == len(tokens))
+            if text.stop_string is not None:
+                break
+        return text
+
+
+def _continued(
+    sequence: BeamSearchSequence, token_id: int, cum_logprob: float, row: TokenLogprobs
+) -> BeamSearchSequence:
+    return BeamSearchSequence([*sequence.tokens, token_id], [*sequence.logprobs, row], cum_logprob)
+
+
+def check_beam_width(name: str, width: int, max_logprobs: int) -> None:
+    """Raises `VLLMValidationError` when a step would need more log-probabilities than a request may ask for."""
+    if 2 * width > max_logprobs:
+        raise VLLMValidationError(
+            f"{name} may be at most {max_logprobs // 2} with beam search, which needs twice as many log-probabilities "
+            f"as beams (--max-logprobs is {max_logprobs}), got {width}.",
+            name,
+        )
