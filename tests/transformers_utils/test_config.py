@@ -75,10 +75,14 @@ def test_a_hub_id_is_fetched_without_files_that_are_not_read(monkeypatch: pytest
         return str(checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("someone/some-model", "v2") == ("someone/some-model", str(checkpoint))
-    assert (seen["name"], seen["revision"]) == ("someone/some-model", "v2")
+    found = resolve_model("someone/some-model", "v2", download_dir="/models")
+    assert found == ("someone/some-model", str(checkpoint))
+    assert (seen["name"], seen["revision"], seen["cache_dir"]) == ("someone/some-model", "v2", "/models")
     assert "*.safetensors" in seen["allow_patterns"]
     assert "*.bin" not in seen["allow_patterns"]
+    resolve_model("someone/some-model", require_weights=False)
+    assert "*.safetensors" not in seen["allow_patterns"]
+    assert seen["cache_dir"] is None
 
 
 def test_directories_that_lack_something(checkpoint: Path) -> None:

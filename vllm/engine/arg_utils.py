@@ -22,6 +22,7 @@ from vllm.config import (
     VllmConfig,
 )
 from vllm.exceptions import StartupError
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.platforms.base import Platform
 from vllm.transformers_utils.config import (
@@ -34,10 +35,32 @@ from vllm.transformers_utils.config import (
 )
 from vllm.transformers_utils.tokenizer import Tokenizer, load_tokenizer
 
+logger = init_logger(__name__)
+
 _DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}
 _BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _MAX_SEQS = 65_536
+# Names that vLLM gives to its attention kernels.
+_OTHER_BACKENDS = (
+    "AUTO",
+    "CPU_ATTN",
+    "CUTLASS_MLA",
+    "FLASHINFER",
+    "FLASHINFER_MLA",
+    "FLASHMLA",
+    "FLASH_ATTN",
+    "FLASH_ATTN_MLA",
+    "FLEX_ATTENTION",
+    "ROCM_AITER_FA",
+    "ROCM_AITER_UNIFIED_ATTN",
+    "ROCM_ATTN",
+    "TORCH_SDPA",
+    "TREE_ATTN",
+    "TRITON_ATTN",
+    "TRITON_MLA",
+    "XFORMERS",
+)
 
 # Tokens of a step by default. On a CPU a GEMM is at full speed from a few hundred rows, and a smaller step keeps the
 # gaps between the tokens of running requests short; a GPU needs more rows to be busy.
@@ -57,6 +80,8 @@ class EngineArgs:
     tokenizer: str | None = None
     served_model_name: list[str] | str | None = None
     revision: str | None = None
+    tokenizer_revision: str | None = None
+    download_dir: str | None = None
     load_format: Literal["auto", "gguf", "safetensors", "dummy"] = "auto"
     dtype: str = "auto"
     quantization: str | None = None
@@ -105,13 +130,13 @@ class EngineArgs:
         def adder(title: str) -> Any:
             group = parser.add_argument_group(title)
 
-            def add(name: str, text: str, **options: Any) -> None:
+            def add(name: str, text: str, *aliases: str, **options: Any) -> None:
                 value = getattr(default, name)
                 if isinstance(value, bool):
                     options["action"] = argparse.BooleanOptionalAction
                 elif value is not None:
                     text += " (default: %(default)s)"
-                group.add_argument(f"--{name.replace('_', '-')}", default=value, help=text, **options)
+                group.add_argument(f"--{name.replace('_', '-')}", *aliases, default=value, help=text, **options)
 
             return add
 
@@ -120,6 +145,8 @@ class EngineArgs:
         add("tokenizer", "Directory or .gguf file to read the tokenizer from; the model's own if not given.")
         add("served_model_name", "Name or names the API knows the model by.", nargs="+")
         add("revision", "Branch, tag or commit of a hub id.")
+        add("tokenizer_revision", "The same for the tokenizer; that of the model if not given.")
+        add("download_dir", "Folder in which models from the hub are kept; the hub's own cache if not given.")
         add("load_format", "How the weights are stored; dummy makes random ones.", choices=_choices("load_format"))
         add("dtype", "Of weights and activations.", choices=_DTYPES)
         add("quantization", "int8_cpu: matrices as int8, faster on a CPU and a little less exact.", type=_quantization)
@@ -139,8 +166,13 @@ class EngineArgs:
         add("block_size", "Tokens in a KV block.", type=int)
         add("num_gpu_blocks_override", "Blocks of the KV cache, on any device; overrides what was measured.", type=int)
         add("kv_cache_memory_bytes", "Bytes of the KV cache; 4G is understood.", type=_human_int)
-        add("kv_cache_dtype", "Only auto (that of the model) exists in this version.")
-        add("gpu_memory_utilization", "Share of the device's memory that the engine may use.", type=float)
+        add("kv_cache_dtype", "Only auto, that of the model, exists in this version.")
+        add(
+            "gpu_memory_utilization",
+            "Share of the device's memory that the engine may use.",
+            "--device-memory-utilization",
+            type=float,
+        )
         add("enable_prefix_caching", "Reuse the KV of what requests have in common after their system prompt.")
         add = adder("scheduler")
         add("max_num_seqs", "Most sequences that run together.", type=int)
@@ -164,7 +196,7 @@ class EngineArgs:
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
         add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
-        add("attention_backend", "TORCH; the device's own choice if not given.")
+        add("attention_backend", "TORCH, or the device's: CPU, TRITON; the device's own choice if not given.")
         add("enforce_eager", "Never capture CUDA graphs.")
         return parser
 
@@ -176,10 +208,19 @@ class EngineArgs:
         """
         self._check_ranges()
         platform = current_platform(self.device)
-        display_name, model_path = resolve_model(self.model, self.revision, self.load_format != "dummy")
-        tokenizer_path = model_path if self.tokenizer is None else resolve_model(self.tokenizer, None, False)[1]
+        needs_weights = self.load_format != "dummy"
+        display_name, model_path = resolve_model(self.model, self.revision, needs_weights, self.download_dir)
+        tokenizer_path = model_path
+        if self.tokenizer is not None or self.tokenizer_revision not in (None, self.revision):
+            name = self.tokenizer or self.model
+            tokenizer_path = resolve_model(name, self.tokenizer_revision, False, self.download_dir)[1]
         tokenizer = load_tokenizer(tokenizer_path, self.trust_remote_code)
         model = self._model_config(display_name, model_path, tokenizer_path, tokenizer, platform)
+        if _DTYPE_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype) not in ("auto", model.dtype):
+            raise StartupError(
+                f"--kv-cache-dtype {self.kv_cache_dtype} is not built into this version; only auto is, which is the "
+                f"model's own {model.dtype} here."
+            )
         batched = self.max_num_batched_tokens or max(_BATCHED_TOKENS[platform.device_type], self.max_num_seqs)
         if batched < self.max_num_seqs:
             raise StartupError(
@@ -212,7 +253,7 @@ class EngineArgs:
             scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
             device=platform.device_type,
-            attention_backend=self.attention_backend or platform.attention_backend(),
+            attention_backend=_attention_backend(self.attention_backend) or platform.attention_backend(),
             enforce_eager=self.enforce_eager,
         )
 
@@ -286,8 +327,6 @@ class EngineArgs:
     def _check_ranges(self) -> None:
         if self.block_size not in _BLOCK_SIZES:
             raise StartupError(f"--block-size must be a power of two up to {_BLOCK_SIZES[-1]}, got {self.block_size}.")
-        if self.kv_cache_dtype != "auto":
-            raise StartupError(f"--kv-cache-dtype {self.kv_cache_dtype} is not built into this version; only auto is.")
         if self.tensor_parallel_size != 1:
             raise StartupError(
                 f"--tensor-parallel-size {self.tensor_parallel_size} is not supported in this version; only 1 is."
@@ -316,6 +355,18 @@ class EngineArgs:
 
 
 AsyncEngineArgs = EngineArgs
+
+
+def _attention_backend(name: str | None) -> str | None:
+    """A backend of this engine; None, with a warning, for one of other engines: it would compute the same."""
+    from vllm.attention.backends import BACKENDS  # loads torch, which --help need not wait for
+
+    if name is None or name.upper() in BACKENDS:
+        return name
+    if name.upper() not in _OTHER_BACKENDS:
+        raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")
+    logger.warning("--attention-backend %s is not of this server; it takes the device's own choice.", name)
+    return None
 
 
 def _choices(name: str) -> tuple[str, ...]:

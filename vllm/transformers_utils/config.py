@@ -20,7 +20,8 @@ from vllm.transformers_utils.tokenizer import Tokenizer
 logger = init_logger(__name__)
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+_HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+_HUB_WEIGHTS = ("*.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SAMPLING_KEYS = {
     "temperature": "temperature",
@@ -36,13 +37,16 @@ _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 _DIGEST_BYTES = 1 << 20
 
 
-def resolve_model(model: str | None, revision: str | None = None, require_weights: bool = True) -> tuple[str, str]:
+def resolve_model(
+    model: str | None, revision: str | None = None, require_weights: bool = True, download_dir: str | None = None
+) -> tuple[str, str]:
     """Finds a model on this machine, fetching it if it is a hub id or the default.
 
     Args:
         model: A `.gguf` file, a Hugging Face directory, a hub id, or None for the default model.
         revision: Branch, tag or commit of a hub id.
         require_weights: Also refuse a directory without weights.
+        download_dir: Where fetched models are kept; None for the hub's own cache.
 
     Returns:
         (name to show, local path of the directory or `.gguf` file).
@@ -60,7 +64,7 @@ def resolve_model(model: str | None, revision: str | None = None, require_weight
     if not path.exists():
         if _HUB_ID.fullmatch(model) is None or model.endswith(".gguf") or model.startswith("."):
             raise StartupError(f"The model {model} does not exist.")
-        path = _download(model, revision)
+        path = _download(model, revision, (*_HUB_FILES, *(_HUB_WEIGHTS if require_weights else ())), download_dir)
     _check_directory(path, require_weights)
     return model, str(path)
 
@@ -153,12 +157,12 @@ def weights_digest(model_path: str, quantization: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, files: tuple[str, ...], folder: str | None) -> Path:
     from huggingface_hub import snapshot_download  # not needed for what is on disk
 
     logger.info("Looking up %s on the model hub (or in its cache)", model)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(model, revision=revision, cache_dir=folder, allow_patterns=list(files)))
     except Exception as error:  # the hub client and the HTTP library below it raise many kinds
         raise StartupError(
             f"The model {model} is not a path on this machine and cannot be fetched from the model hub: "

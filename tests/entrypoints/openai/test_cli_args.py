@@ -6,7 +6,7 @@ import pytest
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai import cli_args
+from vllm.entrypoints.openai import cli_args, compatibility_args
 from vllm.exceptions import StartupError
 
 
@@ -19,6 +19,12 @@ def parse():
 def test_underscores_and_dashes_are_the_same(parse):
     for args in (["--max_model_len", "64"], ["--max-model-len", "64"], ["--max_model_len=64"], ["--max-model-len=64"]):
         assert parse(*args).max_model_len == 64
+
+
+def test_switches_can_be_taken_back(parse):
+    for name in ("enable_auto_tool_choice", "allow_credentials", "disable_fastapi_docs", "enable_force_include_usage"):
+        assert getattr(parse(f"--{name}"), name) is True
+        assert getattr(parse(f"--{name}", f"--no-{name}"), name) is False
 
 
 def test_values_keep_their_underscores(parse):
@@ -46,11 +52,14 @@ def test_lists_of_origins(parse):
         ["--no-enable-chunked-prefill"],
         ["--compilation-config", '{"level": 3}'],
         ["--optimization-level", "3"],
+        ["--cudagraph-capture-sizes", "1", "2", "4"],
+        ["--moe-backend", "auto"],
+        ["--no-enable-flashinfer-autotune"],
     ],
 )
 def test_flags_without_effect_are_accepted_with_a_warning(parse, args, monkeypatch):
     warnings = []
-    monkeypatch.setattr(cli_args.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(compatibility_args.logger, "warning", lambda text, *values: warnings.append(text % values))
     parse(*args)
     assert warnings == [f"{args[0]} has no effect in this server."]
 
@@ -64,6 +73,9 @@ def test_flags_without_effect_are_accepted_with_a_warning(parse, args, monkeypat
         ["--distributed-executor-backend", "mp"],
         ["--tokenizer-mode", "auto"],
         ["--chat-template-content-format", "string"],
+        ["--structured-outputs-config", '{"backend":"xgrammar"}'],
+        ["--structured-outputs-config.backend", "auto"],
+        ["--quantization-config", "{ }"],
     ],
 )
 def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
@@ -80,6 +92,8 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
         (["--speculative_config={}"], "--speculative-config"),
         (["--pipeline-parallel-size", "2"], "only 1 is"),
         (["--lora-modules", "a=b", "c=d"], "--lora-modules"),
+        (["--structured-outputs-config", '{"backend": "outlines"}'], "only {} or"),
+        (["--max-num-queued-reqs", "9"], "--max-num-queued-reqs"),
         (["--port", "eighty"], "0 to 65535"),
         (["--port", "70000"], "0 to 65535"),
         (["--api-key", ""], "empty"),
@@ -243,3 +257,25 @@ def test_sampling_defaults_come_from_a_folder_and_by_flag(tiny_model_dir, tmp_pa
         defaults(override_generation_config={"max_tokens": 1})
     with pytest.raises(StartupError, match=r"--generation-config must be .* /no/such"):
         defaults(generation_config="/no/such")
+
+
+def test_names_of_other_attention_kernels_are_taken_but_not_made_up_ones(tiny_model_dir):
+    def backend(name: str | None) -> str:
+        args = EngineArgs(model=str(tiny_model_dir), attention_backend=name, device="cpu")
+        return args.create_engine_config().attention_backend
+
+    assert backend("FLASH_ATTN") == backend("flashinfer") == backend(None)
+    assert backend("torch").upper() == "TORCH"
+    with pytest.raises(StartupError, match=r"--attention-backend FAST is not known; choose from TORCH"):
+        backend("FAST")
+
+
+def test_the_kv_cache_has_the_dtype_of_the_model(tiny_model_dir):
+    def make(dtype: str) -> None:
+        EngineArgs(model=str(tiny_model_dir), dtype="bfloat16", kv_cache_dtype=dtype).create_engine_config()
+
+    make("auto")
+    make("bfloat16")
+    for dtype in ("fp8", "float16"):
+        with pytest.raises(StartupError, match=rf"--kv-cache-dtype {dtype} is not built.*bfloat16"):
+            make(dtype)

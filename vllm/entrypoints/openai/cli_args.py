@@ -1,176 +1,22 @@
-"""Flags of the HTTP server, and the flags of other servers that are accepted or refused here."""
+"""Flags of the HTTP server."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import ssl
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.openai.compatibility_args import add_compatibility_args
 from vllm.entrypoints.openai.reasoning_parsers import REASONING_PARSERS
 from vllm.entrypoints.openai.tool_parsers import TOOL_PARSERS
 from vllm.exceptions import StartupError
-from vllm.logger import init_logger
-
-logger = init_logger(__name__)
 
 DEFAULT_PORT = 8000
 DEFAULT_SHUTDOWN_TIMEOUT_S = 30
-
-# Flags that would only change speed or logs in other servers, by what follows them: nothing, or a value.
-_NO_EFFECT_SWITCHES = (
-    "async-scheduling",
-    "cudagraph-metrics",
-    "disable-async-output-proc",
-    "disable-cascade-attn",
-    "disable-chunked-mm-input",
-    "disable-custom-all-reduce",
-    "disable-frontend-multiprocessing",
-    "disable-hybrid-kv-cache-manager",
-    "disable-log-requests",
-    "disable-log-stats",
-    "disable-mm-preprocessor-cache",
-    "enable-chunked-prefill",
-    "enable-dbo",
-    "enable-eplb",
-    "enable-expert-parallel",
-    "enable-layerwise-nvtx-tracing",
-    "enable-log-deltas",
-    "enable-log-outputs",
-    "enable-log-requests",
-    "enable-mfu-metrics",
-    "enable-prompt-tokens-details",
-    "enable-reasoning",
-    "enable-server-load-tracking",
-    "interleave-mm-strings",
-    "kv-cache-metrics",
-    "kv-sharing-fast-prefill",
-    "language-model-only",
-    "log-error-stack",
-    "ray-workers-use-nsight",
-    "skip-mm-profiling",
-    "use-tqdm-on-load",
-    "use-v2-block-manager",
-)
-_NO_EFFECT_VALUES = (
-    "all2all-backend",
-    "allowed-local-media-path",
-    "allowed-media-domains",
-    "block-allocator",
-    "collect-detailed-traces",
-    "compilation-config",
-    "cuda-graph-sizes",
-    "data-parallel-address",
-    "data-parallel-backend",
-    "data-parallel-rpc-port",
-    "download-dir",
-    "guided-decoding-backend",
-    "h11-max-header-count",
-    "h11-max-incomplete-event-size",
-    "ignore-patterns",
-    "kv-offloading-backend",
-    "kv-offloading-size",
-    "limit-mm-per-prompt",
-    "log-config-file",
-    "long-prefill-token-threshold",
-    "lora-dtype",
-    "master-addr",
-    "master-port",
-    "max-cpu-loras",
-    "max-cudagraph-capture-size",
-    "max-log-len",
-    "max-long-partial-prefills",
-    "max-lora-rank",
-    "max-loras",
-    "max-num-partial-prefills",
-    "max-parallel-loading-workers",
-    "max-seq-len-to-capture",
-    "mm-encoder-tp-mode",
-    "mm-processor-cache-gb",
-    "num-lookahead-slots",
-    "num-scheduler-steps",
-    "optimization-level",
-    "otlp-traces-endpoint",
-    "performance-mode",
-    "preemption-mode",
-    "prefix-caching-hash-algo",
-    "pt-load-map-location",
-    "safetensors-load-strategy",
-    "scheduler-delay-factor",
-    "show-hidden-metrics-for-version",
-    "stream-interval",
-    "swap-space",
-)
-
-# Flags whose feature does not exist here: the values that mean what this server does anyway.
-_UNSUPPORTED_SWITCHES = (
-    "calculate-kv-scales",
-    "disable-sliding-window",
-    "enable-force-include-usage",
-    "enable-lora",
-    "enable-prompt-embeds",
-    "enable-return-routed-experts",
-    "enable-sleep-mode",
-    "enable-ssl-refresh",
-    "enable-tokenizer-info-endpoint",
-    "headless",
-    "skip-tokenizer-init",
-)
-_UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
-    "additional-config": ("{}",),
-    "api-server-count": ("1",),
-    "attention-config": ("{}",),
-    "chat-template-content-format": ("auto", "string"),
-    "code-revision": (),
-    "config-format": ("auto", "hf"),
-    "convert": ("auto", "none"),
-    "cpu-offload-gb": ("0",),
-    "data-parallel-rank": ("0",),
-    "data-parallel-size": ("1",),
-    "data-parallel-size-local": ("1",),
-    "distributed-executor-backend": ("uni", "mp"),
-    "hf-config-path": (),
-    "hf-overrides": ("{}",),
-    "hf-token": (),
-    "io-processor-plugin": (),
-    "kv-cache-dtype-skip-layers": (),
-    "kv-events-config": (),
-    "kv-transfer-config": (),
-    "logits-processors": (),
-    "logprobs-mode": ("raw_logprobs",),
-    "lora-modules": (),
-    "media-io-kwargs": ("{}",),
-    "middleware": (),
-    "mm-processor-kwargs": ("{}",),
-    "model-impl": ("auto", "vllm"),
-    "model-loader-extra-config": ("{}",),
-    "nnodes": ("1",),
-    "node-rank": ("0",),
-    "num-speculative-tokens": (),
-    "override-pooler-config": (),
-    "pipeline-parallel-size": ("1",),
-    "pooler-config": (),
-    "rope-scaling": (),
-    "rope-theta": (),
-    "runner": ("auto", "generate"),
-    "scheduler-cls": (),
-    "scheduling-policy": ("fcfs",),
-    "speculative-config": (),
-    "speculative-model": (),
-    "ssl-ciphers": (),
-    "structured-outputs-config": (),
-    "task": ("auto", "generate"),
-    "tokenizer-mode": ("auto", "hf"),
-    "tokenizer-revision": (),
-    "tool-parser-plugin": (),
-    "uds": (),
-    "worker-cls": ("auto",),
-    "worker-extension-cls": (),
-}
 
 
 def make_arg_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
@@ -186,6 +32,10 @@ def make_arg_parser(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
 
 def _add_http_args(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("HTTP server")
+
+    def switch(name: str, text: str) -> None:
+        group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=False, help=text)
+
     group.add_argument("--host", help="address to listen on; all of this machine's by default")
     group.add_argument("--port", type=_port, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
     group.add_argument(
@@ -230,38 +80,27 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
             metavar="LIST",
             help=f'{what} that browsers may use from other sites, as JSON (default: ["*"])',
         )
-    group.add_argument(
-        "--allow-credentials", action="store_true", help="let browsers send credentials from other sites"
-    )
+    switch("allow-credentials", "let browsers send credentials from other sites")
     group.add_argument(
         "--uvicorn-log-level",
         choices=["critical", "error", "warning", "info", "debug", "trace"],
         default="info",
         help="log level of the HTTP layer (default: %(default)s)",
     )
-    group.add_argument("--disable-uvicorn-access-log", action="store_true", help="do not log each HTTP request")
-    group.add_argument("--disable-fastapi-docs", action="store_true", help="do not serve /docs and /openapi.json")
-    group.add_argument("--enable-request-id-headers", action="store_true", help="answer X-Request-Id to all requests")
-    group.add_argument(
-        "--enable-auto-tool-choice",
-        action="store_true",
-        help="let the model call functions as it sees fit; needs --tool-call-parser",
-    )
+    switch("disable-uvicorn-access-log", "do not log each HTTP request")
+    switch("disable-fastapi-docs", "do not serve /docs and /openapi.json")
+    switch("enable-request-id-headers", "answer X-Request-Id to all requests")
+    switch("enable-force-include-usage", "end every stream with its usage, whatever the request's stream_options")
+    switch("enable-auto-tool-choice", "let the model call functions as it sees fit; needs --tool-call-parser")
     group.add_argument(
         "--tool-call-parser", choices=sorted(TOOL_PARSERS), help="how the model writes calls of functions"
     )
-    group.add_argument(
-        "--exclude-tools-when-tool-choice-none",
-        action="store_true",
-        help='do not show tools to the model where tool_choice is "none"',
-    )
+    switch("exclude-tools-when-tool-choice-none", 'do not show tools to the model where tool_choice is "none"')
     group.add_argument(
         "--reasoning-parser", choices=sorted(REASONING_PARSERS), help="how the model marks what it thinks"
     )
     group.add_argument("--response-role", default="assistant", help="role of chat answers (default: %(default)s)")
-    group.add_argument(
-        "--return-tokens-as-token-ids", action="store_true", help="name tokens in log-probabilities token_id:ID"
-    )
+    switch("return-tokens-as-token-ids", "name tokens in log-probabilities token_id:ID")
     group.add_argument(
         "--default-chat-template-kwargs",
         type=_json_object,
@@ -284,56 +123,6 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
         help="how often an engine process that has died is started again; after that the server ends "
         "(default: %(default)s)",
     )
-
-
-def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
-    accepted = sorted(_NO_EFFECT_SWITCHES + _NO_EFFECT_VALUES)
-    refused = [f"--{name}" for name in _UNSUPPORTED_SWITCHES]
-    refused += [f"--{n} other than {' or '.join(v)}" if v else f"--{n}" for n, v in _UNSUPPORTED_VALUES.items()]
-    # They are many and do nothing: --help names them in two sentences instead of a line each.
-    group = parser.add_argument_group(
-        "flags of other servers",
-        f"Accepted without effect: {', '.join(f'--{name}' for name in accepted)}. "
-        f"Refused: {', '.join(sorted(refused))}.",
-    )
-    hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for name in _NO_EFFECT_SWITCHES:
-        group.add_argument(f"--{name}", f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
-    for name in _NO_EFFECT_VALUES:
-        group.add_argument(f"--{name}", action=_NoEffect, **hidden)
-    for name in _UNSUPPORTED_SWITCHES:
-        group.add_argument(f"--{name}", action=_Unsupported, nargs=0, **hidden)
-        group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
-    for name, allowed in _UNSUPPORTED_VALUES.items():
-        group.add_argument(f"--{name}", action=_Unsupported, allowed=allowed, **hidden)
-
-
-class _NoEffect(argparse.Action):
-    """Accepts a flag and warns."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        logger.warning("%s has no effect in this server.", option)
-
-
-class _Unsupported(argparse.Action):
-    """Refuses a flag unless its value asks for what happens anyway."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, allowed: tuple[str, ...] = (), **kwargs: Any) -> None:
-        super().__init__(option_strings, dest, **kwargs)
-        self._allowed = allowed
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        if isinstance(values, str) and values.lower() in self._allowed:
-            return
-        if self._allowed:
-            raise StartupError(
-                f"{option} {values} is not supported by this server; only {' or '.join(self._allowed)} is."
-            )
-        raise StartupError(f"{option} is not supported by this server; start it without.")
 
 
 def check_args(args: argparse.Namespace) -> None:

@@ -38,6 +38,13 @@ class StreamOptions(ApiModel):
     continuous_usage_stats: bool | None = None
 
 
+def include_usage(request: GenerationRequest) -> None:
+    """Makes a request ask for usage if it streams (`--enable-force-include-usage`)."""
+    if request.stream:
+        request.stream_options = request.stream_options or StreamOptions()
+        request.stream_options.include_usage = True
+
+
 class GenerationRequest(ApiModel):
     """What chat and text completions have in common."""
 

@@ -38,8 +38,11 @@ class Services:
                 reasoning_parser=args.reasoning_parser,
             ),
             args.exclude_tools_when_tool_choice_none,
+            args.enable_force_include_usage,
         )
-        self.completion = ServingCompletion(engine, self.models, self.prompts, args.return_tokens_as_token_ids)
+        self.completion = ServingCompletion(
+            engine, self.models, self.prompts, args.return_tokens_as_token_ids, args.enable_force_include_usage
+        )
         self.messages = ServingMessages(self.chat, self.models, self.prompts)
         self.responses = ServingResponses(engine, self.models, self.chat)
         self.tokenization = ServingTokenization(engine, self.models, self.prompts)

@@ -21,7 +21,14 @@ from vllm.entrypoints.openai.cache_marks import cache_marks
 from vllm.entrypoints.openai.generation import generate
 from vllm.entrypoints.openai.logprobs import chat_logprobs_json
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, prompt_logprobs_json, random_id, usage
+from vllm.entrypoints.openai.protocol import (
+    ChatCompletionRequest,
+    include_usage,
+    now,
+    prompt_logprobs_json,
+    random_id,
+    usage,
+)
 from vllm.entrypoints.openai.sampling import chat_logprobs, chat_max_tokens, check_chat, num_choices, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, sse
@@ -69,6 +76,7 @@ class ServingChat:
         as_token_ids: Name tokens in log-probabilities by id unless the request says otherwise.
         answers: How the model writes calls and reasoning.
         hide_unused_tools: With tool_choice "none" the model does not see the tools.
+        always_usage: Streams end with their usage, asked for or not.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class ServingChat:
         as_token_ids: bool = False,
         answers: AnswerReader | None = None,
         hide_unused_tools: bool = False,
+        always_usage: bool = False,
     ) -> None:
         self._engine = engine
         self._models = models
@@ -88,6 +97,7 @@ class ServingChat:
         self._as_token_ids = as_token_ids
         self._answers = answers or AnswerReader()
         self._hide_unused_tools = hide_unused_tools
+        self._always_usage = always_usage
         self._defaults = engine.vllm_config.model.generation_defaults
 
     async def create(self, request: ChatCompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
@@ -107,6 +117,8 @@ class ServingChat:
     async def _start(self, request: ChatCompletionRequest, request_id: str | None) -> _Call:
         model = self._models.resolve(request.model)
         check_chat(request)
+        if self._always_usage:
+            include_usage(request)
         max_tokens = chat_max_tokens(request, self._defaults)
         top_logprobs = chat_logprobs(request)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)

@@ -11,7 +11,14 @@ from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.openai.generation import generate
 from vllm.entrypoints.openai.logprobs import completion_logprobs_json
 from vllm.entrypoints.openai.prompts import PromptReader, split_prompts
-from vllm.entrypoints.openai.protocol import CompletionRequest, now, prompt_logprobs_json, random_id, usage
+from vllm.entrypoints.openai.protocol import (
+    CompletionRequest,
+    include_usage,
+    now,
+    prompt_logprobs_json,
+    random_id,
+    usage,
+)
 from vllm.entrypoints.openai.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, num_choices, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, merge, sse
@@ -47,15 +54,22 @@ class ServingCompletion:
 
     Args:
         as_token_ids: Name tokens in log-probabilities by id unless the request says otherwise.
+        always_usage: Streams end with their usage, asked for or not.
     """
 
     def __init__(
-        self, engine: AsyncLLMEngine, models: ServingModels, prompts: PromptReader, as_token_ids: bool = False
+        self,
+        engine: AsyncLLMEngine,
+        models: ServingModels,
+        prompts: PromptReader,
+        as_token_ids: bool = False,
+        always_usage: bool = False,
     ) -> None:
         self._engine = engine
         self._models = models
         self._prompts = prompts
         self._as_token_ids = as_token_ids
+        self._always_usage = always_usage
         self._defaults = engine.vllm_config.model.generation_defaults
 
     async def create(self, request: CompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
@@ -75,6 +89,8 @@ class ServingCompletion:
     async def _start(self, request: CompletionRequest, request_id: str | None) -> _Call:
         model = self._models.resolve(request.model)
         check_completion(request)
+        if self._always_usage:
+            include_usage(request)
         prompt_only = bool(request.echo) and request.max_tokens == 0
         if prompt_only:
             # The engine always draws a token; one is the least it can do.
