@@ -177,31 +177,78 @@ struct ForInt8<uint16_t> {
 inline void store_row(float* out, V v) { Simd::store(out, v); }
 inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
 
+// Memory that will be read ----------------------------------------------------------------------------------------------
+
+constexpr int64_t kKeys = 512;  // keys whose scores are in memory at a time
+constexpr int64_t kKeyTiles = kKeys / kLanes;
+
+// What a thread reads in its next unit of work, fetched into the second-level cache line after line while it computes.
+// Otherwise the first rows of a unit wait for memory and the others leave it idle. Requested in one burst, or in leaps
+// from page to page, the lines would hold up the products behind them.
+class Ahead {
+ public:
+  void expect_nothing() {
+    count_ = next_piece_ = 0;
+    next_ = end_ = nullptr;
+  }
+  // One more piece; all pieces of a unit have the same size.
+  void expect(const void* start, int64_t bytes) {
+    pieces_[count_++] = static_cast<const char*>(start);
+    bytes_ = bytes;
+  }
+  // All of it shall be fetched in `calls` calls of fetch().
+  void spread(int64_t calls) { lines_ = ceil_div(count_ * bytes_, 64 * std::max<int64_t>(calls, 1)); }
+
+  ALWAYS_INLINE void fetch() {
+    for (int64_t i = 0; i < lines_; ++i, next_ += 64) {
+      if (next_ >= end_) {
+        if (next_piece_ == count_) return;
+        next_ = pieces_[next_piece_++];
+        end_ = next_ + bytes_;
+      }
+      _mm_prefetch(next_, _MM_HINT_T1);
+    }
+  }
+
+ private:
+  const char* pieces_[2 * kKeyTiles];
+  int64_t count_ = 0, next_piece_ = 0, bytes_ = 0, lines_ = 0;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
+// Where a few rows read memory once, its speed is the limit and the processor's own prefetchers reach it better.
+inline bool looks_ahead(int64_t rows) { return rows > Simd::kRows; }
+
 // Matrix products ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kStepsBetween = 16;  // of a product, between two fetches of what comes next
 
 // acc[i][j] += sum over `steps` of a[i] b[j]
 template <class Kind, int rows, int tiles>
 ALWAYS_INLINE void multiply(V (&acc)[rows][tiles], const typename Kind::A* a, int64_t lda,
-                            const typename Kind::B* const (&start)[tiles], int64_t steps) {
+                            const typename Kind::B* const (&start)[tiles], int64_t steps, Ahead& ahead) {
   const typename Kind::B* b[tiles];
   for (int j = 0; j < tiles; ++j) b[j] = start[j];
-  for (int64_t s = 0; s < steps; ++s) {
-    Kind::step(acc, a, lda, b);
-    a += Kind::kDepth;
-    for (int j = 0; j < tiles; ++j) b[j] += kLanes * Kind::kDepth;
+  for (int64_t s = 0; s < steps;) {
+    ahead.fetch();
+    for (const int64_t end = std::min(steps, s + kStepsBetween); s < end; ++s) {
+      Kind::step(acc, a, lda, b);
+      a += Kind::kDepth;
+      for (int j = 0; j < tiles; ++j) b[j] += kLanes * Kind::kDepth;
+    }
   }
 }
 
 // out[i][16 j ...] = a[i] · tile j, for tiles whose starts are given by `tile(j)`.
 template <class Kind, int rows, int tiles, class TileAt>
 ALWAYS_INLINE void block_of(const typename Kind::A* a, int64_t lda, TileAt&& tile, int64_t steps, float* out,
-                            int64_t ldo) {
+                            int64_t ldo, Ahead& ahead) {
   V acc[rows][tiles];
   const typename Kind::B* b[tiles];
   for (int j = 0; j < tiles; ++j) b[j] = tile(j);
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::zero();
-  multiply<Kind>(acc, a, lda, b, steps);
+  multiply<Kind>(acc, a, lda, b, steps, ahead);
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < tiles; ++j) Simd::store(out + i * ldo + j * kLanes, acc[i][j]);
 }
@@ -231,14 +278,14 @@ inline int64_t next_rows(int64_t left) { return left <= Simd::kMostRows ? left :
 // out[0 ... rows)[0 ... 16 tiles) = a · tiles; any number of both.
 template <class Kind, class TileAt>
 ALWAYS_INLINE void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles,
-                           int64_t steps, float* out, int64_t ldo) {
+                           int64_t steps, float* out, int64_t ldo, Ahead& ahead) {
   with_rows(rows, [&](auto r) {
     constexpr int wide = tiles_for(decltype(r)::value);
     int64_t j = 0;
     for (; j + wide <= tiles; j += wide)
-      block_of<Kind, r, wide>(a, lda, [&](int i) { return tile(j + i); }, steps, out + j * kLanes, ldo);
+      block_of<Kind, r, wide>(a, lda, [&](int i) { return tile(j + i); }, steps, out + j * kLanes, ldo, ahead);
     for (; j < tiles; ++j)
-      block_of<Kind, r, 1>(a, lda, [&](int) { return tile(j); }, steps, out + j * kLanes, ldo);
+      block_of<Kind, r, 1>(a, lda, [&](int) { return tile(j); }, steps, out + j * kLanes, ldo, ahead);
   });
 }
 
@@ -294,13 +341,15 @@ constexpr int64_t kUnitRows = 192;
 
 template <class Kind, class Epilogue>
 inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
-                        const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue) {
+                        const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue, Ahead& ahead) {
   const int64_t stride = w.k * kLanes, steps = w.k / Kind::kDepth, width = std::min(count * kLanes, w.n - column);
   alignas(64) float block[Simd::kMostRows * kUnitColumns];
+  ahead.spread(ceil_div(end_row - first_row, Simd::kRows) * ceil_div(count, Simd::kTiles) *
+               ceil_div(steps, kStepsBetween));
   for (int64_t row = first_row, some; row < end_row; row += some) {
     some = next_rows(end_row - row);
     product<Kind>(x + row * lda, lda, some, [&](int64_t j) { return tiles + j * stride; }, count, steps, block,
-                  kUnitColumns);
+                  kUnitColumns, ahead);
     for (int64_t i = 0; i < some; ++i) {
       float* line = block + i * kUnitColumns;
       if (w.scale)
@@ -320,30 +369,65 @@ inline void expand_int8(const int8_t* from, int64_t size, uint16_t* to) {
   }
 }
 
+// The units of a linear layer; those that run at the same time share their weights.
+struct LinearUnits {
+  const Matrix& w;
+  int64_t rows, tiles, row_units, count;
+
+  LinearUnits(const Matrix& w, int64_t rows)
+      : w(w), rows(rows), tiles(ceil_div(w.n, kLanes)), row_units(ceil_div(rows, kUnitRows)),
+        count(ceil_div(tiles, kUnitTiles) * row_units) {}
+
+  int64_t first_tile(int64_t unit) const { return unit / row_units * kUnitTiles; }
+  int64_t num_tiles(int64_t unit) const { return std::min(kUnitTiles, tiles - first_tile(unit)); }
+  const char* weights(int64_t unit) const {
+    return static_cast<const char*>(w.data) + first_tile(unit) * kLanes * w.k * size_of(w.format);
+  }
+  void expect(int64_t unit, Ahead& ahead) const {
+    if (unit < count) ahead.expect(weights(unit), num_tiles(unit) * kLanes * w.k * size_of(w.format));
+  }
+
+ private:
+  static int64_t size_of(int32_t format) { return format == kFloat32 ? 4 : format == kBFloat16 ? 2 : 1; }
+};
+
+// Expects what this thread will read after unit `i`: threads take turns as long as units are alike. Past the end,
+// `then(j, ahead)` expects what unit `j` of the next phase reads.
+template <class Units, class Then>
+ALWAYS_INLINE void look_ahead(const Member& member, const Units& units, int64_t i, Ahead& ahead, Then&& then) {
+  const int64_t next = i + member.team_size();
+  if (next < units.count)
+    units.expect(next, ahead);
+  else
+    then(next - units.count, ahead);
+}
+
 // x Wᵀ + b, every finished piece given to `epilogue`. `Kind` says what `x` is and how weights of its own format
-// multiply; int8 weights go with every kind.
-template <class Kind, class Epilogue>
+// multiply; int8 weights go with every kind. `then(i, ahead)` expects what unit `i` of the next phase reads.
+template <class Kind, class Epilogue, class Then>
 void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, int64_t lda, int64_t rows,
-            const Matrix& w, Epilogue epilogue) {
+            const Matrix& w, Epilogue epilogue, Then&& then) {
   using Int8 = ForInt8<typename Kind::A>;
-  const int64_t tiles = ceil_div(w.n, kLanes), row_units = ceil_div(rows, kUnitRows);
-  member.for_each(ceil_div(tiles, kUnitTiles) * row_units, [&](int64_t unit) {
-    // Units that run at the same time share their weights.
-    const int64_t tile = unit / row_units * kUnitTiles, row = unit % row_units * kUnitRows;
-    const int64_t count = std::min(kUnitTiles, tiles - tile), end = std::min(rows, row + kUnitRows);
-    const int64_t start = tile * kLanes * w.k;
+  const LinearUnits units(w, rows);
+  Ahead ahead;
+  member.for_each(units.count, [&](int64_t unit) {
+    const int64_t count = units.num_tiles(unit), column = units.first_tile(unit) * kLanes;
+    const int64_t row = unit % units.row_units * kUnitRows, end = std::min(rows, row + kUnitRows);
+    ahead.expect_nothing();
+    if (looks_ahead(end - row)) look_ahead(member, units, unit, ahead, then);
+    const char* weights = units.weights(unit);
     if (w.format != kInt8) {
-      const auto* data = static_cast<const typename Kind::B*>(w.data) + start;
-      linear_unit<Kind>(x, lda, row, end, w, data, tile * kLanes, count, epilogue);
+      linear_unit<Kind>(x, lda, row, end, w, reinterpret_cast<const typename Kind::B*>(weights), column, count,
+                        epilogue, ahead);
       return;
     }
-    const int8_t* data = static_cast<const int8_t*>(w.data) + start;
+    const auto* data = reinterpret_cast<const int8_t*>(weights);
     if (end - row <= Simd::kMostRows) {
-      linear_unit<typename Int8::Few>(x, lda, row, end, w, data, tile * kLanes, count, epilogue);
+      linear_unit<typename Int8::Few>(x, lda, row, end, w, data, column, count, epilogue, ahead);
     } else {
       uint16_t* panel = buffers.panels + member.index * buffers.panel_size;
       expand_int8(data, count * kLanes * w.k, panel);
-      linear_unit<typename Int8::Many>(x, lda, row, end, w, panel, tile * kLanes, count, epilogue);
+      linear_unit<typename Int8::Many>(x, lda, row, end, w, panel, column, count, epilogue, ahead);
     }
   });
 }
@@ -421,97 +505,126 @@ inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t
 
 // Attention ----------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kKeys = 128;  // keys whose scores are in memory at a time
-constexpr int64_t kKeyTiles = kKeys / kLanes;
-
+// Where the keys and values of one KV head lie, a tile of 16 slots at a time.
 template <class C>
-inline void prefetch(const C* from, int64_t size) {
-  for (int64_t i = 0; i < size * int64_t(sizeof(C)); i += 64)
-    _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_T1);
+struct HeadTiles {
+  const C *k_cache, *v_cache;
+  const AttentionUnit* unit;
+  int64_t per_block;  // tiles of a block
+  int64_t kv_heads, kv_head, size;
+
+  // Elements before the tile.
+  int64_t at(int64_t tile) const {
+    const int64_t index = unit->table == nullptr ? unit->first_slot / kLanes + tile
+                                                 : unit->table[tile / per_block] * per_block + tile % per_block;
+    return (index * kv_heads + kv_head) * size;
+  }
+  // The first keys from `first_key` on, then their values.
+  void expect(int64_t first_key, Ahead& ahead) const {
+    const int64_t first = first_key / kLanes;
+    const int64_t end = std::min(first + kKeyTiles, ceil_div(unit->end_key, kLanes));
+    for (const C* cache : {k_cache, v_cache})
+      for (int64_t tile = first; tile < end; ++tile) ahead.expect(cache + at(tile), size * int64_t(sizeof(C)));
+  }
+};
+
+// What the softmax of some rows of queries needs between one run of keys and the next.
+struct SoftmaxRows {
+  float* base;   // of the weights 2^(score - base); kHidden until a key is visible
+  float* shift;  // what is subtracted: the base, or 0 where there is none yet, so that hidden scores weigh nothing
+  float* lanes;  // [row][kLanes] sums of weights, not yet added up over the lanes
+  float* sums;   // [row][d] sums of weighted values
+};
+
+// As online softmax does (Milakov and Gimelshein, 2018), but a base follows the highest score only when that has left
+// it far behind: any base will do while no weight overflows.
+template <int rows>
+ALWAYS_INLINE void raise_bases(const float* scores, int64_t tiles, const SoftmaxRows& state, int64_t d) {
+  constexpr float kFar = 40.0f;
+  V tops[rows], most = Simd::set1(kHidden);
+  for (int i = 0; i < rows; ++i) {
+    tops[i] = Simd::load(scores + i * kKeys);
+    for (int64_t t = 1; t < tiles; ++t) tops[i] = Simd::max(tops[i], Simd::load(scores + i * kKeys + t * kLanes));
+    most = Simd::max(most, Simd::sub(tops[i], Simd::set1(state.base[i])));
+  }
+  if (!Simd::any_above(most, Simd::set1(kFar))) return;
+  for (int i = 0; i < rows; ++i) {
+    const float next = Simd::highest(tops[i]);
+    if (next - state.base[i] <= kFar) continue;
+    const V factor = Simd::set1(state.base[i] == kHidden ? 0.0f : std::exp2(state.base[i] - next));
+    state.base[i] = state.shift[i] = next;
+    Simd::store(state.lanes + i * kLanes, Simd::mul(Simd::load(state.lanes + i * kLanes), factor));
+    for (float* sum = state.sums + i * d; sum < state.sums + (i + 1) * d; sum += kLanes)
+      Simd::store(sum, Simd::mul(Simd::load(sum), factor));
+  }
 }
 
-// sums[i][16 column ...] = factors[i] · itself + weights[i] · values, over `count` tiles of 16 keys.
-template <class Kind, int rows, int tiles, class C>
-ALWAYS_INLINE void add_values(const typename Kind::A* weights, const C* const* v_tiles, int64_t count, int64_t column,
-                              const float* factors, float* sums, int64_t d) {
+// Weights of one tile of keys.
+template <int rows, class A>
+ALWAYS_INLINE void weigh(const float* scores, const SoftmaxRows& state, A* weights) {
+  for (int i = 0; i < rows; ++i) {
+    const V p = exp2<A>(Simd::sub(Simd::load(scores + i * kKeys), Simd::set1(state.shift[i])));
+    Simd::store(state.lanes + i * kLanes, Simd::add(Simd::load(state.lanes + i * kLanes), p));
+    store_row(weights + i * kKeys, p);
+  }
+}
+
+// sums[i][16 column ...] += weights[i] · values, over `count` tiles of 16 keys. Where the weights are still scores, those
+// of the next tile are made while this one is multiplied: the powers then take turns with the products in the
+// processor's units instead of following them.
+template <class Kind, int rows, int tiles, bool weighs, class C>
+ALWAYS_INLINE void add_values(const float* scores, typename Kind::A* weights, const C* const* v_tiles, int64_t count,
+                              int64_t column, const SoftmaxRows& state, int64_t d, Ahead& ahead) {
+  if constexpr (weighs) weigh<rows>(scores, state, weights);
   V acc[rows][tiles];
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < tiles; ++j)
-      acc[i][j] = Simd::mul(Simd::load(sums + i * d + (column + j) * kLanes), Simd::set1(factors[i]));
+    for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::load(state.sums + i * d + (column + j) * kLanes);
   for (int64_t t = 0; t < count; ++t) {
+    if constexpr (weighs)
+      if (t + 1 < count) weigh<rows>(scores + (t + 1) * kLanes, state, weights + (t + 1) * kLanes);
     const C* b[tiles];
     for (int j = 0; j < tiles; ++j) b[j] = v_tiles[t] + (column + j) * kLanes * kLanes;
-    multiply<Kind>(acc, weights + t * kLanes, kKeys, b, kLanes / Kind::kDepth);
+    multiply<Kind>(acc, weights + t * kLanes, kKeys, b, kLanes / Kind::kDepth, ahead);
   }
   for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < tiles; ++j) Simd::store(sums + i * d + (column + j) * kLanes, acc[i][j]);
-}
-
-// The weights 2^(score - base) of one row. As online softmax does (Milakov and Gimelshein, 2018), but the base follows
-// the highest score only when that has left it far behind: any base will do while no weight overflows. Adds the weights
-// to `lanes`; returns the factor of all that was summed up relative to the base before.
-template <class A>
-ALWAYS_INLINE float weigh(const float* scores, int64_t tiles, float& base, float* lanes, A* weights) {
-  constexpr float kFar = 40.0f;
-  V top = Simd::load(scores);
-  for (int64_t t = 1; t < tiles; ++t) top = Simd::max(top, Simd::load(scores + t * kLanes));
-  float factor = 1.0f;
-  if (Simd::any_above(top, Simd::set1(base + kFar))) {
-    const float next = Simd::highest(top);
-    factor = base == kHidden ? 0.0f : std::exp2(base - next);
-    base = next;
-  }
-  const V b = Simd::set1(base == kHidden ? 0.0f : base);  // no key was visible yet: all weights shall be 0
-  V total = Simd::mul(Simd::load(lanes), Simd::set1(factor));
-  for (int64_t t = 0; t < tiles; ++t) {
-    const V p = exp2<A>(Simd::sub(Simd::load(scores + t * kLanes), b));
-    total = Simd::add(total, p);
-    store_row(weights + t * kLanes, p);
-  }
-  Simd::store(lanes, total);
-  return factor;
+    for (int j = 0; j < tiles; ++j) Simd::store(state.sums + i * d + (column + j) * kLanes, acc[i][j]);
 }
 
 // One unit: the queries of some neighbouring tokens of one KV head against some keys. Leaves, for every row, the
-// unnormalised sum of values, the base of its weights and their sum; scores are in powers of two.
-template <class Kind, class C>
-void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit& unit, int64_t kv_head,
-                    const typename Kind::A* q, const C* k_cache, const C* v_cache, float* sums, float* base,
-                    float* totals) {
+// unnormalised sum of values, the base of its weights and their sum; scores are in powers of two. `then()` expects what
+// the thread reads after it.
+template <class Kind, class C, class Then>
+void attention_unit(const Stack& stack, const Batch& batch, const HeadTiles<C>& own, const typename Kind::A* q,
+                    float* sums, float* base, float* totals, Ahead& ahead, Then&& then) {
   using A = typename Kind::A;
+  const AttentionUnit& unit = *own.unit;
   const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
-  const int64_t rows = unit.num_tokens * per_kv, d_tiles = d / kLanes, head_size = kLanes * d;
-  const A* queries = q + (kv_head * batch.num_tokens + unit.first_token) * per_kv * d;
+  const int64_t rows = unit.num_tokens * per_kv, d_tiles = d / kLanes;
+  const A* queries = q + (own.kv_head * batch.num_tokens + unit.first_token) * per_kv * d;
   alignas(64) float scores[Simd::kMostRows * kKeys];
   alignas(64) A weights[Simd::kMostRows * kKeys];
 
-  auto tile_start = [&](const C* cache, int64_t tile) {
-    int64_t index;
-    if (unit.table == nullptr) {
-      index = unit.first_slot / kLanes + tile;
-    } else {
-      const int64_t per_block = batch.block_size / kLanes;
-      index = unit.table[tile / per_block] * per_block + tile % per_block;
-    }
-    return cache + (index * stack.num_kv_heads + kv_head) * head_size;
-  };
-
-  alignas(64) float lanes[kMostUnitRows * kLanes];  // sums of weights, not yet added up over the lanes
+  alignas(64) float lanes[kMostUnitRows * kLanes];
+  alignas(64) float shift[kMostUnitRows];
   std::fill_n(base, rows, kHidden);
+  std::fill_n(shift, rows, 0.0f);
   std::memset(lanes, 0, rows * kLanes * sizeof(float));
   std::memset(sums, 0, rows * d * sizeof(float));
   for (int64_t key = unit.first_key; key < unit.end_key; key += kKeys) {
     const int64_t tiles = std::min(kKeyTiles, ceil_div(unit.end_key - key, kLanes));
     const C *k_tiles[kKeyTiles], *v_tiles[kKeyTiles];
     for (int64_t t = 0; t < tiles; ++t) {
-      k_tiles[t] = tile_start(k_cache, key / kLanes + t);
-      v_tiles[t] = tile_start(v_cache, key / kLanes + t);
+      const int64_t start = own.at(key / kLanes + t);
+      k_tiles[t] = own.k_cache + start, v_tiles[t] = own.v_cache + start;
     }
-    // Tiles of one head lie apart, which the processor's own prefetchers do not see through.
-    for (int64_t t = 0; t < std::min(kKeyTiles, ceil_div(unit.end_key - key - kKeys, kLanes)); ++t) {
-      prefetch(tile_start(k_cache, key / kLanes + kKeyTiles + t), head_size);
-      prefetch(tile_start(v_cache, key / kLanes + kKeyTiles + t), head_size);
-    }
+    ahead.expect_nothing();
+    if (key + kKeys < unit.end_key)
+      own.expect(key + kKeys, ahead);
+    else if (looks_ahead(rows))
+      then();
+    ahead.spread(ceil_div(rows, Simd::kRows) *
+                 (ceil_div(tiles, Simd::kTiles) * ceil_div(d / Kind::kDepth, kStepsBetween) +
+                  tiles * ceil_div(d_tiles, Simd::kTiles) * ceil_div(kLanes / Kind::kDepth, kStepsBetween)));
     for (int64_t row = 0, some; row < rows; row += some) {
       some = next_rows(rows - row);
       // Keys that the last of these rows may see; without a causal limit, all.
@@ -521,23 +634,29 @@ void attention_unit(const Stack& stack, const Batch& batch, const AttentionUnit&
       const int64_t seen = std::min(tiles, ceil_div(limit(row + some - 1) - key, kLanes));
       if (seen <= 0) continue;
       product<Kind>(queries + row * d, d, some, [&](int64_t t) { return k_tiles[t]; }, seen, d / Kind::kDepth, scores,
-                    kKeys);
-      float factors[Simd::kMostRows];
+                    kKeys, ahead);
       for (int64_t i = 0; i < some; ++i) {
         float* line = scores + i * kKeys;
         const int64_t visible = limit(row + i) - key;
         for (int64_t t = std::max<int64_t>(visible, 0) / kLanes; t < seen; ++t)
           Simd::store(line + t * kLanes, Simd::hide_from(Simd::load(line + t * kLanes), int(visible - t * kLanes)));
-        factors[i] = weigh<A>(line, seen, base[row + i], lanes + (row + i) * kLanes, weights + i * kKeys);
       }
+      const SoftmaxRows state = {base + row, shift + row, lanes + row * kLanes, sums + row * d};
       with_rows(some, [&](auto r) {
-        auto add = [&](auto width, int64_t column) {
-          add_values<Kind, r, width>(weights, v_tiles, seen, column, factors, sums + row * d, d);
+        raise_bases<r>(scores, seen, state, d);
+        auto add = [&](auto width, auto weighs, int64_t column) {
+          add_values<Kind, r, width, weighs>(scores, weights, v_tiles, seen, column, state, d, ahead);
         };
         constexpr int wide = tiles_for(decltype(r)::value);
+        using Wide = std::integral_constant<int, wide>;
+        using One = std::integral_constant<int, 1>;
         int64_t column = 0;
-        for (; column + wide <= d_tiles; column += wide) add(std::integral_constant<int, wide>(), column);
-        for (; column < d_tiles; ++column) add(std::integral_constant<int, 1>(), column);
+        if (d_tiles >= wide)
+          add(Wide(), std::true_type(), 0), column = wide;
+        else
+          add(One(), std::true_type(), 0), column = 1;
+        for (; column + wide <= d_tiles; column += wide) add(Wide(), std::false_type(), column);
+        for (; column < d_tiles; ++column) add(One(), std::false_type(), column);
       });
     }
   }
@@ -570,22 +689,43 @@ inline void merge_row(const AttentionPlan& plan, const Buffers& parts, int64_t t
   for (int64_t i = 0; i < d / kLanes; ++i) store_row(out + i * kLanes, Simd::mul(sum[i], norm));
 }
 
-template <class Kind, class C, class Out>
-void attention(Member& member, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
-               const Buffers& buffers, const C* k_cache, const C* v_cache, Out* out) {
+// The units of attention, of each KV head apart.
+template <class C>
+struct AttentionUnits {
+  const Stack& stack;
+  const Batch& batch;
+  const AttentionPlan& plan;
+  const C *k_cache, *v_cache;
+  const int64_t count = plan.num_units * stack.num_kv_heads;
+
+  HeadTiles<C> operator[](int64_t i) const {
+    return {k_cache, v_cache, plan.units + i / stack.num_kv_heads, batch.block_size / kLanes, stack.num_kv_heads,
+            i % stack.num_kv_heads, kLanes * stack.head_dim};
+  }
+  void expect(int64_t i, Ahead& ahead) const {
+    if (i >= count) return;
+    const HeadTiles<C> tiles = (*this)[i];
+    tiles.expect(tiles.unit->first_key, ahead);
+  }
+};
+
+template <class Kind, class C, class Out, class Then>
+void attention(Member& member, const AttentionUnits<C>& units, const Buffers& buffers, Out* out, Then&& then) {
+  const Stack& stack = units.stack;
+  const Batch& batch = units.batch;
   const int64_t per_kv = stack.num_heads / stack.num_kv_heads, d = stack.head_dim;
   const auto* q = static_cast<const typename Kind::A*>(buffers.q);
-  member.for_each(plan.num_units * stack.num_kv_heads, [&](int64_t i) {
-    const AttentionUnit& unit = plan.units[i / stack.num_kv_heads];
-    const int64_t kv_head = i % stack.num_kv_heads;
-    const int64_t row = unit.first_row + kv_head * unit.num_tokens * per_kv;
-    attention_unit<Kind>(stack, batch, unit, kv_head, q, k_cache, v_cache, buffers.sums + row * d,
-                         buffers.bases + row, buffers.totals + row);
+  Ahead ahead;
+  member.for_each(units.count, [&](int64_t i) {
+    const HeadTiles<C> own = units[i];
+    const int64_t row = own.unit->first_row + own.kv_head * own.unit->num_tokens * per_kv;
+    attention_unit<Kind>(stack, batch, own, q, buffers.sums + row * d, buffers.bases + row, buffers.totals + row,
+                         ahead, [&] { look_ahead(member, units, i, ahead, then); });
   });
   member.for_each_range(batch.num_tokens, 2, [&](int64_t from, int64_t to) {
     for (int64_t token = from; token < to; ++token)
       for (int64_t head = 0; head < stack.num_heads; ++head)
-        merge_row(plan, buffers, token, head, stack, out + (token * stack.num_heads + head) * d);
+        merge_row(units.plan, buffers, token, head, stack, out + (token * stack.num_heads + head) * d);
   });
 }
 
@@ -632,17 +772,27 @@ void run_stack(Member& member, const Stack& stack, const Batch& batch, const Att
   for (int64_t i = 0; i < stack.num_layers; ++i) {
     const Layer& layer = stack.layers[i];
     C *k_cache = static_cast<C*>(layer.k_cache), *v_cache = static_cast<C*>(layer.v_cache);
+    const AttentionUnits<C> attention_units = {stack, batch, plan, k_cache, v_cache};
+    auto then_linear = [&](const Matrix& w) {
+      return [&w, tokens](int64_t unit, Ahead& ahead) { LinearUnits(w, tokens).expect(unit, ahead); };
+    };
     rms_norm(member, hidden, tokens, size, layer.input_norm, stack.norm_eps, x);
-    linear<Kind>(member, buffers, x, size, tokens, layer.qkv, Store{buffers.qkv, qkv_size});
+    linear<Kind>(member, buffers, x, size, tokens, layer.qkv, Store{buffers.qkv, qkv_size},
+                 [&](int64_t unit, Ahead& ahead) { attention_units.expect(unit, ahead); });
     rope_and_write(member, stack, batch, buffers.qkv, k_cache, v_cache,
                    [&](int64_t token, int64_t head, const float* turned) {
                      store_query(stack, batch, token, head, turned, static_cast<A*>(buffers.q));
                    });
-    attention<Kind>(member, stack, batch, plan, buffers, k_cache, v_cache, attended);
-    linear<Kind>(member, buffers, attended, heads_size, tokens, layer.o, Accumulate{hidden, size});
+    attention<Kind>(member, attention_units, buffers, attended, then_linear(layer.o));
+    linear<Kind>(member, buffers, attended, heads_size, tokens, layer.o, Accumulate{hidden, size},
+                 then_linear(layer.gate_up));
     rms_norm(member, hidden, tokens, size, layer.post_attention_norm, stack.norm_eps, x);
-    linear<Kind>(member, buffers, x, size, tokens, layer.gate_up, SiluMul<A>{inner, inner_size});
-    linear<Kind>(member, buffers, inner, inner_size, tokens, layer.down, Accumulate{hidden, size});
+    linear<Kind>(member, buffers, x, size, tokens, layer.gate_up, SiluMul<A>{inner, inner_size},
+                 then_linear(layer.down));
+    linear<Kind>(member, buffers, inner, inner_size, tokens, layer.down, Accumulate{hidden, size},
+                 [&](int64_t unit, Ahead& ahead) {
+                   if (i + 1 < stack.num_layers) then_linear(stack.layers[i + 1].qkv)(unit, ahead);
+                 });
   }
   rms_norm(member, hidden, tokens, size, stack.final_norm, stack.norm_eps, hidden);
 }
@@ -669,7 +819,7 @@ void linear_of(Member& member, const float* x, int64_t rows, const Matrix& w, co
     member.for_each_range(rows, 4, [&](int64_t from, int64_t end) {
       for (int64_t i = from * w.k; i < end * w.k; i += kLanes) store_row(operands + i, Simd::load(x + i));
     });
-    linear<Kind>(member, buffers, operands, w.k, rows, w, epilogue);
+    linear<Kind>(member, buffers, operands, w.k, rows, w, epilogue, [](int64_t, Ahead&) {});
   });
 }
 
@@ -725,8 +875,9 @@ void enter_attention(Team& team, int index, const Stack& stack, const Batch& bat
         for (int64_t h = 0; h < stack.num_heads; ++h)
           store_query(stack, batch, t, h, q + (t * stack.num_heads + h) * stack.head_dim, queries);
     });
-    attention<Kind>(member, stack, batch, plan, buffers, static_cast<const C*>(k_cache),
-                    static_cast<const C*>(v_cache), out);
+    const AttentionUnits<C> units = {stack, batch, plan, static_cast<const C*>(k_cache),
+                                     static_cast<const C*>(v_cache)};
+    attention<Kind>(member, units, buffers, out, [](int64_t, Ahead&) {});
   });
 }
 

@@ -27,6 +27,8 @@ class Member {
 
   const int index;
 
+  int team_size() const { return team_.size; }
+
   // Calls f(i) once for each i in [0, count), on any thread; returns on all threads when all calls have returned.
   template <class F>
   void for_each(int64_t count, F&& f) {
