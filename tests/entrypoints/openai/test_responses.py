@@ -296,3 +296,48 @@ def test_unknown_models_and_responses_are_404(client):
     assert post(client, model="nobody").status_code == 404
     assert client.get("/v1/responses/resp_0").status_code == 404
     assert post(client, previous_response_id="resp_0").status_code == 404
+
+
+def test_input_items_are_those_that_the_sdk_pages_through(sdk, client):
+    first = create(client, input="Name a colour.", instructions=INSTRUCTIONS)
+    call = {"type": "function_call", "id": "fc_mine", "call_id": "c1", "name": "book", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "c1", "output": "done"}
+    parts = [{"type": "input_text", "text": "And"}, {"type": "input_text", "text": " a number."}]
+    given = [call, result, {"role": "user", "content": parts}]
+    second = create(client, input=given, previous_response_id=first["id"])
+    items = list(sdk.responses.input_items.list(second["id"], limit=2, order="asc"))
+    assert [item.type for item in items] == ["message", "message", "function_call", "function_call_output", "message"]
+    assert items[0].content[0].to_dict() == {"type": "input_text", "text": "Name a colour."}
+    assert items[1].id == first["output"][0]["id"]
+    assert items[2].id == "fc_mine"
+    assert [part.text for part in items[4].content] == ["And", " a number."]
+    assert len({item.id for item in items}) == 5
+    newest_first = sdk.responses.input_items.list(second["id"]).data
+    assert [item.id for item in newest_first] == [item.id for item in items[::-1]]
+
+
+@pytest.mark.parametrize(
+    ("query", "param"), [("limit=0", "limit"), ("limit=101", "limit"), ("order=up", "order"), ("after=x", "after")]
+)
+def test_a_page_of_input_items_that_cannot_be_is_refused(client, query, param):
+    made = create(client)
+    response = client.get(f"/v1/responses/{made['id']}/input_items?{query}")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_input_items_of_what_is_not_stored_are_not_found(client):
+    for response_id in ("resp_nobody", create(client, store=False)["id"]):
+        response = client.get(f"/v1/responses/{response_id}/input_items")
+        assert response.status_code == 404
+        assert "no response" in response.json()["error"]["message"]
+
+
+def test_input_tokens_are_those_that_a_response_counts(sdk, client):
+    fields: dict[str, Any] = {"input": "Name a colour.", "instructions": INSTRUCTIONS, "tools": [TOOL]}
+    made = create(client, **fields, tool_choice="none")
+    counted = sdk.responses.input_tokens.count(**fields, tool_choice="none")
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", made["usage"]["input_tokens"])
+    follow: dict[str, Any] = {"input": "And a number.", "previous_response_id": made["id"]}
+    assert sdk.responses.input_tokens.count(**follow).input_tokens == create(client, **follow)["usage"]["input_tokens"]
+    response = client.post("/v1/responses/input_tokens", json={})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "input")

@@ -8,7 +8,7 @@ from vllm.entrypoints.openai.responses_store import BackgroundRun, ResponseStore
 
 
 def stored(name: str, text: str = "", run: BackgroundRun | None = None) -> StoredResponse:
-    return StoredResponse({"id": name}, [{"role": "user", "content": text}], run)
+    return StoredResponse({"id": name}, [{"role": "user", "content": text}], [], run)
 
 
 def test_the_one_not_asked_for_the_longest_is_forgotten_first():

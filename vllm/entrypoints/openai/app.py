@@ -39,7 +39,7 @@ from vllm.entrypoints.openai.protocol import (
     SystemPromptRequest,
     TokenizeRequest,
 )
-from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses_protocol import InputTokensRequest, PageRequest, ResponsesRequest
 from vllm.entrypoints.openai.services import Services
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.serving_responses import ServingResponses
@@ -171,6 +171,18 @@ def _add_responses_routes(app: FastAPI, responses: ServingResponses) -> None:
     async def create_response(request: Request) -> Response:
         request_id = _client_request_id(request)
         return await _answer_body(request, ResponsesRequest, lambda parsed: responses.create(parsed, request_id))
+
+    @app.post("/v1/responses/input_tokens")
+    async def count_response_tokens(request: Request) -> Response:
+        return await _answer_body(request, InputTokensRequest, responses.count_tokens)
+
+    @app.get("/v1/responses/{response_id}/input_items")
+    async def list_response_input_items(request: Request, response_id: str) -> Response:
+        try:
+            page = parse_model(PageRequest, dict(request.query_params))
+        except Exception as exc:
+            return _error(exc, request)
+        return await _answer(responses.list_input_items(response_id, page), request)
 
     @app.get("/v1/responses/{response_id}")
     async def get_response(request: Request, response_id: str) -> Response:

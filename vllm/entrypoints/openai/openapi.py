@@ -18,13 +18,14 @@ from vllm.entrypoints.openai.protocol import (
     SystemPromptRequest,
     TokenizeRequest,
 )
-from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses_protocol import InputTokensRequest, ResponsesRequest
 
 BODIES: dict[tuple[str, str], type[BaseModel]] = {
     ("post", "/v1/chat/completions"): ChatCompletionRequest,
     ("post", "/v1/completions"): CompletionRequest,
     ("post", "/invocations"): ChatCompletionRequest,
     ("post", "/v1/responses"): ResponsesRequest,
+    ("post", "/v1/responses/input_tokens"): InputTokensRequest,
     ("post", "/v1/messages"): MessagesRequest,
     ("post", "/v1/messages/count_tokens"): CountTokensRequest,
     ("post", "/tokenize"): TokenizeRequest,

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from vllm.entrypoints.openai.json_body import parse_model, snippet
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, random_id
 from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 
@@ -15,6 +15,7 @@ MAX_ITEMS = 100_000
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
+_ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 _ROLES = ("user", "assistant", "system", "developer")
 _LOGPROBS = "message.output_text.logprobs"
 _SAME_NAME = (
@@ -160,6 +161,32 @@ def input_messages(given: str | list[Any]) -> list[dict[str, Any]]:
     if not messages:
         raise VLLMValidationError("input must hold at least one message.", "input")
     return messages
+
+
+def input_items(given: str | list[Any]) -> list[dict[str, Any]]:
+    """A request's input as items that are shown again: each with an id, texts as lists of parts.
+
+    Args:
+        given: What `input_messages` has accepted.
+    """
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    return [_shown(item) for item in given]
+
+
+def _shown(item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type", "message")
+    given_id = item.get("id")
+    shown = item | {"id": given_id if isinstance(given_id, str) else f"{_ID_PREFIXES[kind]}_{random_id()}"}
+    shown |= {"type": kind, "status": "completed"}
+    if kind == "message":
+        part = {"type": "output_text", "annotations": []} if item["role"] == "assistant" else {"type": "input_text"}
+        content = item["content"]
+        texts = [content] if isinstance(content, str) else content
+        shown["content"] = [part | {"text": text} if isinstance(text, str) else text for text in texts]
+    elif kind == "reasoning":
+        shown.setdefault("summary", [])
+    return shown
 
 
 def _message(where: str, item: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ effect.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from vllm.entrypoints.openai.protocol import ApiModel
 
@@ -62,3 +64,17 @@ class ResponsesRequest(ApiModel):
     cache_salt: Any = None
     priority: Any = None
     request_id: Any = None
+
+
+class InputTokensRequest(ResponsesRequest):
+    """`POST /v1/responses/input_tokens`: what a response would be created with, of which `input` may be missing."""
+
+    input: str | list[Any] | None = None  # type: ignore[assignment]
+
+
+class PageRequest(ApiModel):
+    """Query of `GET /v1/responses/{id}/input_items`."""
+
+    order: Literal["asc", "desc"] = "desc"
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = None

@@ -65,6 +65,7 @@ class StoredResponse:
     Attributes:
         response: The response object; grows until the response has ended.
         messages: Its input, and its answer once that is complete, as chat messages; without instructions.
+        input_items: The same input as items; those of the responses before it come first, their answers included.
         run: The background work that makes it, or made it; None for one that a client waited for.
         tenant: Whose it is, where the server has several API keys.
     """
@@ -73,11 +74,13 @@ class StoredResponse:
         self,
         response: dict[str, Any],
         messages: list[dict[str, Any]],
+        input_items: list[dict[str, Any]],
         run: BackgroundRun | None = None,
         tenant: str | None = None,
     ) -> None:
         self.response = response
         self.messages = messages
+        self.input_items = input_items
         self.run = run
         self.tenant = tenant
 
@@ -91,7 +94,8 @@ class StoredResponse:
 
     def num_bytes(self) -> int:
         events = (self.run.events if self.run is not None else None) or []
-        return len(orjson.dumps(self.response)) + len(orjson.dumps(self.messages)) + sum(map(len, events))
+        held = (self.response, self.messages, self.input_items)
+        return sum(len(orjson.dumps(part)) for part in held) + sum(map(len, events))
 
 
 class ResponseStore:

@@ -125,16 +125,7 @@ class ServingChat:
         answer_format = self._answers.format(request)
         if answer_format.needs_special_tokens:
             params.skip_special_tokens = False
-        options = ChatOptions(
-            tools=None if self._hide_unused_tools and answer_format.tools is None else request.tools,
-            documents=request.documents,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            add_special_tokens=request.add_special_tokens,
-            chat_template=request.chat_template,
-            chat_template_kwargs=request.chat_template_kwargs,
-            reasoning_effort=request.reasoning_effort,
-        )
+        options = self._options(request, answer_format)
         must_fit = request.truncate_prompt_tokens is None
         rendered = await self._prompts.chat(request.messages, options, must_fit=must_fit)
         public_id = f"chatcmpl-{request_id or request.request_id or random_id()}"
@@ -173,6 +164,28 @@ class ServingChat:
             format=answer_format,
             parsers=[answer_format.make_parser(ended) for _ in range(num_choices(request))],
         )
+
+    def _options(self, request: ChatCompletionRequest, answer_format: AnswerFormat) -> ChatOptions:
+        return ChatOptions(
+            tools=None if self._hide_unused_tools and answer_format.tools is None else request.tools,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            add_special_tokens=request.add_special_tokens,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs,
+            reasoning_effort=request.reasoning_effort,
+        )
+
+    async def count_tokens(self, request: ChatCompletionRequest) -> int:
+        """Tokens of the prompt that the request's messages make.
+
+        Raises:
+            VLLMValidationError, ApiError: A field is wrong.
+        """
+        self._models.resolve(request.model)
+        options = self._options(request, self._answers.format(request))
+        return len((await self._prompts.chat(request.messages, options, must_fit=False)).prompt_token_ids)
 
     def _logprobs(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
         if call.top_logprobs is None or not output.token_ids:

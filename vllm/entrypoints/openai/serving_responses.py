@@ -13,8 +13,8 @@ from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
 from vllm.entrypoints.openai.errors import ApiError, describe
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.protocol import now, random_id
-from vllm.entrypoints.openai.responses_input import chat_request, input_messages, wants_logprobs
-from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses_input import chat_request, input_items, input_messages, wants_logprobs
+from vllm.entrypoints.openai.responses_protocol import InputTokensRequest, PageRequest, ResponsesRequest
 from vllm.entrypoints.openai.responses_store import BackgroundRun, ResponseStore, StoredResponse
 from vllm.entrypoints.openai.serving_chat import ServingChat
 from vllm.entrypoints.openai.serving_models import ServingModels
@@ -199,19 +199,66 @@ class ServingResponses:
         return stored.response
 
     def _start(self, request: ResponsesRequest) -> StoredResponse:
-        messages = input_messages(request.input)
-        if request.previous_response_id is not None:
-            previous = self._get(request.previous_response_id, "previous_response_id")
-            if previous.response["status"] not in ("completed", "incomplete"):
-                raise VLLMValidationError(
-                    f"previous_response_id names a response whose status is {previous.response['status']}; only one "
-                    "that is completed can be gone on with.",
-                    "previous_response_id",
-                )
-            messages = [*previous.messages, *messages]
         if request.background and request.store is False:
             raise VLLMValidationError("background needs store to be true: it is how the response is read.", "store")
-        return StoredResponse(self._response(request), messages, tenant=current_tenant.get())
+        messages, items = input_messages(request.input), input_items(request.input)
+        previous = self._previous(request)
+        if previous is not None:
+            messages = [*previous.messages, *messages]
+            items = [*previous.input_items, *previous.response["output"], *items]
+        return StoredResponse(self._response(request), messages, items, tenant=current_tenant.get())
+
+    def _previous(self, request: ResponsesRequest) -> StoredResponse | None:
+        if request.previous_response_id is None:
+            return None
+        previous = self._get(request.previous_response_id, "previous_response_id")
+        if previous.response["status"] not in ("completed", "incomplete"):
+            raise VLLMValidationError(
+                f"previous_response_id names a response whose status is {previous.response['status']}; only one "
+                "that is completed can be gone on with.",
+                "previous_response_id",
+            )
+        return previous
+
+    async def count_tokens(self, request: InputTokensRequest) -> dict[str, Any]:
+        """How many input tokens a response with these fields has.
+
+        Raises:
+            VLLMValidationError, ApiError: A field is wrong.
+        """
+        previous = self._previous(request)
+        messages = [] if previous is None else previous.messages
+        if request.input is not None:
+            messages = [*messages, *input_messages(request.input)]
+        if not messages and not request.instructions:
+            raise VLLMValidationError("A request must have input, instructions or previous_response_id.", "input")
+        count = await self._chat.count_tokens(chat_request(request, messages))
+        return {"object": "response.input_tokens", "input_tokens": count}
+
+    async def list_input_items(self, response_id: str, page: PageRequest) -> dict[str, Any]:
+        """A page of the items that a response was made from.
+
+        Raises:
+            ApiError: 404 for an id that is not in the store.
+            VLLMValidationError: No item has the id to go on after.
+        """
+        items = self._get(response_id).input_items
+        if page.order == "desc":
+            items = items[::-1]
+        start = 0
+        if page.after is not None:
+            found = [i for i, item in enumerate(items) if item["id"] == page.after]
+            if not found:
+                raise VLLMValidationError(f"after names {snippet(page.after)}, which is none of the items.", "after")
+            start = found[0] + 1
+        shown = items[start : start + page.limit]
+        return {
+            "object": "list",
+            "data": shown,
+            "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None,
+            "has_more": start + len(shown) < len(items),
+        }
 
     def _response(self, request: ResponsesRequest) -> dict[str, Any]:
         def default(name: str) -> Any:
