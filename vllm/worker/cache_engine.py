@@ -202,7 +202,8 @@ class CacheEngine:
         if not updates:
             return
         import numpy as np
-        import torch
+
+        from vllm.host_staging import to_device
 
         for row, first, blocks in updates:
             if first > self._num_blocks_of_row[row]:
@@ -217,11 +218,7 @@ class CacheEngine:
             # Of two that touch the same entry the later one counts, so entries are looked for from the end.
             _, kept = np.unique((rows * self.block_tables.shape[1] + columns)[::-1], return_index=True)
             rows, columns, values = (x[::-1][kept] for x in (rows, columns, values))
-        flat = torch.from_numpy(np.stack((rows, columns, values)))
-        if self._device.type == "cuda":
-            # From pageable memory the copy would wait for the device.
-            flat = flat.pin_memory()
-        where_row, where_column, written = flat.to(self._device, non_blocking=True)
+        where_row, where_column, written = to_device(np.stack((rows, columns, values)), self._device)
         self.block_tables[where_row, where_column] = written
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:

@@ -31,6 +31,7 @@ from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
 from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
 from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
+from vllm.host_staging import to_device
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 
 # Query rows up to which a sequence is served by the small tiles of decode.
@@ -206,7 +207,7 @@ class TritonAttentionBackend(AttentionBackend):
                 tiles.append(self.suffix_tiles(int(chosen[:, 1].max())))
                 works.append(self.plan_sequences(chosen, counts, tiles[-1], max_partials, unbounded))
         sizes = np.array([len(w) for w in works], np.int32)
-        flat = self._to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]))
+        flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]), self.device)
         launches, offset = [], len(works) + num_tokens
         for i, (work, shape) in enumerate(zip(works, tiles, strict=True)):
             view = flat[offset : offset + work.size].view(work.shape)
@@ -237,7 +238,7 @@ class TritonAttentionBackend(AttentionBackend):
         items = len(work) * self.num_kv_heads
         if items < 2 * self.programs(tiles):
             return None
-        flat = self._to_device(np.concatenate([np.array([len(work)], np.int32), work.ravel()]))
+        flat = to_device(np.concatenate([np.array([len(work)], np.int32), work.ravel()]), self.device)
         return PreparedBatch(
             prefix=Launch(flat[1:].view(work.shape), flat[:1], tiles, self.programs(tiles)),
             suffixes=(),
@@ -248,12 +249,6 @@ class TritonAttentionBackend(AttentionBackend):
             block_size=metadata.block_size,
             causal=True,
         )
-
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
 
     def rope_and_write(
         self,
