@@ -9,12 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from vllm.transformers_utils.gguf import GGUFFile, gguf_config
+from vllm.transformers_utils.llama_config import LlamaConfig
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 logger = init_logger(__name__)

@@ -18,9 +18,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
+from vllm.transformers_utils.llama_config import LlamaConfig
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
