@@ -12,6 +12,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.host_staging import to_device
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
@@ -363,11 +364,7 @@ class ModelRunner:
         return values if self.device.type == "cpu" else self._to_device(values)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(values)
-        if self.device.type == "cuda":
-            # From pageable memory the copy would wait for the device.
-            host = host.pin_memory()
-        return host.to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
 
 def _joined(parts: list[LogprobTensors]) -> PositionLogprobs:
