@@ -22,7 +22,7 @@ class Mailbox:
         self._joins = kind == RequestOutputKind.DELTA
         self._news: RequestOutput | None = None
         self._error: Exception | None = None
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, news: RequestOutput | Exception) -> None:
         """Takes in news; an error is handed over after what came before it."""
@@ -32,18 +32,19 @@ class Mailbox:
             join_deltas(self._news, news)
         else:
             self._news = news
-        self._arrived.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def take(self) -> RequestOutput:
-        """Waits for news. Raises the error that ended the request."""
+        """Waits for news, on behalf of the one reader. Raises the error that ended the request."""
         while True:
             news, self._news = self._news, None
             if news is not None:
                 return news
             if self._error is not None:
                 raise self._error
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
 
 def join_deltas(first: RequestOutput, later: RequestOutput) -> None:

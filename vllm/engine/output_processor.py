@@ -131,10 +131,10 @@ class RequestState:
     def finished(self) -> bool:
         return all(o.finish_reason is not None for o in self.outputs)
 
-    def request_output(self, index: int) -> RequestOutput | None:
-        """News after output `index` changed, in the shape the request asked for."""
+    def request_output(self, index: int, finished: bool) -> RequestOutput | None:
+        """News after output `index` changed, in the shape the request asked for; `finished`: nothing follows them."""
         kind = self.params.output_kind
-        if kind == RequestOutputKind.FINAL_ONLY and not self.finished:
+        if kind == RequestOutputKind.FINAL_ONLY and not finished:
             return None
         if kind == RequestOutputKind.DELTA:
             outputs = [self._delta(index)]
@@ -145,7 +145,7 @@ class RequestState:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=outputs,
-            finished=self.finished,
+            finished=finished,
             prompt_logprobs=self.prompt_logprobs,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
@@ -250,11 +250,12 @@ class OutputProcessor:
                 continue
             if self._take(state, out, news, now) and news.finish_reason is None:
                 to_abort.append((news.request_id, news.index))
-            if state.finished:
+            finished = state.finished
+            if finished:
                 state.metrics.finished_time = now
                 del self.requests[news.request_id]
                 self.observer.on_finish(state, now)
-            result = state.request_output(news.index)
+            result = state.request_output(news.index, finished)
             if result is not None:
                 state.deliver(result)
         return to_abort

@@ -112,6 +112,18 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+class RootPathMiddleware:
+    """Tells the app under which path a proxy serves it (`--root-path`). Requests may come with that prefix or, where the
+    proxy takes it off, without."""
+
+    def __init__(self, app: ASGIApp, root_path: str) -> None:
+        self.app = app
+        self.root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app({**scope, "root_path": self.root_path}, receive, send)
+
+
 class RequestIdMiddleware:
     """Gives `X-Request-Id` back to the client that sent it; with `always`, makes one up for the others."""
 
@@ -126,9 +138,12 @@ class RequestIdMiddleware:
         request_id = Headers(scope=scope).get("x-request-id", "")[:MAX_REQUEST_ID_CHARS]
         if not request_id and self.always:
             request_id = uuid.uuid4().hex
+        if not request_id:
+            await self.app(scope, receive, send)
+            return
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start" and request_id:
+            if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
