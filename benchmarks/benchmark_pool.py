@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
@@ -26,6 +26,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.config import resolve_model
+from vllm.transformers_utils.system_parts import SystemPart
+from vllm.transformers_utils.text_heads import TextHead
 from vllm.transformers_utils.tokenizer import load_tokenizer
 from vllm.worker.cache_engine import PinnedBlockPool
 
@@ -125,27 +127,43 @@ def routing(num_tokens: int, num_prompts: int) -> float:
 
 
 def boundaries(model: str | None, num_tokens: int) -> dict[str, float]:
-    """Microseconds of rendering and tokenising a chat with a known system prompt, and of finding its end therein."""
+    """Microseconds of turning a chat with a known system prompt into tokens, those of finding where that prompt ends
+    therein, and those of tokenising the whole text, which the first no longer includes."""
     tokenizer = load_tokenizer(resolve_model(model, None, True)[1])
     renderer = ChatRenderer(tokenizer)
     rng = random.Random(0)
     words = [rng.choice(("tide", "lamp", "oak", "ferry", "ledger", "salt", "bridge")) for _ in range(num_tokens)]
     chat = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "Hello"}]
-    find, finding = renderer._num_system_tokens, []
+    find, finding = renderer._system_part, []
 
-    def watched(chat: Any, ids: list[int]) -> int | None:
+    class WatchedPart(NamedTuple):
+        part: SystemPart
+
+        @property
+        def head(self) -> TextHead | None:
+            return self.part.head
+
+        def size_in(self, ids: list[int], head: TextHead | None) -> int | None:
+            started = time.perf_counter()
+            size = self.part.size_in(ids, head)
+            finding[-1] += time.perf_counter() - started
+            return size
+
+    def watched(chat: Any) -> WatchedPart:
         started = time.perf_counter()
-        size = find(chat, ids)
+        part = find(chat)
         finding.append(time.perf_counter() - started)
-        return size
+        return WatchedPart(part)
 
-    renderer._num_system_tokens = watched  # type: ignore[method-assign]
+    renderer._system_part = watched  # type: ignore[method-assign, assignment]
     rendered = renderer.render(chat)
     finding.clear()
-    whole = timed(lambda: renderer.render(chat), 100)
+    # As it comes from the socket: equal texts, other objects.
+    body = json.dumps(chat)
     return {
         "system_tokens": float(rendered.num_system_tokens or 0),
-        "render_us": whole,
+        "tokenise_all_us": timed(lambda: tokenizer.encode(rendered.text, add_special_tokens=False), 30),
+        "render_us": timed(lambda: renderer.render(json.loads(body)), 100),
         "boundary_us": statistics.median(finding) * 1e6,
     }
 

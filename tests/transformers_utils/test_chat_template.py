@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.exceptions import VLLMValidationError
-from vllm.transformers_utils import chat_template
+from vllm.transformers_utils import chat_template, system_parts
 from vllm.transformers_utils.chat_template import ChatRenderer
+from vllm.transformers_utils.system_parts import SystemPart
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 # Shapes that chat templates of real models have.
@@ -187,7 +188,7 @@ def test_boundary_depends_on_all_that_precedes_the_user(tokenizer: Tokenizer) ->
         chat = renderer.render([SYSTEM, user("x")], tools=tools, template_kwargs=kwargs)
         sizes.append(chat.num_system_tokens)
     assert None not in sizes
-    assert len(renderer._boundaries._entries) == 4
+    assert len(renderer._parts._parts) == 4
 
 
 def test_boundary_moves_on_with_the_day(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +203,7 @@ def test_boundary_moves_on_with_the_day(tokenizer: Tokenizer, monkeypatch: pytes
     monkeypatch.setattr(chat_template, "date", Tomorrow)
     for renderer in (dated, undated):
         renderer.render([SYSTEM, user("x")])
-    assert (len(dated._boundaries._entries), len(undated._boundaries._entries)) == (2, 1)
+    assert (len(dated._parts._parts), len(undated._parts._parts)) == (2, 1)
 
 
 def test_variables_that_are_no_json_only_cost_the_boundary(tokenizer: Tokenizer) -> None:
@@ -412,7 +413,7 @@ def test_simultaneous_requests_probe_once(tokenizer: Tokenizer, monkeypatch: pyt
     renderer = ChatRenderer(tokenizer)
     probe, calls, first = renderer._probe, [], threading.Event()
 
-    def slow(head: Any) -> list[int]:
+    def slow(head: Any) -> SystemPart:
         calls.append(head)
         first.wait(0.2)
         return probe(head)
@@ -425,14 +426,17 @@ def test_simultaneous_requests_probe_once(tokenizer: Tokenizer, monkeypatch: pyt
     assert chats[0].num_system_tokens is not None
 
 
-def test_boundaries_are_bounded_by_number_and_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = chat_template._BoundaryCache()
-    monkeypatch.setattr(chat_template, "_MAX_BOUNDARIES", 3)
-    monkeypatch.setattr(chat_template, "_MAX_BOUNDARY_TOKENS", 100)
+def test_known_system_parts_are_bounded_by_number_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = system_parts.SystemPartCache()
+    small, large = SystemPart([1] * 10), SystemPart([1] * 200)
+    monkeypatch.setattr(system_parts, "_MAX_PARTS", 3)
+    monkeypatch.setattr(system_parts, "_MAX_BYTES", 5000)
     for i in range(5):
-        cache.get(bytes([i]), lambda: [1] * 10)
-        cache.get(b"\0", lambda: [1] * 10)
-    assert set(cache._entries) == {b"\0", b"\3", b"\4"}
-    assert cache._num_tokens == 30
-    assert len(cache.get(b"big", lambda: [1] * 200)) == 200
-    assert (len(cache._entries), cache._num_tokens) == (0, 0)
+        cache.get(bytes([i]), lambda: small)
+        cache.get(b"\0", lambda: small)
+    assert set(cache._parts) == {b"\0", b"\3", b"\4"}
+    assert 0 < cache._num_bytes < 5000
+    assert cache.get(b"big", lambda: large) is large
+    assert (len(cache._parts), cache._num_bytes) == (0, 0)
+    cache.get(("template", False, "", ("system",), ("x" * 6000,)), lambda: small)  # known by a text that is too long
+    assert (len(cache._parts), cache._num_bytes) == (0, 0)

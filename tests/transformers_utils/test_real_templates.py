@@ -150,6 +150,18 @@ def test_the_boundary_is_the_longest_start_that_no_user_text_changes(
         assert rendered.prompt_token_ids[:size] == expected
 
 
+@pytest.mark.parametrize("tools", [None, [TOOL]], ids=["no tools", "a tool"])
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if "Spells" not in s], ids=lambda s: repr(s)[:24])
+def test_known_prompts_get_the_tokens_of_the_whole_text(
+    renderer: ChatRenderer, tokenizer: Tokenizer, system: str, tools: list[dict[str, Any]] | None
+) -> None:
+    for text in user_texts():
+        chat = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        rendered = renderer.render(chat, tools=tools)
+        if not any(token.content in text for token in tokenizer.added_tokens.values()):
+            assert rendered.prompt_token_ids == tokenizer.encode(rendered.text, add_special_tokens=False)
+
+
 def test_later_turns_start_with_the_boundary_or_have_none(renderer: ChatRenderer) -> None:
     head = [{"role": "system", "content": "You are a pirate."}]
     short = renderer.render([*head, {"role": "user", "content": "Ahoy"}])

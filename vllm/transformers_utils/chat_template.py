@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 from transformers import PreTrainedTokenizerBase
@@ -20,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import Breakpoint, CacheMark
 from vllm.logger import init_logger
-from vllm.transformers_utils.control_tokens import ControlTokens
+from vllm.transformers_utils.control_tokens import ControlTokens, Marks
+from vllm.transformers_utils.system_parts import NO_PART, SystemPart, SystemPartCache
+from vllm.transformers_utils.text_heads import TextHead, TextHeads
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -31,9 +30,6 @@ _PROBES = ("a", "\n7", " \u00e9")
 """User texts that begin so differently (letter; newline and digit; space and a letter beyond ASCII) that a token merged
 across the end of the system part differs between at least two of them, also in templates that strip what users say."""
 
-_MAX_BOUNDARIES = 1024
-_MAX_BOUNDARY_TOKENS = 2_000_000
-_MAX_KEY_CHARS = 32_768
 _MAX_TEMPLATES = 32
 _MAX_REASON_CHARS = 500
 _RESERVED_KWARGS = frozenset(
@@ -91,6 +87,19 @@ class _Chat:
     add_special_tokens: bool
 
 
+class _Written(NamedTuple):
+    """A rendered chat.
+
+    Attributes:
+        marked: The text with the marks around spellings of control tokens.
+        marks: Those marks; None if there was nothing to mark.
+    """
+
+    text: str
+    marked: str
+    marks: Marks | None
+
+
 class ChatRenderer:
     """Renders chats by a tokenizer's chat template. Safe to use from several threads.
 
@@ -106,7 +115,8 @@ class ChatRenderer:
     def __init__(self, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._boundaries = _BoundaryCache()
+        self._heads = TextHeads(tokenizer)
+        self._parts = SystemPartCache()
         self._inspect: Callable[[str], _Template] = lru_cache(maxsize=_MAX_TEMPLATES)(self._inspect_template)
 
     def render(
@@ -153,10 +163,12 @@ class ChatRenderer:
             continue_final_message=continue_final_message,
             add_special_tokens=add_special_tokens,
         )
-        text, ids = self._encode(chat)
-        system = self._num_system_tokens(chat, ids)
-        marks = [CacheMark(self._position(chat, messages, ids, system, b), b.ttl) for b in breakpoints]
-        return RenderedChat(ids, system, text, tuple(mark for mark in marks if mark.num_tokens))
+        written = self._write(chat)
+        part = self._system_part(chat)
+        ids, head = self._tokenise(chat, written, part.head)
+        system = part.size_in(ids, head)
+        marks = [CacheMark(self._position(chat, messages, ids, system, part.head, b), b.ttl) for b in breakpoints]
+        return RenderedChat(ids, system, written.text, tuple(mark for mark in marks if mark.num_tokens))
 
     def system_prefix(
         self,
@@ -171,8 +183,8 @@ class ChatRenderer:
         """
         template = self._inspect(self._choose_template(None, tools))
         normal = [_normalise(message, template) for message in _checked(messages)]
-        boundary = self._boundary(_Chat(template, normal, tools or None, template_kwargs or {}, True, False, False))
-        return list(boundary) or None
+        part = self._system_part(_Chat(template, normal, tools or None, template_kwargs or {}, True, False, False))
+        return part.token_ids.copy() or None
 
     def text_prefix(self, text: str) -> list[int]:
         """Token ids that plain prompts starting with `text` start with, whatever follows it.
@@ -195,22 +207,29 @@ class ChatRenderer:
                 "messages",
             ) from None
 
-    def _encode(self, chat: _Chat) -> tuple[str, list[int]]:
-        """Text and token ids; spellings of control tokens in the inputs stay text."""
-        controls = chat.template.controls
+    def _write(self, chat: _Chat) -> _Written:
+        """The chat as text."""
         try:
-            marked = controls.mark(chat.messages, chat.tools, chat.kwargs)
+            marked = chat.template.controls.mark(chat.messages, chat.tools, chat.kwargs)
         except RecursionError:
             raise VLLMValidationError("The messages or tools are nested too deeply.", "messages") from None
         if marked is None:
             text = self._render_text(chat)
-            return text, self._tokenizer.encode(text, add_special_tokens=chat.add_special_tokens)
+            return _Written(text, text, None)
         marks, messages, (tools, kwargs) = marked
         try:
             text = self._render_text(replace(chat, messages=messages, tools=tools, kwargs=kwargs))
         except VLLMValidationError as error:
             raise VLLMValidationError(marks.strip(str(error)), error.param) from error
-        return marks.strip(text), controls.encode_marked(text, marks, chat.add_special_tokens)
+        return _Written(marks.strip(text), text, marks)
+
+    def _tokenise(self, chat: _Chat, written: _Written, head: TextHead | None) -> tuple[list[int], TextHead | None]:
+        """Token ids, in which spellings of control tokens in the inputs stay text, and `head` if they begin with it."""
+        if written.marks is not None:
+            return chat.template.controls.encode_marked(written.marked, written.marks, chat.add_special_tokens), None
+        if head is not None and not chat.add_special_tokens and head.starts(written.text):
+            return self._heads.encode(head, written.text), head
+        return self._tokenizer.encode(written.text, add_special_tokens=chat.add_special_tokens), None
 
     def _render_text(self, chat: _Chat) -> str:
         hf: Any = self._tokenizer.hf  # declared to return many things, of which these arguments choose a string
@@ -228,72 +247,76 @@ class ChatRenderer:
             reason = " ".join(str(error).split())[:_MAX_REASON_CHARS] or type(error).__name__
             raise VLLMValidationError(f"The chat template refused these messages: {reason}", "messages") from error
 
-    def _num_system_tokens(self, chat: _Chat, ids: list[int]) -> int | None:
-        boundary = self._boundary(chat)
-        size = len(boundary)
-        if not 0 < size < len(ids) or ids[:size] != boundary:
-            return None
-        return size
-
     def _position(
-        self, chat: _Chat, messages: list[dict[str, Any]], ids: list[int], system: int | None, place: Breakpoint
+        self,
+        chat: _Chat,
+        messages: list[dict[str, Any]],
+        ids: list[int],
+        system: int | None,
+        head: TextHead | None,
+        place: Breakpoint,
     ) -> int:
         """How many tokens of the prompt `ids` come before a place in its chat; 0 if that is not certain.
 
         They are the tokens that the prompt shares with prompts of the same chat up to there which go on differently.
         """
-        head = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
-        if place.message is not None and place.message == head - 1:
+        count = _num_system_messages(chat)
+        if place.message is not None and place.message == count - 1:
             content = messages[place.message]["content"]
             if place.parts is None or place.parts == len(content):
                 return system or 0
         marked = None if place.message is None else messages[place.message]
-        variants = [_cut(chat, place, marked, probe, has_system=head > 0) for probe in _PROBES[:2]]
+        variants = [_cut(chat, place, marked, probe, has_system=count > 0) for probe in _PROBES[:2]]
         try:
             key = _digest(variants[0], variants[0].messages)
         except (TypeError, ValueError, RecursionError):
             return 0
-        shared = self._boundaries.get(key, lambda: self._shared(variants))
+        shared = self._parts.get(key, lambda: self._shared(variants, head)).token_ids
         return len(shared) if ids[: len(shared)] == shared else len(_common_prefix([ids, shared]))
 
-    def _shared(self, variants: list[_Chat]) -> list[int]:
-        """Token ids that all of these chats' prompts start with; empty if the template refuses one of them."""
+    def _shared(self, variants: list[_Chat], head: TextHead | None) -> SystemPart:
+        """What all of these chats' prompts start with; nothing if the template refuses one of them."""
         try:
-            return _common_prefix([self._encode(variant)[1] for variant in variants])
+            prompts = [self._tokenise(variant, self._write(variant), head)[0] for variant in variants]
         except VLLMValidationError as error:
             logger.debug("No end of a marked prefix: %s", error)
-            return []
+            return NO_PART
+        return SystemPart(_common_prefix(prompts))
 
-    def _boundary(self, chat: _Chat) -> list[int]:
-        """Token ids of a chat's system part; empty if there is none or its end is not certain."""
-        count = next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
+    def _system_part(self, chat: _Chat) -> SystemPart:
+        """The system part of a chat; empty if there is none or its end is not certain."""
+        count = _num_system_messages(chat)
         if count == 0 and not chat.tools:
-            return []
+            return NO_PART
         messages = chat.messages[:count]
         try:
             key = _key(chat, messages)
         except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
-            return []
-        return self._boundaries.get(
+            return NO_PART
+        return self._parts.get(
             key,
             lambda: self._probe(
                 replace(chat, messages=messages, add_generation_prompt=True, continue_final_message=False)
             ),
         )
 
-    def _probe(self, head: _Chat) -> list[int]:
-        """Token ids that the prompts of a system part start with, whatever the user says; empty if that is unknown."""
-        prompts = []
-        for probe in _PROBES:
-            user = _normalise({"role": "user", "content": probe}, head.template)
-            try:
-                prompts.append(self._encode(replace(head, messages=[*head.messages, user]))[1])
-            except VLLMValidationError as error:
-                logger.debug("No boundary of a system prompt: %s", error)
-                return []
+    def _probe(self, head: _Chat) -> SystemPart:
+        """What the prompts of a system part start with, whatever the user says; nothing if that is unknown."""
+        chats = [
+            replace(head, messages=[*head.messages, _normalise({"role": "user", "content": probe}, head.template)])
+            for probe in _PROBES
+        ]
+        try:
+            written = [self._write(chat) for chat in chats]
+            is_plain = not head.add_special_tokens and all(w.marks is None for w in written)
+            known = self._heads.common([w.text for w in written]) if is_plain else None
+            prompts = [self._tokenise(chat, w, known)[0] for chat, w in zip(chats, written, strict=True)]
+        except VLLMValidationError as error:
+            logger.debug("No boundary of a system prompt: %s", error)
+            return NO_PART
         if any(prompt == prompts[0] for prompt in prompts[1:]):  # the template drops what the user says
-            return []
-        return _common_prefix(prompts)
+            return NO_PART
+        return SystemPart(_common_prefix(prompts), known)
 
     def _inspect_template(self, source: str) -> _Template:
         template = _Template(source, ControlTokens(self._tokenizer, source), True, False, "strftime_now" in source)
@@ -308,6 +331,10 @@ class ChatRenderer:
 
         takes_parts = shows([{"type": "text", "text": "Content"}])
         return replace(template, takes_text=shows("Content") or not takes_parts, takes_parts=takes_parts)
+
+
+def _num_system_messages(chat: _Chat) -> int:
+    return next((i for i, m in enumerate(chat.messages) if m["role"] not in _SYSTEM_ROLES), len(chat.messages))
 
 
 def _cut(chat: _Chat, place: Breakpoint, marked: dict[str, Any] | None, probe: str, *, has_system: bool) -> _Chat:
@@ -331,45 +358,6 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-class _BoundaryCache:
-    """Boundaries by the digest of their system part; the least recently used go when there are too many tokens."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, list[int]] = OrderedDict()
-        self._num_tokens = 0
-        self._computing: dict[Hashable, Future[list[int]]] = {}
-
-    def get(self, key: Hashable, compute: Callable[[], list[int]]) -> list[int]:
-        """Returns the entry; computes it once, however many threads ask for it at the same time."""
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key]
-            pending = self._computing.get(key)
-            if pending is None:
-                own: Future[list[int]] = Future()
-                self._computing[key] = own
-        if pending is not None:
-            return pending.result()
-        boundary: list[int] = []
-        try:
-            boundary = compute()
-        finally:
-            with self._lock:
-                del self._computing[key]
-                self._store(key, boundary)
-            own.set_result(boundary)  # also when computing failed: nobody may be left waiting
-        return boundary
-
-    def _store(self, key: Hashable, boundary: list[int]) -> None:
-        self._entries[key] = boundary
-        self._num_tokens += len(boundary)
-        while len(self._entries) > _MAX_BOUNDARIES or self._num_tokens > _MAX_BOUNDARY_TOKENS:
-            _, dropped = self._entries.popitem(last=False)
-            self._num_tokens -= len(dropped)
-
-
 def _common_prefix(prompts: list[list[int]]) -> list[int]:
     """The token ids that all of `prompts` start with."""
     size = 0
@@ -389,7 +377,7 @@ def _key(chat: _Chat, messages: list[dict[str, Any]]) -> Hashable:
     """
     texts = [message["content"] for message in messages]
     plain = not chat.tools and not chat.kwargs and all(len(message) == 2 for message in messages)
-    if plain and all(isinstance(text, str) for text in texts) and sum(map(len, texts)) <= _MAX_KEY_CHARS:
+    if plain and all(isinstance(text, str) for text in texts):
         roles = tuple(message["role"] for message in messages)
         return (chat.template.source, chat.add_special_tokens, _today(chat), roles, tuple(texts))
     return _digest(chat, messages)
