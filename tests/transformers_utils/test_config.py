@@ -47,6 +47,30 @@ def test_directories_and_files_are_themselves(checkpoint: Path, small_gguf: Path
     assert load_hf_config(str(small_gguf)).hidden_size == 64
 
 
+def test_overrides_win_over_what_the_checkpoint_says(checkpoint: Path, small_gguf: Path) -> None:
+    overrides = {
+        "max_position_embeddings": 99,
+        "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        | {"original_max_position_embeddings": 32, "rope_theta": 500.0},
+    }
+    for path in (checkpoint, small_gguf):
+        config = load_hf_config(str(path), overrides)
+        assert (config.hidden_size, config.max_position_embeddings) == (64, 99)
+        assert config.rope_parameters["rope_theta"] == 500.0
+    # As older checkpoints spell it.
+    config = load_hf_config(str(checkpoint), {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert (config.rope_parameters["rope_theta"], config.rope_parameters["factor"]) == (500.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"architectures": ["Qwen2ForCausalLM"]}, {"model_type": "qwen2"}, {"hidden_size": "large"}]
+)
+def test_overrides_that_cannot_be_are_one_line(checkpoint: Path, overrides: dict[str, object]) -> None:
+    with pytest.raises(StartupError, match="--hf-overrides") as caught:
+        load_hf_config(str(checkpoint), overrides)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("model", ["/no/such/model", "./absent", "absent.gguf", "a/b/c"])
 def test_a_path_that_does_not_exist(model: str) -> None:
     with pytest.raises(StartupError, match="does not exist"):
@@ -75,9 +99,10 @@ def test_a_hub_id_is_fetched_without_files_that_are_not_read(monkeypatch: pytest
         return str(checkpoint)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    found = resolve_model("someone/some-model", "v2", download_dir="/models")
+    found = resolve_model("someone/some-model", "v2", download_dir="/models", token="secret")
     assert found == ("someone/some-model", str(checkpoint))
     assert (seen["name"], seen["revision"], seen["cache_dir"]) == ("someone/some-model", "v2", "/models")
+    assert seen["token"] == "secret"
     assert "*.safetensors" in seen["allow_patterns"]
     assert "*.bin" not in seen["allow_patterns"]
     resolve_model("someone/some-model", require_weights=False)

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,8 @@ class EngineArgs:
     revision: str | None = None
     tokenizer_revision: str | None = None
     download_dir: str | None = None
+    hf_token: str | bool | None = None
+    hf_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     load_format: Literal["auto", "gguf", "safetensors", "dummy"] = "auto"
     dtype: str = "auto"
     quantization: str | None = None
@@ -147,6 +150,8 @@ class EngineArgs:
         add("revision", "Branch, tag or commit of a hub id.")
         add("tokenizer_revision", "The same for the tokenizer; that of the model if not given.")
         add("download_dir", "Folder in which models from the hub are kept; the hub's own cache if not given.")
+        add("hf_token", "Token for the hub, or that of `hf auth login` without a value.", nargs="?", const=True)
+        add("hf_overrides", "Values that win over the model's config.json, as a JSON object.", type=_json_object)
         add("load_format", "How the weights are stored; dummy makes random ones.", choices=_choices("load_format"))
         add("dtype", "Of weights and activations.", choices=_DTYPES)
         add("quantization", "int8_cpu: matrices as int8, faster on a CPU and a little less exact.", type=_quantization)
@@ -209,11 +214,12 @@ class EngineArgs:
         self._check_ranges()
         platform = current_platform(self.device)
         needs_weights = self.load_format != "dummy"
-        display_name, model_path = resolve_model(self.model, self.revision, needs_weights, self.download_dir)
+        fetch = partial(resolve_model, download_dir=self.download_dir, token=self.hf_token)
+        display_name, model_path = fetch(self.model, self.revision, needs_weights)
         tokenizer_path = model_path
         if self.tokenizer is not None or self.tokenizer_revision not in (None, self.revision):
             name = self.tokenizer or self.model
-            tokenizer_path = resolve_model(name, self.tokenizer_revision, False, self.download_dir)[1]
+            tokenizer_path = fetch(name, self.tokenizer_revision, False)[1]
         tokenizer = load_tokenizer(tokenizer_path, self.trust_remote_code)
         model = self._model_config(display_name, model_path, tokenizer_path, tokenizer, platform)
         if _DTYPE_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype) not in ("auto", model.dtype):
@@ -260,7 +266,7 @@ class EngineArgs:
     def _model_config(
         self, display_name: str, model_path: str, tokenizer_path: str, tokenizer: Tokenizer, platform: Platform
     ) -> ModelConfig:
-        hf_config = load_hf_config(model_path)
+        hf_config = load_hf_config(model_path, self.hf_overrides)
         is_gguf = model_path.endswith(".gguf")
         load_format = self.load_format
         if load_format == "auto":
@@ -392,13 +398,20 @@ def _human_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 8k or 4G") from None
 
 
-def _json_numbers(text: str) -> dict[str, float]:
-    """A JSON object whose values are numbers."""
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError:
         value = None
-    if isinstance(value, dict) and all(type(v) in (int, float) for v in value.values()):
+    if isinstance(value, dict):
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+
+
+def _json_numbers(text: str) -> dict[str, float]:
+    """A JSON object whose values are numbers."""
+    value = _json_object(text)
+    if all(type(v) in (int, float) for v in value.values()):
         return value
     raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object of numbers such as {{"temperature": 0.2}}')
 

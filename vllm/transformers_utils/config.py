@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,11 @@ _DIGEST_BYTES = 1 << 20
 
 
 def resolve_model(
-    model: str | None, revision: str | None = None, require_weights: bool = True, download_dir: str | None = None
+    model: str | None,
+    revision: str | None = None,
+    require_weights: bool = True,
+    download_dir: str | None = None,
+    token: str | bool | None = None,
 ) -> tuple[str, str]:
     """Finds a model on this machine, fetching it if it is a hub id or the default.
 
@@ -48,6 +52,7 @@ def resolve_model(
         revision: Branch, tag or commit of a hub id.
         require_weights: Also refuse a directory without weights.
         download_dir: Where fetched models are kept; None for the hub's own cache.
+        token: Shown to the hub; True for the one that `hf auth login` stored, None for HF_TOKEN or that one.
 
     Returns:
         (name to show, local path of the directory or `.gguf` file).
@@ -65,32 +70,40 @@ def resolve_model(
     if not path.exists():
         if _HUB_ID.fullmatch(model) is None or model.endswith(".gguf") or model.startswith("."):
             raise StartupError(f"The model {model} does not exist.")
-        path = _download(model, revision, (*_HUB_FILES, *(_HUB_WEIGHTS if require_weights else ())), download_dir)
+        files = [*_HUB_FILES, *(_HUB_WEIGHTS if require_weights else ())]
+        path = _download(model, revision=revision, allow_patterns=files, cache_dir=download_dir, token=token)
     _check_directory(path, require_weights)
     return model, str(path)
 
 
-def load_hf_config(model_path: str) -> PretrainedConfig:
+def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Shape of the network of a directory or `.gguf` file that `resolve_model` returned.
+
+    Args:
+        overrides: Values that win over the checkpoint's, by the names of config.json.
 
     Raises:
         StartupError: damaged, or an architecture that is not supported.
     """
     path = Path(model_path)
     if path.is_file():
-        return gguf_config(GGUFFile(path))
-    values = _read_json(path / "config.json")
+        source, values = str(path), gguf_config(GGUFFile(path)).to_dict()
+    else:
+        source, values = str(path / "config.json"), _read_json(path / "config.json")
+    if overrides:
+        source += " with --hf-overrides"
+        values |= overrides
     architectures = values.get("architectures") or []
     if values.get("model_type") != "llama" or not set(architectures) <= set(SUPPORTED_ARCHITECTURES):
         found = ", ".join(map(str, architectures)) or f"model type {values.get('model_type')!r}"
-        raise StartupError(f"{path} holds {found}; supported is {', '.join(SUPPORTED_ARCHITECTURES)}.")
+        raise StartupError(f"{source} holds {found}; supported is {', '.join(SUPPORTED_ARCHITECTURES)}.")
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
-        raise StartupError(f"{path} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
+        raise StartupError(f"{source} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
     try:
-        return LlamaConfig.from_pretrained(path, local_files_only=True)
+        return LlamaConfig.from_dict(values)
     except Exception as error:  # transformers checks values in its own ways
-        raise StartupError(f"{path / 'config.json'} is not valid: {_first_line(error)}") from error
+        raise StartupError(f"{source} is not valid: {' '.join(str(error).split())}") from error
 
 
 def load_generation_config(model_path: str) -> dict[str, float]:
@@ -158,16 +171,16 @@ def weights_digest(model_path: str, quantization: str | None = None) -> str:
     return digest.hexdigest()
 
 
-def _download(model: str, revision: str | None, files: tuple[str, ...], folder: str | None) -> Path:
+def _download(model: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download  # not needed for what is on disk
 
     logger.info("Looking up %s on the model hub (or in its cache)", model)
     try:
-        return Path(snapshot_download(model, revision=revision, cache_dir=folder, allow_patterns=list(files)))
+        return Path(snapshot_download(model, **options))
     except Exception as error:  # the hub client and the HTTP library below it raise many kinds
         raise StartupError(
             f"The model {model} is not a path on this machine and cannot be fetched from the model hub: "
-            f"{_first_line(error)} Check the name and the network; gated models need HF_TOKEN."
+            f"{_first_line(error)} Check the name and the network; gated models need HF_TOKEN or --hf-token."
         ) from error
 
 

@@ -1,7 +1,6 @@
 """Shape of a Llama, as `config.json` has it."""
 
-from __future__ import annotations
-
+# Without `from __future__ import annotations`: @strict checks values against types, not against their names.
 from typing import Any
 
 from huggingface_hub.dataclasses import strict

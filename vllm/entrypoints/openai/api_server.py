@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import gc
+import os
 import signal
 import socket
 import ssl
@@ -68,8 +70,7 @@ async def _load_and_serve(args: argparse.Namespace) -> int:
     for sig in _SIGNALS:
         signal.signal(sig, _stop_loading)
     # The port is taken before the model loads: a long wait must not end in "address in use".
-    sock = bind_socket(args.host, args.port)
-    with contextlib.closing(sock):
+    with listening_socket(args) as sock:
         files = [read_system_prompt_file(Path(path)) for path in args.system_prompt_file]
         engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args), args.engine_restarts)
         try:
@@ -81,6 +82,38 @@ async def _load_and_serve(args: argparse.Namespace) -> int:
 
 def _stop_loading(sig: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + sig)
+
+
+@contextlib.contextmanager
+def listening_socket(args: argparse.Namespace) -> Generator[socket.socket, None, None]:
+    """The socket of `--uds`, or of `--host` and `--port`, bound; closed in the end, and its file removed."""
+    sock = bind_socket(args.host, args.port) if args.uds is None else bind_unix_socket(args.uds)
+    try:
+        yield sock
+    finally:
+        sock.close()
+        if args.uds is not None:
+            Path(args.uds).unlink(missing_ok=True)
+
+
+def bind_unix_socket(path: str) -> socket.socket:
+    """A socket bound to a path, where a server that is gone may have left one.
+
+    Raises:
+        StartupError: another server listens there, or no socket can be made there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if Path(path).is_socket():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == 0:
+                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            Path(path).unlink()
+        sock.bind(path)
+    except OSError as exc:
+        sock.close()
+        raise StartupError(f"Cannot listen on --uds {path}: {exc.strerror or exc}.") from None
+    return sock
 
 
 def bind_socket(host: str | None, port: int) -> socket.socket:
@@ -101,17 +134,18 @@ def bind_socket(host: str | None, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as exc:
         sock.close()
-        raise _cannot_listen(host, port, exc) from None
+        raise _cannot_listen(f"{host} port {port}", exc) from None
     return sock
 
 
-def _cannot_listen(host: str, port: int, exc: OSError) -> StartupError:
-    return StartupError(f"Cannot listen on {host} port {port}: {exc.strerror}. Choose another with --host and --port.")
+def _cannot_listen(where: str, exc: OSError) -> StartupError:
+    return StartupError(f"Cannot listen on {where}: {exc.strerror}. Choose another with --host and --port.")
 
 
 async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Namespace) -> int:
     config = uvicorn.Config(
         build_app(engine, args),
+        uds=args.uds,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         ssl_keyfile=args.ssl_keyfile,
@@ -125,12 +159,11 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
         config.load()
     except (OSError, ssl.SSLError) as exc:
         raise StartupError(f"The --ssl files cannot be used: {exc}.") from None
-    host, port = sock.getsockname()[:2]
     try:
         # Another server may have bound the port while the model loaded; only one can listen.
         sock.listen(_LISTEN_BACKLOG)
     except OSError as exc:
-        raise _cannot_listen(host, port, exc) from None
+        raise _cannot_listen("{} port {}".format(*sock.getsockname()[:2]), exc) from None
 
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
@@ -144,7 +177,7 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
-    _log_start(engine, host, port, args)
+    _log_start(engine, _address(sock, args))
     try:
         await serving
     except asyncio.CancelledError:
@@ -173,10 +206,18 @@ async def _watch_engine(engine: AsyncLLMEngine, server: _Server) -> None:
     server.should_exit = True
 
 
-def _log_start(engine: AsyncLLMEngine, host: str, port: int, args: argparse.Namespace) -> None:
-    config = engine.vllm_config
-    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+def _address(sock: socket.socket, args: argparse.Namespace) -> str:
+    """Where clients find the server."""
     scheme = "https" if args.ssl_certfile else "http"
+    if args.uds is not None:
+        return f"{args.uds} ({scheme}, paths under {args.root_path}/v1)"
+    host, port = sock.getsockname()[:2]
+    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"{scheme}://{shown}:{port}{args.root_path}/v1"
+
+
+def _log_start(engine: AsyncLLMEngine, address: str) -> None:
+    config = engine.vllm_config
     logger.info(
         "Model: %s, dtype %s, context %d tokens", config.model.model, config.model.dtype, config.model.max_model_len
     )
@@ -184,9 +225,7 @@ def _log_start(engine: AsyncLLMEngine, host: str, port: int, args: argparse.Name
     logger.info(
         "System prompts: mode %s, at most %d tokens pinned", config.system_prompt.mode, engine.pool_budget_tokens
     )
-    logger.info(
-        "Serving %s on %s://%s:%d%s/v1", config.model.served_model_names[0], scheme, shown, port, args.root_path
-    )
+    logger.info("Serving %s on %s", config.model.served_model_names[0], address)
 
 
 def main() -> None:

@@ -39,6 +39,11 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", help="address to listen on; all of this machine's by default")
     group.add_argument("--port", type=_port, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
     group.add_argument(
+        "--uds",
+        metavar="PATH",
+        help="Unix domain socket to listen on, in place of --host and --port; whoever may write to it may connect",
+    )
+    group.add_argument(
         "--api-key",
         action="extend",
         nargs="+",

@@ -1,0 +1,57 @@
+"""`--uds`, and with it `--hf-overrides`: a server of the tiny model, started once for both."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from vllm.entrypoints.openai.api_server import bind_unix_socket
+from vllm.exceptions import StartupError
+
+
+def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(path))
+    overrides = '{"max_position_embeddings": 77}'
+    args = ["--uds", str(path), "--hf-overrides", overrides, "--num-gpu-blocks-override", "16"]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model_dir), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+            for _ in range(600):
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").status_code == 200:
+                        break
+                assert process.poll() is None
+                time.sleep(0.1)
+            assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 77
+            answer = client.post("/v1/completions", json={"prompt": "One", "max_tokens": 2}, timeout=60)
+            assert answer.json()["usage"]["completion_tokens"] == 2
+            # A second server would see that this one lives, and leave its socket alone.
+            with pytest.raises(StartupError, match=f"--uds {path}: Address already in use"):
+                bind_unix_socket(str(path))
+            assert client.get("/health").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert f"on {path}" in log
+    assert not path.exists()
+
+
+def test_what_is_no_socket_is_left_alone(tmp_path):
+    path = tmp_path / "notes"
+    path.write_text("mine")
+    for name in (str(path), str(tmp_path / "no" / "folder"), str(tmp_path / ("x" * 200))):
+        with pytest.raises(StartupError, match="Cannot listen on --uds"):
+            bind_unix_socket(name)
+    assert path.read_text() == "mine"
