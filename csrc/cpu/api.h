@@ -61,11 +61,41 @@ struct Batch {
   int64_t num_seqs;
   const int64_t* query_lens;    // [num_seqs]
   const int64_t* context_lens;  // [num_seqs]
-  const int64_t* block_tables;  // [num_seqs][table_stride]
+  const int64_t* block_tables;  // [...][table_stride]
   int64_t table_stride;
+  const int64_t* table_rows;  // [num_seqs]; null: in order
   int64_t block_size;  // a multiple of 16
   int64_t num_groups;
   const Group* groups;
+};
+
+// The sequences of an engine, a row each, in memory that stays where it is.
+struct Rows {
+  int64_t* token_ids;  // [rows][token_stride]
+  int64_t token_stride;
+  const int64_t* block_tables;  // [rows][table_stride]
+  int64_t table_stride;
+  const int64_t* prefix_lens;  // [rows]: tokens in pinned extents; the row's own blocks hold those after them
+  int64_t block_size;
+};
+
+// A whole network.
+struct Network {
+  Stack stack;
+  Matrix head;
+  const void* embeddings;  // [vocabulary][hidden_size]
+  int32_t embedding_format;
+};
+
+// Entry i computes the tokens starts[i] ... starts[i] + counts[i] of row rows[i].
+struct Step {
+  int64_t num_entries;
+  const int64_t *rows, *starts, *counts;
+  const int64_t* samples;  // [num_entries]: whether its last token is followed by a new one; null: all states are wanted
+  int64_t num_groups;
+  const Group* groups;
+  float* hidden;   // out: states [entries that sample, or tokens][hidden_size]; null: not wanted
+  int64_t* drawn;  // out: most likely next token of the entries that sample, also put into their rows; null: likewise
 };
 
 // Decided once a step, for all layers -------------------------------------------------------------------------------

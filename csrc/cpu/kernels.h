@@ -177,7 +177,7 @@ struct ForInt8<uint16_t> {
 inline void store_row(float* out, V v) { Simd::store(out, v); }
 inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
 
-// Memory that will be read ----------------------------------------------------------------------------------------------
+// Memory that will be read --------------------------------------------------------------------------------------------
 
 constexpr int64_t kKeys = 512;  // keys whose scores are in memory at a time
 constexpr int64_t kKeyTiles = kKeys / kLanes;

@@ -83,7 +83,8 @@ class Memory {
 };
 
 struct Workspace {
-  Memory x, q, attended, inner, qkv, sums, bases, totals, indices, panels;
+  Memory hidden, x, q, attended, inner, qkv, sums, bases, totals, indices, panels;
+  std::vector<int64_t> positions, slots, context_lens;
   std::vector<AttentionUnit> units;
   std::vector<int64_t> parts_of, parts;
 };
@@ -133,9 +134,8 @@ AttentionPlan make_plan(Workspace& memory, const Stack& stack, const Batch& batc
   int64_t first = 0;
   for (int64_t s = 0; s < batch.num_seqs; ++s) {
     const int64_t count = batch.query_lens[s], length = batch.context_lens[s];
-    add_units(units,
-              {first, count, 0, 0, batch.block_tables + s * batch.table_stride, 0, length - count, true, 0}, per_kv,
-              length);
+    const int64_t* table = batch.block_tables + (batch.table_rows ? batch.table_rows[s] : s) * batch.table_stride;
+    add_units(units, {first, count, 0, 0, table, 0, length - count, true, 0}, per_kv, length);
     first += count;
   }
   for (int64_t g = 0; g < batch.num_groups; ++g) {
@@ -203,21 +203,106 @@ EXPORT int32_t vsp_initialize(int32_t instructions) {
   return 1;
 }
 
-// hidden [num_tokens][hidden_size]: in, embeddings; out, the normalised state after the last layer.
-EXPORT void vsp_run_stack(const Stack* stack, const Batch* batch, float* hidden, int32_t threads) {
+namespace {
+
+void run_stack(const Stack& stack, const Batch& batch, float* hidden, int32_t threads) {
   Workspace& memory = workspace;
   Buffers buffers{};
-  const AttentionPlan plan = make_plan(memory, *stack, *batch, buffers);
-  const int64_t tokens = batch->num_tokens, d = stack->head_dim;
-  buffers.x = memory.x.take<float>(tokens * stack->hidden_size);
-  buffers.attended = memory.attended.take<float>(tokens * stack->num_heads * d);
-  buffers.inner = memory.inner.take<float>(tokens * stack->intermediate_size);
-  buffers.qkv = memory.qkv.take<float>(tokens * (stack->num_heads + 2 * stack->num_kv_heads) * d);
-  const int64_t longest = std::max({stack->hidden_size, stack->intermediate_size, stack->num_heads * d});
+  const AttentionPlan plan = make_plan(memory, stack, batch, buffers);
+  const int64_t tokens = batch.num_tokens, d = stack.head_dim;
+  buffers.x = memory.x.take<float>(tokens * stack.hidden_size);
+  buffers.attended = memory.attended.take<float>(tokens * stack.num_heads * d);
+  buffers.inner = memory.inner.take<float>(tokens * stack.intermediate_size);
+  buffers.qkv = memory.qkv.take<float>(tokens * (stack.num_heads + 2 * stack.num_kv_heads) * d);
+  const int64_t longest = std::max({stack.hidden_size, stack.intermediate_size, stack.num_heads * d});
   reserve_panels(memory, buffers, longest, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels->run_stack(team, index, *stack, *batch, plan, buffers, hidden);
+    kernels->run_stack(team, index, stack, batch, plan, buffers, hidden);
   });
+}
+
+void most_likely(const float* x, int64_t rows, const Matrix& w, int64_t* out, int32_t arithmetic, int32_t threads) {
+  Buffers buffers = product_buffers(rows, w, threads);
+  const int64_t pieces = rows * ceil_div(w.n, kUnitColumns);
+  buffers.bases = workspace.bases.take<float>(pieces);
+  buffers.indices = workspace.indices.take<int64_t>(pieces);
+  run_team(threads, [&](Team& team, int index) {
+    kernels->most_likely(team, index, x, rows, w, buffers, arithmetic, out);
+  });
+}
+
+// One row of a table of float32 or bfloat16.
+void widen_row(const void* table, int32_t format, int64_t row, int64_t size, float* to) {
+  if (format == kFloat32) {
+    std::memcpy(to, static_cast<const float*>(table) + row * size, size * sizeof(float));
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(table) + row * size;
+  for (int64_t i = 0; i < size; ++i) {
+    const uint32_t bits = uint32_t(from[i]) << 16;
+    std::memcpy(to + i, &bits, sizeof(bits));
+  }
+}
+
+}  // namespace
+
+// hidden [num_tokens][hidden_size]: in, embeddings; out, the normalised state after the last layer.
+EXPORT void vsp_run_stack(const Stack* stack, const Batch* batch, float* hidden, int32_t threads) {
+  run_stack(*stack, *batch, hidden, threads);
+}
+
+// All of a step, from token ids to states or to new tokens.
+EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* step, int32_t threads) {
+  Workspace& memory = workspace;
+  const int64_t size = network->stack.hidden_size;
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < step->num_entries; ++i) tokens += step->counts[i];
+  float* hidden = memory.hidden.take<float>(tokens * size);
+  memory.positions.clear();
+  memory.slots.clear();
+  memory.context_lens.clear();
+  float* embedded = hidden;
+  for (int64_t i = 0; i < step->num_entries; ++i) {
+    const int64_t row = step->rows[i], end = step->starts[i] + step->counts[i], prefix = rows->prefix_lens[row];
+    const int64_t* ids = rows->token_ids + row * rows->token_stride;
+    const int64_t* table = rows->block_tables + row * rows->table_stride;
+    for (int64_t position = step->starts[i]; position < end; ++position, embedded += size) {
+      const int64_t own = position - prefix;
+      memory.positions.push_back(position);
+      memory.slots.push_back(table[own / rows->block_size] * rows->block_size + own % rows->block_size);
+      widen_row(network->embeddings, network->embedding_format, ids[position], size, embedded);
+    }
+    memory.context_lens.push_back(end - prefix);
+  }
+  const Batch batch = {tokens,
+                       memory.positions.data(),
+                       memory.slots.data(),
+                       step->num_entries,
+                       step->counts,
+                       memory.context_lens.data(),
+                       rows->block_tables,
+                       rows->table_stride,
+                       step->rows,
+                       rows->block_size,
+                       step->num_groups,
+                       step->groups};
+  run_stack(network->stack, batch, hidden, threads);
+  int64_t wanted = tokens;
+  if (step->samples) {
+    // Those that sample move to the front.
+    wanted = 0;
+    const float* last = hidden - size;
+    for (int64_t i = 0; i < step->num_entries; ++i) {
+      last += step->counts[i] * size;
+      if (step->samples[i]) std::memmove(hidden + wanted++ * size, last, size * sizeof(float));
+    }
+  }
+  if (step->hidden) std::memcpy(step->hidden, hidden, wanted * size * sizeof(float));
+  if (!step->drawn || !step->samples || wanted == 0) return;
+  most_likely(hidden, wanted, network->head, step->drawn, network->stack.arithmetic, threads);
+  for (int64_t i = 0, drawn = 0; i < step->num_entries; ++i)
+    if (step->samples[i])
+      rows->token_ids[step->rows[i] * rows->token_stride + step->starts[i] + step->counts[i]] = step->drawn[drawn++];
 }
 
 // x [rows][k] → out [rows][n]
@@ -246,13 +331,7 @@ EXPORT void vsp_rms_norm(const float* x, int64_t rows, int64_t size, const float
 // x [rows][k] → out [rows], the column of each row's highest of x Wᵀ + b, the first of equals
 EXPORT void vsp_most_likely(const float* x, int64_t rows, const Matrix* w, int64_t* out, int32_t arithmetic,
                             int32_t threads) {
-  Buffers buffers = product_buffers(rows, *w, threads);
-  const int64_t pieces = rows * ceil_div(w->n, kUnitColumns);
-  buffers.bases = workspace.bases.take<float>(pieces);
-  buffers.indices = workspace.indices.take<int64_t>(pieces);
-  run_team(threads, [&](Team& team, int index) {
-    kernels->most_likely(team, index, x, rows, *w, buffers, arithmetic, out);
-  });
+  most_likely(x, rows, *w, out, arithmetic, threads);
 }
 
 // qkv [num_tokens][(heads + 2 KVH) D] → K and V in their slots, q [num_tokens][heads][D]; all are turned by position.

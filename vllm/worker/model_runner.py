@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.host_staging import to_device
+from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
@@ -55,14 +56,16 @@ class ModelRunner:
         self.sampler = Sampler(max_num_seqs, vocab_size, device)
         # One row more than sequences, for the padding of captured steps.
         self.token_ids = torch.zeros((max_num_seqs + 1, max_model_len + 1), dtype=torch.int64, device=device)
-        # Where the device is the host, small inputs are worked out by numpy, at a quarter of what torch takes for them.
-        on_host = device.type == "cpu"
-        self._tokens: Any = self.token_ids.numpy() if on_host else self.token_ids
-        self._tables: Any = cache.block_tables.numpy() if on_host else cache.block_tables
         self._prefix: list[tuple[PrefixExtent, ...]] = [()] * max_num_seqs
         self._prefix_len = np.zeros(max_num_seqs, np.int64)
         self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
         self.graphs: GraphRunner | None = None
+        self._compiled: CompiledSteps | None = None
+        if model.packed is not None:
+            rows = SequenceRows(
+                self.token_ids, cache.block_tables, torch.from_numpy(self._prefix_len), cache.block_size
+            )
+            self._compiled = model.packed.steps(rows, cache.k_caches, cache.v_caches)
 
     def capture_graphs(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         """Captures decode steps and small mixed steps, to be replayed from then on. Needs a GPU; does nothing for
@@ -135,6 +138,8 @@ class ModelRunner:
             self._run_chunk(plan.chunk)
         if not plan.rows:
             return lambda: StepResult([], [], [])
+        if self._compiled is not None:
+            return self._run_compiled(self._compiled, plan)
         if self.graphs is not None and max(plan.counts) == 1 and all(plan.samples):
             return self._replay(self.graphs, plan)
         return self._run_batch(plan)
@@ -182,6 +187,23 @@ class ModelRunner:
         nothing = torch.empty(0, dtype=torch.int64, device=self.device)
         self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata, nothing)
 
+    def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Callable[[], StepResult]:
+        """A batch as one call into the compiled CPU kernels."""
+        groups = self._groups(plan.rows, plan.counts)
+        all_states = any(plan.wants_prompt_logprobs)
+        if not all_states and not plan.masked:
+            picked = [i for i, samples in enumerate(plan.samples) if samples]
+            if self.sampler.takes_most_likely([plan.rows[i] for i in picked]):
+                tokens = [-1] * len(plan.rows)
+                drawn = compiled.draw(plan.rows, plan.starts, plan.counts, plan.samples, groups)
+                for i, token in zip(picked, drawn, strict=True):
+                    tokens[i] = token
+                return lambda: StepResult(tokens, [], [])
+        samples = None if all_states else plan.samples
+        hidden = compiled.hidden(plan.rows, plan.starts, plan.counts, samples, groups)
+        rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
+        return self._sample(plan, hidden, rows, starts + counts, counts.cumsum())
+
     def _run_batch(self, plan: StepPlan) -> Callable[[], StepResult]:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
         ends = counts.cumsum()
@@ -197,24 +219,22 @@ class ModelRunner:
             groups = self._groups(plan.rows, plan.counts)
             hidden = graphs.mixed(token_rows, token_positions, token_own, sequences, groups)
             return self._sample(plan, hidden, rows, starts + counts, ends)
-        row_index, positions, own = self._placed(np.stack((token_rows, token_positions, token_own)))
+        row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
-        slot_mapping = self._tables[row_index, own // block_size] * block_size + own % block_size
         num_columns = -(-int(context_lens.max()) // block_size)
         metadata = AttentionMetadata(
-            slot_mapping=torch.as_tensor(slot_mapping),
-            block_tables=torch.as_tensor(self._tables[self._placed(rows), :num_columns]),
+            slot_mapping=self.cache.block_tables[row_index, own // block_size] * block_size + own % block_size,
+            block_tables=self.cache.block_tables[self._to_device(rows), :num_columns],
             query_lens=plan.counts,
             context_lens=context_lens.tolist(),
             groups=self._groups(plan.rows, plan.counts),
             block_size=block_size,
         )
-        token_ids = torch.as_tensor(self._tokens[row_index, positions])
         wanted = None
         last = ends[plan.samples] - 1
         if len(last) < len(token_rows) and not any(plan.wants_prompt_logprobs):
             wanted = self._to_device(last)
-        hidden = self._forward(token_ids, torch.as_tensor(positions), metadata, wanted)
+        hidden = self._forward(self.token_ids[row_index, positions], positions, metadata, wanted)
         return self._sample(plan, hidden, rows, starts + counts, ends)
 
     def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Callable[[], StepResult]:
@@ -285,7 +305,7 @@ class ModelRunner:
             else:
                 logits = self.model.logits(hidden).float()
                 drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids, masks)
-            self._tokens[self._placed(rows), self._placed(num_tokens)] = drawn
+            self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
         return self._results(plan, picked, drawn, logprobs, prompt_logprobs)
 
     def _token_masks(self, plan: StepPlan, picked: np.ndarray) -> TokenMasks | None:
@@ -358,10 +378,6 @@ class ModelRunner:
                 wants = [int(self._num_prompt_logprobs[row])] * (b - a)
                 found[i].append(LogprobTensors.at(logprobs, tokens, wants, [0] * (b - a)))
         return found
-
-    def _placed(self, values: np.ndarray) -> Any:
-        """Index arrays for `_tokens` and `_tables`."""
-        return values if self.device.type == "cpu" else self._to_device(values)
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return to_device(values, self.device)

@@ -215,7 +215,7 @@ class Sampler:
             return None
         return RareParams(bias, allowed, stops, params.min_tokens, bad_words)
 
-    def takes_most_likely(self, rows: np.ndarray) -> bool:
+    def takes_most_likely(self, rows: np.ndarray | list[int]) -> bool:
         """Whether these rows ask for nothing but the most likely token."""
         return bool(self._greedy[rows].all())
 

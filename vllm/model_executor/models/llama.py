@@ -134,6 +134,14 @@ class PackedLlama:
         if not model.tied:
             model.lm_head.weight.data = model.lm_head.weight.new_empty(0)
         self._arithmetic = cpu_kernels.arithmetic()
+        self._embeddings = model.embed_tokens.weight
+
+    def steps(
+        self, rows: cpu_kernels.SequenceRows, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]
+    ) -> cpu_kernels.CompiledSteps:
+        """Whole steps over the sequences of a model runner."""
+        self._stack.use_caches(k_caches, v_caches)
+        return cpu_kernels.CompiledSteps(self._stack, self._head, self._embeddings, rows)
 
     @staticmethod
     def misfit(model: LlamaForCausalLM) -> str | None:
@@ -181,7 +189,7 @@ class LlamaForCausalLM(nn.Module):
             self.embed_tokens if self.tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         )
         self.tp = tp
-        self._packed: PackedLlama | None = None
+        self.packed: PackedLlama | None = None
 
     def pack_for_cpu(self, int8: bool = False) -> None:
         """Hands the layers and the output projection over to the compiled CPU kernels; their weights move into packed
@@ -199,14 +207,14 @@ class LlamaForCausalLM(nn.Module):
         if misfit is not None:
             logger.warning("The compiled CPU kernels compute only the attention of this model: %s.", misfit)
             return
-        self._packed = PackedLlama(self, int8)
+        self.packed = PackedLlama(self, int8)
 
     def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """int64 [T] → hidden states of the wanted tokens [R, hidden_size]; writes K and V of every token."""
         residual = self.embed_tokens(token_ids)
         wanted = context.wanted
-        if self._packed is not None:
-            hidden = self._packed.forward(residual, context)
+        if self.packed is not None:
+            hidden = self.packed.forward(residual, context)
             return hidden if wanted is None else hidden[wanted]
         x = torch.zeros_like(residual)
         last = len(self.layers) - 1
@@ -217,14 +225,14 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → [R, vocab_size]."""
-        if self._packed is not None:
-            return self._packed.logits(hidden)
+        if self.packed is not None:
+            return self.packed.logits(hidden)
         return self.lm_head.logits(hidden)
 
     def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → token id of the highest score, the first of equals; int64 [R]."""
-        if self._packed is not None:
-            return self._packed.most_likely(hidden)
+        if self.packed is not None:
+            return self.packed.most_likely(hidden)
         return self.logits(hidden).float().argmax(dim=-1)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from vllm import envs
-from vllm.attention.metadata import AttentionMetadata
+from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 
@@ -89,9 +89,39 @@ class _Batch(ctypes.Structure):
         ("context_lens", c_void_p),
         ("block_tables", c_void_p),
         ("table_stride", c_int64),
+        ("table_rows", c_void_p),
         ("block_size", c_int64),
         ("num_groups", c_int64),
         ("groups", c_void_p),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("token_ids", c_void_p),
+        ("token_stride", c_int64),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+        ("prefix_lens", c_void_p),
+        ("block_size", c_int64),
+    ]
+
+
+class _Network(ctypes.Structure):
+    _fields_ = [("stack", _Stack), ("head", _Matrix), ("embeddings", c_void_p), ("embedding_format", c_int32)]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        ("num_entries", c_int64),
+        ("rows", POINTER(c_int64)),
+        ("starts", POINTER(c_int64)),
+        ("counts", POINTER(c_int64)),
+        ("samples", POINTER(c_int64)),
+        ("num_groups", c_int64),
+        ("groups", POINTER(c_int64)),
+        ("hidden", c_void_p),
+        ("drawn", POINTER(c_int64)),
     ]
 
 
@@ -293,6 +323,7 @@ def prepare(metadata: AttentionMetadata) -> PreparedBatch:
         _address(lens[1]),
         _address(tables),
         tables.stride(0),
+        None,
         metadata.block_size,
         len(metadata.groups),
         _address(groups),
@@ -408,6 +439,19 @@ class DecoderStack:
         )
         self._caches: list[torch.Tensor] = []
 
+    @property
+    def struct(self) -> _Stack:
+        return self._struct
+
+    def use_caches(self, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]) -> None:
+        """K/V tensors of every layer."""
+        if self._caches is k_caches:
+            return
+        self._caches = k_caches
+        self._struct.cache_format = _format(k_caches[0].dtype)
+        for struct, k, v in zip(self._layers, k_caches, v_caches, strict=True):
+            struct.k_cache, struct.v_cache = _address(k), _address(v)
+
     def forward(
         self,
         embeddings: torch.Tensor,
@@ -417,12 +461,99 @@ class DecoderStack:
         batch: PreparedBatch,
     ) -> torch.Tensor:
         """[T, hidden_size] → the normalised states after the last layer, float32, alike; writes K and V."""
-        if self._caches is not k_caches:
-            self._caches = k_caches
-            self._struct.cache_format = _format(k_caches[0].dtype)
-            for struct, k, v in zip(self._layers, k_caches, v_caches, strict=True):
-                struct.k_cache, struct.v_cache = _address(k), _address(v)
+        self.use_caches(k_caches, v_caches)
         hidden = embeddings.to(torch.float32, copy=True)
         batch.struct.positions = _address(positions)
         _kernels().vsp_run_stack(byref(self._struct), byref(batch.struct), _address(hidden), _threads())
         return hidden
+
+
+class SequenceRows:
+    """The sequences of a model runner, a row each, in tensors that the compiled steps read where they are.
+
+    Args:
+        token_ids: int64 [rows, columns]; drawn tokens are written into it.
+        block_tables: int64 [rows, columns].
+        prefix_lens: Tokens in pinned extents; int64 [rows]. The blocks of a row hold those after them.
+        block_size: Slots in a block.
+    """
+
+    def __init__(
+        self, token_ids: torch.Tensor, block_tables: torch.Tensor, prefix_lens: torch.Tensor, block_size: int
+    ) -> None:
+        self._tensors = (token_ids, block_tables, prefix_lens)
+        self.struct = _Rows(
+            _address(token_ids),
+            token_ids.stride(0),
+            _address(block_tables),
+            block_tables.stride(0),
+            _address(prefix_lens),
+            block_size,
+        )
+
+
+class CompiledSteps:
+    """Whole steps in one call each, from the rows' token ids to hidden states or to new tokens: with the weights of a
+    network having passed through the caches, every further call from Python costs tens of microseconds.
+
+    Args:
+        stack: The layers, their K/V tensors given.
+        head: Output projection.
+        embeddings: float32 or bfloat16 [vocab_size, hidden_size].
+        rows: The sequences.
+    """
+
+    def __init__(self, stack: DecoderStack, head: PackedMatrix, embeddings: torch.Tensor, rows: SequenceRows) -> None:
+        self._kept = (stack, head, embeddings, rows)
+        self._network = _Network(stack.struct, head.struct, _address(embeddings), _format(embeddings.dtype))
+        self._rows = rows
+        self._run = _kernels().vsp_run_step
+
+    def draw(
+        self, rows: list[int], starts: list[int], counts: list[int], samples: list[bool], groups: list[PrefixGroup]
+    ) -> list[int]:
+        """Computes the tokens `starts[i] … starts[i] + counts[i]` of each row and returns the most likely next token of
+        those that sample, after writing it into their rows."""
+        drawn = (c_int64 * sum(samples))()
+        self._call(rows, starts, counts, samples, groups, None, drawn)
+        return list(drawn)
+
+    def hidden(
+        self,
+        rows: list[int],
+        starts: list[int],
+        counts: list[int],
+        samples: list[bool] | None,
+        groups: list[PrefixGroup],
+    ) -> torch.Tensor:
+        """Computes as `draw` does; returns the normalised states of the last token of those that sample, or of every
+        token where `samples` is None; float32 [R, hidden_size]."""
+        size = sum(counts if samples is None else samples)
+        out = torch.empty((size, self._network.stack.hidden_size))
+        self._call(rows, starts, counts, samples, groups, _address(out), None)
+        return out
+
+    def _call(
+        self,
+        rows: list[int],
+        starts: list[int],
+        counts: list[int],
+        samples: list[bool] | None,
+        groups: list[PrefixGroup],
+        hidden: c_void_p | None,
+        drawn: ctypes.Array[c_int64] | None,
+    ) -> None:
+        ints = c_int64 * len(rows)
+        flat = [n for g in groups for n in (g.first_token, g.num_tokens, g.first_slot, g.length)]
+        step = _Step(
+            len(rows),
+            ints(*rows),
+            ints(*starts),
+            ints(*counts),
+            None if samples is None else ints(*samples),
+            len(groups),
+            (c_int64 * len(flat))(*flat),
+            hidden,
+            drawn,
+        )
+        self._run(byref(self._network), byref(self._rows.struct), byref(step), _threads())
