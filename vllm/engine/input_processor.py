@@ -58,8 +58,8 @@ class InputProcessor:
         at_least = num_chars // self.tokenizer.max_chars_per_token
         if at_least >= self.config.max_model_len:
             raise VLLMValidationError(
-                f"The prompt has {num_chars} characters, which is at least {at_least} tokens; this model takes at most "
-                f"{self.config.max_model_len} tokens, prompt and output together. Shorten the prompt.",
+                f"This model's maximum context length is {self.config.max_model_len} tokens, prompt and output "
+                f"together; the prompt has {num_chars} characters, at least {at_least} tokens.",
                 param,
             )
 
@@ -113,8 +113,8 @@ class InputProcessor:
             raise VLLMValidationError("The prompt is empty; give at least one token.", "prompt")
         if len(token_ids) >= longest:
             raise VLLMValidationError(
-                f"The prompt has {len(token_ids)} tokens; this model takes at most {longest} tokens, prompt and output "
-                "together, and at least one must be left for the output. Shorten the prompt.",
+                f"This model's maximum context length is {longest} tokens, prompt and output together, and at least "
+                f"one must be left for the output; the prompt has {len(token_ids)}.",
                 "prompt",
             )
         params.verify_for_model(self.config.vocab_size, self.config.max_logprobs)

@@ -48,7 +48,7 @@ def test_answer_has_the_shape_of_the_openai_api(client, server):
     assert choice["index"] == 0
     assert choice["message"]["role"] == "assistant"
     assert isinstance(choice["message"]["content"], str)
-    assert choice["message"]["tool_calls"] == []
+    assert "tool_calls" not in choice["message"]
     assert choice["finish_reason"] in ("stop", "length")
     assert choice["stop_reason"] is None
     assert choice["logprobs"] is None
@@ -96,6 +96,15 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client):
     assert chunks[-1]["usage"]["prompt_tokens"] > 0
     assert "cached_tokens" in chunks[-1]["usage"]["prompt_tokens_details"]
     assert all(chunk.get("usage") is None for chunk in chunks[:-1])
+
+
+def test_the_fingerprint_is_the_same_in_answers_and_at_the_end_of_streams(client):
+    mark = chat(client)["system_fingerprint"]
+    assert mark.startswith("vllm-")
+    chunks = stream(client, messages=[USER], n=2)
+    marked = [chunk for chunk in chunks if "system_fingerprint" in chunk]
+    assert [chunk["choices"][0]["finish_reason"] is not None for chunk in marked] == [True, True]
+    assert {chunk["system_fingerprint"] for chunk in marked} == {mark}
 
 
 def test_usage_comes_with_every_chunk_that_asks_for_it(client):
@@ -184,7 +193,7 @@ def test_the_last_message_can_be_continued_and_echoed(client):
 
 def test_tools_are_shown_to_the_model_when_tool_choice_is_none(client):
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}]
-    assert chat(client, tools=tools, tool_choice="none")["choices"][0]["message"]["tool_calls"] == []
+    assert "tool_calls" not in chat(client, tools=tools, tool_choice="none")["choices"][0]["message"]
 
 
 def test_unknown_fields_are_accepted_and_logged_once(client, server):

@@ -65,6 +65,14 @@ def test_development_routes_are_closed(client):
     assert client.post("/reset_prefix_cache").status_code == 404
 
 
+def test_routes_of_other_kinds_of_models_say_what_is_missing(client, server):
+    words = {"/v1/embeddings": "pooling model", "/v1/load_lora_adapter": "LoRA", "/v1/nothing": "no /v1/nothing here"}
+    for path, text in words.items():
+        answer = client.post(path, json={"model": server.model, "input": "x"})
+        assert answer.status_code == 404
+        assert text in answer.json()["error"]["message"]
+
+
 def test_tokenize_and_back(client):
     text = "Hello, wörld 123 😀"
     answer = client.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -145,6 +146,31 @@ def test_the_api_key_guards_the_running_server(start):
     assert httpx.get(f"{server.url}/v1/responses/{response['id']}", headers=one).status_code == 200
     for method in ("GET", "DELETE"):
         assert httpx.request(method, f"{server.url}/v1/responses/{response['id']}", headers=two).status_code == 404
+
+
+def test_flags_of_the_http_layer(start):
+    flags = ["--root-path", "/api", "--enable-force-include-usage", "--enable-request-id-headers"]
+    names = ["--served-model-name", "one", "two", "--fingerprint-mode", "custom", "--fingerprint-value", "mine"]
+    server = start(*flags, *names, "--allowed-origins", '["http://a"]', "--disable-fastapi-docs")
+    assert "Warning" not in server.log_path.read_text()
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        # A proxy may take the prefix off, or leave it.
+        for prefix in ("", "/api"):
+            models = client.get(f"{prefix}/v1/models", headers={"Origin": "http://b"})
+            assert [card["id"] for card in models.json()["data"]] == ["one", "two"]
+            assert "access-control-allow-origin" not in models.headers
+            assert len(models.headers["x-request-id"]) == 32
+            refused = client.post(f"{prefix}/v1/messages", json={"model": "three"})
+            assert refused.json()["type"] == "error"
+        assert client.get("/openapi.json").status_code == 404
+        chat = {"model": "two", "messages": [{"role": "user", "content": "Hi"}]}
+        for path, body in (("chat/completions", chat), ("completions", {"model": "two", "prompt": "Hi"})):
+            text = client.post(f"/v1/{path}", json=body | {"stream": True, "max_tokens": 2}).text
+            *others, last = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+            assert last["usage"]["completion_tokens"] <= 2
+            assert last["choices"] == []
+            assert (last["model"], last["system_fingerprint"]) == ("two", "mine")
+            assert not any("system_fingerprint" in chunk or "usage" in chunk for chunk in others)
 
 
 def test_development_routes_open_in_development_mode(start):

@@ -26,6 +26,7 @@ from vllm.entrypoints.openai.middleware import (
     AdminGuard,
     ApiKeyMiddleware,
     RequestIdMiddleware,
+    RootPathMiddleware,
 )
 from vllm.entrypoints.openai.openapi import describe_bodies
 from vllm.entrypoints.openai.protocol import (
@@ -60,7 +61,6 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     app = FastAPI(
         title="vLLM-compatible server",
         version=__version__,
-        root_path=args.root_path,
         # /docs and /redoc are made from it.
         openapi_url=None if args.disable_fastapi_docs else "/openapi.json",
     )
@@ -86,6 +86,8 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     keys = args.api_key or ([envs.api_key()] if envs.api_key() else [])
     if keys:
         app.add_middleware(ApiKeyMiddleware, keys=keys, root_path=args.root_path, admin_key=admin_key)
+    if args.root_path:
+        app.add_middleware(RootPathMiddleware, root_path=args.root_path)
     app.add_middleware(RequestIdMiddleware, always=args.enable_request_id_headers)
     app.add_middleware(
         CORSMiddleware,

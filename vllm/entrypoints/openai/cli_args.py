@@ -107,6 +107,14 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--response-role", default="assistant", help="role of chat answers (default: %(default)s)")
     switch("return-tokens-as-token-ids", "name tokens in log-probabilities token_id:ID")
     group.add_argument(
+        "--fingerprint-mode",
+        choices=["full", "hash", "custom", "none"],
+        default="full",
+        help="what system_fingerprint of responses holds: version and hash of the model, the hash alone, "
+        "--fingerprint-value, or nothing (default: %(default)s)",
+    )
+    group.add_argument("--fingerprint-value", metavar="TEXT", help="the text of --fingerprint-mode custom")
+    group.add_argument(
         "--default-chat-template-kwargs",
         type=_json_object,
         default={},
@@ -140,6 +148,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise StartupError(
             f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(sorted(TOOL_PARSERS))}."
         )
+    if (args.fingerprint_mode == "custom") != bool(args.fingerprint_value):
+        raise StartupError("--fingerprint-mode custom and --fingerprint-value need each other.")
 
 
 def _port(text: str) -> int:

@@ -38,6 +38,16 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+_POOLING = "The model of this server writes text; embeddings, scores and classes need a pooling model."
+_LORA = "This server has no LoRA adapters; serve a checkpoint that the adapter was merged into."
+_AUDIO = "The model of this server reads text only."
+# Routes that clients of vLLM know and this server lacks: why they are missing.
+_ABSENT = {
+    **dict.fromkeys(("/v1/embeddings", "/v2/embed", "/pooling", "/classify", "/score", "/v1/score"), _POOLING),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), _POOLING),
+    **dict.fromkeys(("/v1/load_lora_adapter", "/v1/unload_lora_adapter"), _LORA),
+    **dict.fromkeys(("/v1/audio/transcriptions", "/v1/audio/translations", "/v1/realtime"), _AUDIO),
+}
 
 
 class ApiError(Exception):
@@ -70,12 +80,17 @@ def anthropic_error_body(status: int, message: str) -> dict[str, Any]:
 
 def error_response(error: ApiError, scope: Scope) -> Response:
     """The error in the shape that clients of the request's path read."""
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = _route(scope)
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         body = anthropic_error_body(error.status, error.message)
     else:
         body = error_body(error.status, error.message, error.param)
     return Response(orjson.dumps(body), status_code=error.status, headers=error.headers, media_type="application/json")
+
+
+def _route(scope: Scope) -> str:
+    """The request's path without `--root-path`."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
 
 
 def describe(exc: BaseException) -> ApiError:
@@ -103,7 +118,8 @@ async def handle_http_exception(request: Request, exc: Exception) -> Response:
         return await handle_exception(request, exc)
     message = str(exc.detail)
     if exc.status_code == 404:
-        message = f"There is no {request.scope['path']} here."
+        path = request.scope["path"]
+        message = _ABSENT.get(_route(request.scope), f"There is no {path} here.")
     elif exc.status_code == 405:
         message = f"{request.method} is not allowed for {request.scope['path']}."
     headers = dict(exc.headers) if exc.headers else None

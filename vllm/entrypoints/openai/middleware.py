@@ -113,15 +113,18 @@ def _digest(key: bytes) -> bytes:
 
 
 class RootPathMiddleware:
-    """Tells the app under which path a proxy serves it (`--root-path`). Requests may come with that prefix or, where the
-    proxy takes it off, without."""
+    """Tells the app under which path a proxy serves it (`--root-path`).
+
+    Requests may come with that prefix or, where the proxy takes it off, without.
+    """
 
     def __init__(self, app: ASGIApp, root_path: str) -> None:
         self.app = app
         self.root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app({**scope, "root_path": self.root_path}, receive, send)
+        scope["root_path"] = self.root_path
+        await self.app(scope, receive, send)
 
 
 class RequestIdMiddleware:

@@ -112,10 +112,11 @@ class PromptReader:
 
     def check_tokens(self, num_tokens: int, param: str) -> None:
         """Raises VLLMValidationError for a prompt that leaves no room for an answer; `param` is its request field."""
+        # Clients tell this error from others by OpenAI's words "maximum context length".
         if num_tokens >= self._max_model_len:
             raise VLLMValidationError(
-                f"{param} is too long: {num_tokens} tokens, where this model takes at most {self._max_model_len}, "
-                "prompt and answer together, and at least one must be left for the answer.",
+                f"This model's maximum context length is {self._max_model_len} tokens, prompt and answer together, and "
+                f"at least one must be left for the answer; {param} has {num_tokens}.",
                 param,
             )
 
@@ -123,8 +124,8 @@ class PromptReader:
         fewest_tokens = -(-chars // self._max_chars_per_token)
         if must_fit and fewest_tokens > self._max_model_len:
             raise VLLMValidationError(
-                f"{param} is too long: {chars} characters, at least {fewest_tokens} tokens, where this model takes at "
-                f"most {self._max_model_len}, prompt and answer together.",
+                f"This model's maximum context length is {self._max_model_len} tokens, prompt and answer together; "
+                f"{param} has {chars} characters, at least {fewest_tokens} tokens.",
                 param,
             )
         if chars > MAX_TOKENIZE_CHARS:

@@ -206,7 +206,7 @@ class ServingChat:
         return call.head("chat.completion") | {
             "choices": [self._choice(call, outputs[index]) for index in sorted(outputs)],
             "service_tier": None,
-            "system_fingerprint": None,
+            "system_fingerprint": self._models.fingerprint,
             "usage": usage(
                 len(final.prompt_token_ids), completion_tokens, final.num_cached_tokens, final.num_cache_write_tokens
             ),
@@ -222,19 +222,21 @@ class ServingChat:
         if parser is not None and not content:
             content = None
         reasoning = (answer.reasoning if call.shows_reasoning else "") or None
+        message: dict[str, Any] = {
+            "role": call.role,
+            "content": content,
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": reasoning,
+            "reasoning_content": reasoning,
+        }
+        if answer.calls:
+            message["tool_calls"] = whole_calls_json(answer.calls)
         return {
             "index": output.index,
-            "message": {
-                "role": call.role,
-                "content": content,
-                "refusal": None,
-                "annotations": None,
-                "audio": None,
-                "function_call": None,
-                "tool_calls": whole_calls_json(answer.calls),
-                "reasoning": reasoning,
-                "reasoning_content": reasoning,
-            },
+            "message": message,
             "logprobs": self._logprobs(call, output),
             "finish_reason": call.format.finish_reason(output.finish_reason, parser.num_calls if parser else 0),
             "stop_reason": output.stop_reason,
@@ -263,7 +265,8 @@ class ServingChat:
     async def _chunks(self, call: _Call) -> AsyncGenerator[dict[str, Any], None]:
         """A chunk with the role for each choice, the deltas, and usage if it was asked for."""
         options = call.request.stream_options
-        every_usage = bool(options and options.include_usage and options.continuous_usage_stats)
+        tells_usage = bool(options and options.include_usage)
+        every_usage = bool(tells_usage and options and options.continuous_usage_stats)
         head = call.head("chat.completion.chunk")
         item: RequestOutput | None = None
         prompt_tokens = cached_tokens = written_tokens = 0
@@ -292,12 +295,15 @@ class ServingChat:
                     generated[output.index] += len(output.token_ids)
                     choice = self._delta_choice(call, output)
                     if choice is not None:
-                        yield chunk(choice, generated[output.index])
+                        made = chunk(choice, generated[output.index])
+                        if output.finish_reason is not None and not tells_usage:
+                            made["system_fingerprint"] = self._models.fingerprint
+                        yield made
         if item is None:
             raise RuntimeError(f"the engine gave no output for {call.id}")
-        if options and options.include_usage:
+        if tells_usage:
             total = usage(prompt_tokens, sum(generated), cached_tokens, written_tokens)
-            yield head | {"choices": [], "usage": total}
+            yield head | {"choices": [], "usage": total, "system_fingerprint": self._models.fingerprint}
 
     def _delta_choice(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
         """The choice of a chunk; None while there is nothing to tell, as when a character is not complete yet."""

@@ -168,7 +168,7 @@ class ServingCompletion:
         return call.head() | {
             "choices": choices,
             "service_tier": None,
-            "system_fingerprint": None,
+            "system_fingerprint": self._models.fingerprint,
             "usage": _usage(last.values(), completion_tokens),
             "kv_transfer_params": None,
         }
@@ -198,7 +198,8 @@ class ServingCompletion:
     async def _events(self, call: _Call) -> AsyncGenerator[bytes, None]:
         """Server-sent events: the deltas of all prompts as they come, and usage if it was asked for."""
         options = call.request.stream_options
-        every_usage = bool(options and options.include_usage and options.continuous_usage_stats)
+        tells_usage = bool(options and options.include_usage)
+        every_usage = bool(tells_usage and options and options.continuous_usage_stats)
         head = call.head()
         prompts: dict[int, RequestOutput] = {}
         generated = [0] * (len(call.streams) * call.n)
@@ -222,10 +223,13 @@ class ServingCompletion:
                     chunk = head | {"choices": [choice]}
                     if every_usage:
                         chunk["usage"] = _usage([item], generated[choice["index"]])
+                    if choice["finish_reason"] is not None and not tells_usage:
+                        chunk["system_fingerprint"] = self._models.fingerprint
                     yield sse(chunk)
-        if options and options.include_usage:
+        if tells_usage:
             completion_tokens = 0 if call.prompt_only else sum(generated)
-            yield sse(head | {"choices": [], "usage": _usage(prompts.values(), completion_tokens)})
+            total = {"usage": _usage(prompts.values(), completion_tokens)}
+            yield sse(head | {"choices": []} | total | {"system_fingerprint": self._models.fingerprint})
         yield DONE
 
     def _first_choice(self, call: _Call, index: int, item: RequestOutput) -> dict[str, Any]:

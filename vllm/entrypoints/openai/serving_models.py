@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.entrypoints.openai.errors import ApiError
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.protocol import now, random_id
+from vllm.version import __version__
 
 
 class ServingModels:
-    """The names of the one model; each of them is listed and accepted, the first is reported back."""
+    """The names of the one model; each of them is listed and accepted, the first is reported back.
 
-    def __init__(self, config: VllmConfig) -> None:
+    Args:
+        fingerprint: What `system_fingerprint` holds (`--fingerprint-mode`): "full", the server's version and a hash of
+            what decides which tokens come; "hash", that alone; "none", null. Any other text stands for itself.
+
+    Attributes:
+        fingerprint: `system_fingerprint` of responses.
+    """
+
+    def __init__(self, config: VllmConfig, fingerprint: str = "full") -> None:
+        parts = (config.model.weights_digest, config.model.dtype, config.device, config.attention_backend, __version__)
+        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
+        known = {"full": f"vllm-{__version__}-{digest}", "hash": digest, "none": None}
+        self.fingerprint: str | None = known.get(fingerprint, fingerprint)
         self.names = config.model.served_model_names
         self._root = config.model.model
         self._max_model_len = config.model.max_model_len
