@@ -37,7 +37,7 @@ from vllm.attention.ops.triton_suffix import (
 from vllm.kernel_launch import compiling_ahead
 from vllm.model_executor.layers.ops.triton_activation import silu_and_mul
 from vllm.model_executor.layers.ops.triton_linear import row_linear
-from vllm.model_executor.layers.ops.triton_norm import add_rms_norm
+from vllm.model_executor.layers.ops.triton_norm import rms_norm
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 from vllm.worker.ops.triton_copy import BlockCopier
 
@@ -112,10 +112,16 @@ def median_ms(run: Callable[[], object]) -> float:
     return float(triton.testing.do_bench(graph.replay, warmup=10, rep=60, return_mode="median"))
 
 
-def prefix_case(groups: int, batch: int, length: int, tiles: TileConfig | None = None, tma: bool = False) -> Case:
-    """`batch` decode tokens in equal groups, each over an extent of its own."""
+def prefix_case(
+    groups: int, batch: int, length: int, tiles: TileConfig | None = None, tma: bool = False, hopper: bool = False
+) -> Case:
+    """`batch` decode tokens in equal groups, each over an extent of its own.
+
+    Args:
+        hopper: By the kernel for Hopper instead.
+    """
     per_group = batch // groups
-    tiles = tiles or prefix_tiles(batch * HEADS // KV_HEADS, DIM, BF16)
+    tiles = gluon_attention.TILES if hopper else tiles or prefix_tiles(batch * HEADS // KV_HEADS, DIM, BF16)
     programs = num_sms() * tiles.programs_per_sm
     parts = min(64, max(12, 1024 // batch))
     index = np.arange(groups)
@@ -133,20 +139,31 @@ def prefix_case(groups: int, batch: int, length: int, tiles: TileConfig | None =
     q, k, v = randn(batch, HEADS, DIM), *(randn(groups * length, KV_HEADS, DIM) for _ in range(2))
     out = torch.empty(parts, batch, HEADS, DIM, device=DEVICE)
     lse = torch.empty(parts, batch, HEADS, device=DEVICE)
-    items, size = to_device(work), size_of(work)
+    arguments = (q, k, v, DIM**-0.5, to_device(work), size_of(work), out, lse)
+
+    def run() -> None:
+        if hopper:
+            gluon_attention.hopper_attention(*arguments, programs)
+        else:
+            prefix_attention(*arguments, tiles, programs, tma)
+
     return Case(
-        f"prefix {groups} × {length}, {batch} sequences{label(tiles, tma)}",
-        lambda: prefix_attention(q, k, v, DIM**-0.5, items, size, out, lse, tiles, programs, tma),
+        f"prefix {groups} × {length}, {batch} sequences{' [Gluon]' if hopper else label(tiles, tma)}",
+        run,
         2 * k.nbytes + q.nbytes + int(counts.sum()) * HEADS * (DIM + 1) * 4,
         4.0 * batch * HEADS * DIM * length,
     )
 
 
-def suffix_case(batch: int, queries: int, context: int, tiles: TileConfig | None = None) -> Case:
-    """`batch` sequences with `queries` query tokens each; one part a token where nothing is split."""
-    tiles = tiles or suffix_tiles(queries * HEADS // KV_HEADS, DIM, BF16)
+def suffix_case(batch: int, queries: int, context: int, tiles: TileConfig | None = None, hopper: bool = False) -> Case:
+    """`batch` sequences with `queries` query tokens each; one part a token where nothing is split.
+
+    Args:
+        hopper: By the kernel for Hopper instead.
+    """
+    tiles = gluon_attention.TILES if hopper else tiles or suffix_tiles(queries * HEADS // KV_HEADS, DIM, BF16)
     programs = num_sms() * tiles.programs_per_sm
-    parts = 1 if batch * queries > 64 else 16
+    parts = 1 if hopper or batch * queries > 64 else 16
     index = np.arange(batch)
     counts = np.zeros(batch * queries, np.int32)
     work = plan_suffix(
@@ -170,41 +187,23 @@ def suffix_case(batch: int, queries: int, context: int, tiles: TileConfig | None
     out = torch.empty(parts, *q.shape, device=DEVICE, dtype=BF16 if direct else torch.float32)
     lse = None if direct else torch.empty(parts, *q.shape[:2], device=DEVICE)
     items, size = to_device(work), size_of(work)
-    grid = programs if queries == 1 else len(work) * KV_HEADS
+    grid = programs if hopper or queries == 1 else len(work) * KV_HEADS
+
+    def run() -> None:
+        if hopper:
+            gluon_attention.hopper_attention(
+                q, k, v, DIM**-0.5, items, size, out, lse, grid, block_tables=tables, block_size=BLOCK_SIZE, causal=True
+            )
+        else:
+            suffix_attention(q, k, v, DIM**-0.5, tables, BLOCK_SIZE, items, size, out, lse, tiles, grid)
+
     written = int(counts.sum()) * HEADS * DIM * out.element_size()
     pairs = sum(context - queries + 1 + i for i in range(queries))
     return Case(
-        f"suffix {batch} × {context} keys, {queries} queries each{label(tiles)}",
-        lambda: suffix_attention(q, k, v, DIM**-0.5, tables, BLOCK_SIZE, items, size, out, lse, tiles, grid),
+        f"suffix {batch} × {context} keys, {queries} queries each{' [Gluon]' if hopper else label(tiles)}",
+        run,
         batch * context * 2 * KV_HEADS * DIM * 2 + q.nbytes + written,
         4.0 * batch * pairs * HEADS * DIM,
-    )
-
-
-def hopper_case(groups: int, batch: int, length: int) -> Case:
-    """`prefix_case` by the kernel for Hopper."""
-    tiles, per_group, index = gluon_attention.TILES, batch // groups, np.arange(groups)
-    parts = min(64, max(12, 1024 // batch))
-    table = np.stack((index * per_group, np.full(groups, per_group), index * length, np.full(groups, length)), axis=1)
-    work, counts = plan_prefix(
-        table,
-        batch,
-        group_size=HEADS // KV_HEADS,
-        num_kv_heads=KV_HEADS,
-        tiles=tiles,
-        num_programs=num_sms(),
-        max_partials=parts - parts // 4,
-        max_work=10**6,
-    )
-    q, k, v = randn(batch, HEADS, DIM), *(randn(groups * length, KV_HEADS, DIM) for _ in range(2))
-    out = torch.empty(parts, batch, HEADS, DIM, device=DEVICE)
-    lse = torch.empty(parts, batch, HEADS, device=DEVICE)
-    items, size = to_device(work), size_of(work)
-    return Case(
-        f"prefix {groups} × {length}, {batch} sequences [Gluon]",
-        lambda: gluon_attention.hopper_attention(q, k, v, DIM**-0.5, items, size, out, lse, num_sms()),
-        2 * k.nbytes + q.nbytes + int(counts.sum()) * HEADS * (DIM + 1) * 4,
-        4.0 * batch * HEADS * DIM * length,
     )
 
 
@@ -218,48 +217,6 @@ def chunk_case(start: int, count: int) -> Case:
         lambda: gluon_attention.hopper_attention(q, k, v, DIM**-0.5, items, size, out, None, num_sms(), causal=True),
         2 * k.nbytes + 2 * q.nbytes,
         4.0 * HEADS * DIM * (start * count + count * (count + 1) / 2),
-    )
-
-
-def paged_case(batch: int, queries: int, context: int) -> Case:
-    """`suffix_case` by the kernel for Hopper, nothing split."""
-    index = np.arange(batch)
-    work = plan_suffix(
-        index * queries,
-        np.full(batch, queries),
-        np.full(batch, context),
-        index,
-        np.zeros(batch * queries, np.int32),
-        group_size=HEADS // KV_HEADS,
-        num_kv_heads=KV_HEADS,
-        tiles=gluon_attention.TILES,
-        num_programs=num_sms(),
-        max_partials=1,
-        max_work=10**6,
-    )
-    blocks = -(-context // BLOCK_SIZE)
-    tables = torch.randperm(batch * blocks, device=DEVICE).view(batch, blocks)
-    q = randn(batch * queries, HEADS, DIM)
-    k, v = (randn(batch * blocks * BLOCK_SIZE, KV_HEADS, DIM) for _ in range(2))
-    out, items, size = torch.empty_like(q), to_device(work), size_of(work)
-    return Case(
-        f"suffix {batch} × {context} keys, {queries} queries each [Gluon]",
-        lambda: gluon_attention.hopper_attention(
-            q,
-            k,
-            v,
-            DIM**-0.5,
-            items,
-            size,
-            out,
-            None,
-            num_sms(),
-            block_tables=tables,
-            block_size=BLOCK_SIZE,
-            causal=True,
-        ),
-        batch * context * 2 * KV_HEADS * DIM * 2 + 2 * q.nbytes,
-        4.0 * batch * sum(context - queries + 1 + i for i in range(queries)) * HEADS * DIM,
     )
 
 
@@ -282,12 +239,8 @@ def merge_case(batch: int, parts: int) -> Case:
 
 
 def layer_cases(tokens: int) -> Iterator[Case]:
-    x, residual, weight = randn(tokens, HIDDEN), randn(tokens, HIDDEN), randn(HIDDEN)
-    yield Case(
-        f"add + norm {tokens} tokens",
-        lambda: add_rms_norm(x, residual, weight, 1e-5, out=x),
-        4 * x.nbytes + weight.nbytes,
-    )
+    x, weight = randn(tokens, HIDDEN), randn(HIDDEN)
+    yield Case(f"norm {tokens} tokens", lambda: rms_norm(x, weight, 1e-5), 2 * x.nbytes + weight.nbytes)
     qkv = randn(tokens, (HEADS + 2 * KV_HEADS) * DIM)
     k, v = (randn(2 * tokens, KV_HEADS, DIM) for _ in range(2))
     cos_sin = torch.randn(40960, DIM, device=DEVICE)
@@ -329,12 +282,12 @@ def cases() -> Iterator[Case]:
         yield prefix_case(1, batch, length, tma=True)
     if torch.cuda.get_device_capability()[0] == 9:
         for length, batch in product((2048, 8192, 32768), (64, 256)):
-            yield hopper_case(1, batch, length)
-        yield hopper_case(8, 256, 8192)
-        yield hopper_case(1, 8192, 24576)
+            yield prefix_case(1, batch, length, hopper=True)
+        yield prefix_case(8, 256, 8192, hopper=True)
+        yield prefix_case(1, 8192, 24576, hopper=True)
         yield from (chunk_case(start, 4096) for start in (0, 12288, 28672))
         for batch, queries, context in ((1, 8192, 8192), (8, 1024, 1024), (64, 128, 128), (4, 512, 8192)):
-            yield paged_case(batch, queries, context)
+            yield suffix_case(batch, queries, context, hopper=True)
     for rows, columns in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)):
         yield row_case(rows, columns)
     yield prefix_case(8, 256, 8192)

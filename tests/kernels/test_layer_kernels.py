@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from tests.kernels.kernel_inputs import DEVICE, DTYPES, TOLERANCE, assert_near, poisoned, randn
 from vllm.model_executor.layers.ops.triton_activation import silu_and_mul, silu_and_mul_reference
 from vllm.model_executor.layers.ops.triton_linear import row_linear, row_linear_reference
-from vllm.model_executor.layers.ops.triton_norm import add_rms_norm, rms_norm, rms_norm_reference
+from vllm.model_executor.layers.ops.triton_norm import rms_norm, rms_norm_reference
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write, rope_and_write_reference
 from vllm.worker.ops.triton_copy import BlockCopier, copy_blocks_reference
 
@@ -22,22 +22,6 @@ from vllm.worker.ops.triton_copy import BlockCopier, copy_blocks_reference
 def test_norm(dtype: torch.dtype, rows: int, size: int) -> None:
     x, weight = randn(rows, size, dtype=dtype), randn(size, dtype=dtype, seed=1)
     assert_near(rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5), TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "size"), [(1, 64), (5, 576), (2, 4096)])
-def test_norm_adds_to_the_residual_stream(dtype: torch.dtype, rows: int, size: int) -> None:
-    x, residual = randn(rows, size, dtype=dtype), randn(rows, size, dtype=dtype, seed=1)
-    weight = randn(size, dtype=dtype, seed=2)
-    total = residual + x
-    out = add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(residual, total)
-    assert_near(out, rms_norm_reference(total, weight, 1e-5), TOLERANCE[dtype])
-    # In place of x, as a layer does it.
-    again = total - x
-    into_x = add_rms_norm(x, again, weight, 1e-5, out=x)
-    assert into_x.data_ptr() == x.data_ptr()
-    assert_near(x, rms_norm_reference(again, weight, 1e-5), TOLERANCE[dtype])
 
 
 def test_norm_of_no_rows() -> None:
@@ -113,6 +97,11 @@ def test_block_copy_refuses_blocks_of_odd_bytes() -> None:
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (17, 576), (40, 1030), (9, 4096)])
 def test_linear_of_one_row(dtype: torch.dtype, rows: int, size: int) -> None:
     x, weight = randn(1, size, dtype=dtype), randn(rows, size, dtype=dtype, seed=1)
-    assert_near(row_linear(x, weight), row_linear_reference(x, weight), TOLERANCE[dtype])
+    want = row_linear_reference(x, weight)
+    assert_near(row_linear(x, weight), want, TOLERANCE[dtype])
+    residual = randn(1, rows, dtype=dtype, seed=2)
+    total = (residual.double() + x.double() @ weight.double().T).to(dtype)
+    assert row_linear(x, weight, residual) is residual
+    assert_near(residual, total, TOLERANCE[dtype])
     with pytest.raises(ValueError, match="no contiguous row"):
         row_linear(x[:, ::2], weight)

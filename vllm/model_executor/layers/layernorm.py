@@ -22,12 +22,3 @@ class RMSNorm(nn.Module):
             return triton_norm.rms_norm(x, self.weight, self.eps)
         wide = functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
         return wide.to(x.dtype) * self.weight
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (normalised sum, sum) of `x` and the residual stream, which may be overwritten."""
-        if x.is_cuda:
-            from vllm.model_executor.layers.ops import triton_norm
-
-            return triton_norm.add_rms_norm(x, residual, self.weight, self.eps), residual
-        residual = residual + x
-        return self(residual), residual

@@ -44,8 +44,8 @@ class LlamaMLP(nn.Module):
         self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, parts, bias, tp)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias, tp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)), residual)
 
 
 class LlamaAttention(nn.Module):
@@ -76,24 +76,22 @@ class LlamaLayer(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
         residual: torch.Tensor,
         cos_sin: torch.Tensor,
         context: ForwardContext,
         wanted: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the output and the residual stream it is to be added to, of the wanted tokens or (None) of all."""
+    ) -> torch.Tensor:
+        """Returns the residual stream of the wanted tokens or (None) of all; the one before it may be overwritten."""
         attention = self.self_attn
-        x, residual = self.input_layernorm.add(x, residual)
-        qkv = attention.qkv_proj(x)
+        qkv = attention.qkv_proj(self.input_layernorm(residual))
         if wanted is not None and not len(wanted):
             attention.attention.write(qkv, cos_sin, context)
-            return x[:0], residual[:0]
+            return residual[:0]
         x = attention.attention(qkv, cos_sin, context)
         if wanted is not None:
             x, residual = x[wanted], residual[wanted]
-        x, residual = self.post_attention_layernorm.add(attention.o_proj(x), residual)
-        return self.mlp(x), residual
+        residual = attention.o_proj(x, residual)
+        return self.mlp(self.post_attention_layernorm(residual), residual)
 
 
 class PackedLlama:
@@ -216,12 +214,10 @@ class LlamaForCausalLM(nn.Module):
         if self.packed is not None:
             hidden = self.packed.forward(residual, context)
             return hidden if wanted is None else hidden[wanted]
-        x = torch.zeros_like(residual)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, self.rotary.cos_sin, context, wanted if i == last else None)
-        x, _ = self.norm.add(x, residual)
-        return x
+            residual = layer(residual, self.rotary.cos_sin, context, wanted if i == last else None)
+        return self.norm(residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → [R, vocab_size]."""

@@ -1,4 +1,4 @@
-"""A linear layer of a single row: `x Wᵀ`, bound by the reading of W.
+"""A linear layer of a single row: `x Wᵀ (+ residual)`, bound by the reading of W.
 
 Decode steps of one sequence consist of little else. A library's matrix product reads the small matrices of a layer at
 half the device's bandwidth, because each begins only when the kernel before it has ended; this one loads the first
@@ -25,7 +25,15 @@ _COLUMNS = 1024
 
 @triton.jit
 def _row_kernel(
-    x_ptr, weight_ptr, out_ptr, N, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    N,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
@@ -40,15 +48,22 @@ def _row_kernel(
         weight = tl.load(at + k, mask=valid[:, None] & inside[None, :], other=0.0)
         x = tl.load(x_ptr + k + columns, mask=inside, other=0.0)
         acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    tl.store(out_ptr + rows, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=valid)
+    out = tl.sum(acc, 1)
+    if ADD:
+        out += tl.load(out_ptr + rows, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [1, K], weight [N, K], both contiguous → [1, N] in the dtype of `x`, summed in float32."""
+def row_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """x [1, K], weight [N, K], both contiguous → [1, N] in the dtype of `x`, summed in float32.
+
+    Args:
+        residual: [1, N]; the product is added to it in place, and it is returned.
+    """
     out_features, in_features = weight.shape
     if not (x.is_contiguous() and weight.is_contiguous() and x.shape == (1, in_features)):
         raise ValueError(f"x {tuple(x.shape)} is no contiguous row for weights {tuple(weight.shape)}")
-    out = x.new_empty(1, out_features)
+    out = x.new_empty(1, out_features) if residual is None else residual
     launch(
         _row_kernel,
         (triton.cdiv(out_features, _ROWS),),
@@ -59,6 +74,7 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         K=in_features,
         BLOCK_N=_ROWS,
         BLOCK_K=min(_COLUMNS, triton.next_power_of_2(in_features)),
+        ADD=residual is not None,
         num_warps=4,
     )
     return out
