@@ -60,7 +60,6 @@ _OTHER_BACKENDS = (
     "TREE_ATTN",
     "TRITON_ATTN",
     "TRITON_MLA",
-    "XFORMERS",
 )
 
 # Tokens of a step by default. On a CPU a GEMM is at full speed from a few hundred rows, and a smaller step keeps the
@@ -203,7 +202,7 @@ class EngineArgs:
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
         add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
-        add("attention_backend", "TORCH, or the device's: CPU, TRITON; the device's own choice if not given.")
+        add("attention_backend", "TORCH, or the device's: CPU, TRITON, XFORMERS; the device's own choice if not given.")
         add("enforce_eager", "Never capture CUDA graphs.")
         return parser
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # at run time, torch is the name of a module of this package 
 
 logger = init_logger(__name__)
 
-BACKENDS = ("TORCH", "CPU", "TRITON")
+BACKENDS = ("TORCH", "CPU", "TRITON", "XFORMERS")
 
 
 class AttentionShape(NamedTuple):
@@ -56,4 +56,25 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
         from vllm.attention.backends.triton import TritonAttentionBackend
 
         return TritonAttentionBackend(*shape[:4], device, shape.block_size)
+    if name.upper() == "XFORMERS":
+        return _xformers(shape, device)
     raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")
+
+
+def _xformers(shape: AttentionShape, device: torch.device) -> AttentionBackend:
+    if device.type != "cuda":
+        raise StartupError("--attention-backend XFORMERS needs a GPU; leave it out, or choose TORCH.")
+    dtype = str(shape.dtype).removeprefix("torch.")
+    if shape.dtype.itemsize != 2:
+        raise StartupError(
+            f"--attention-backend XFORMERS computes in float16 or bfloat16, not {dtype}; choose another --dtype, or "
+            "leave the flag out."
+        )
+    try:
+        from vllm.attention.backends.xformers import XFormersAttentionBackend
+    except ImportError as error:
+        raise StartupError(
+            f"--attention-backend XFORMERS needs the package xformers ({error}): pip install xformers, or leave the "
+            "flag out."
+        ) from None
+    return XFormersAttentionBackend(*shape[:4], device)
