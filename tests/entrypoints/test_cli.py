@@ -107,6 +107,9 @@ TOTALS = {
     "total_token_throughput",
     "max_output_tokens_per_s",
     "max_concurrent_requests",
+    "rtfx",
+    "latencies",
+    "queue_times",
 }
 SETTINGS = {
     "date",
@@ -166,6 +169,9 @@ def test_load_and_statistics_are_what_was_asked_for(bench):
     assert result["output_lens"] == [6] * 5
     assert len(set(result["input_lens"])) > 1
     assert result["max_concurrent_requests"] <= 2
+    assert len(result["latencies"]) == 5
+    # Only as many are sent at once as may be open; the last of the others waited for an answer.
+    assert max(result["queue_times"]) >= min(result["latencies"])
     assert result["request_goodput"] == result["request_throughput"]
     assert all(ttft > 0 for ttft in result["ttfts"])
     assert result["p50_e2el_ms"] >= result["p50_ttft_ms"] > 0

@@ -22,6 +22,7 @@ class Outcome:
     """What became of a request. Times are seconds: `started` of `time.perf_counter()`, the others since then.
 
     Attributes:
+        queued: From when it was due until it was sent, while others held all the connections that were allowed.
         ttft: Until the first piece of the answer.
         itl: Gaps between pieces.
         latency: Until the last piece.
@@ -31,6 +32,7 @@ class Outcome:
 
     prompt_len: int
     started: float
+    queued: float = 0.0
     ttft: float = 0.0
     itl: list[float] = field(default_factory=list)
     latency: float = 0.0

@@ -35,7 +35,15 @@ _TITLES = {
     "e2el": "End-to-end Latency",
 }
 _DETAILS = ("input_lens", "output_lens", "start_times", "ttfts", "itls", "generated_texts", "errors")
-_SAMPLING = {"temperature": float, "top_p": float, "top_k": int, "min_p": float}
+_SAMPLING = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "repetition_penalty": float,
+}
 _WIDTH = 50
 
 
@@ -49,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", help="name of the model's files; the first one of the server if not given")
     group.add_argument("--served-model-name", help="name the server knows the model by (default: --model)")
     group.add_argument("--tokenizer", help="folder, .gguf file or hub id to count tokens with (default: the model's)")
+    group.add_argument("--insecure", action="store_true", help="do not check the server's certificate")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the tokenizer brings")
     group.add_argument("--header", nargs="*", metavar="NAME=VALUE", help="extra request headers")
     group.add_argument("--extra-body", type=json.loads, default={}, metavar="JSON", help="extra fields of each request")
@@ -112,7 +121,8 @@ async def _run(args: argparse.Namespace) -> int:
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     headers |= _pairs("--header", args.header)
     # A benchmark waits as long as the server needs; the connections are as many as the load has.
-    timeout, connector = aiohttp.ClientTimeout(total=None, sock_connect=60), aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=60)
+    connector = aiohttp.TCPConnector(limit=0, ssl=not args.insecure)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
         card = await _wait_for_model(session, base_url, headers, args.ready_check_timeout_sec)
         model = args.model or card["id"]
@@ -205,8 +215,10 @@ async def _load(
     with tqdm(total=len(samples), disable=args.disable_tqdm) as progress:
 
         async def one(sample: Sample) -> Outcome:
+            due = perf_counter()
             async with gate:
                 outcome = await send(session, target, sample)
+            outcome.queued = outcome.started - due
             progress.update(1)
             return outcome
 
@@ -269,6 +281,9 @@ def summarise(
         "total_token_throughput": (total_input + sum(lengths)) / duration,
         "max_output_tokens_per_s": peak_tokens,
         "max_concurrent_requests": peak_requests,
+        "rtfx": 0.0,  # of transcriptions, which there are none of
+        "latencies": [outcome.latency for outcome in outcomes],
+        "queue_times": [outcome.queued for outcome in outcomes],
         "input_lens": [outcome.prompt_len for outcome in outcomes],
         "output_lens": lengths,
         "start_times": [outcome.started for outcome in outcomes],
