@@ -134,7 +134,8 @@ def boundaries(model: str | None, num_tokens: int) -> dict[str, float]:
     rng = random.Random(0)
     words = [rng.choice(("tide", "lamp", "oak", "ferry", "ledger", "salt", "bridge")) for _ in range(num_tokens)]
     chat = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "Hello"}]
-    find, finding = renderer._system_part, []
+    find = renderer._system_part
+    finding: list[float] = []
 
     class WatchedPart(NamedTuple):
         part: SystemPart

@@ -113,7 +113,8 @@ class EndedJob:
 
 @dataclass
 class StepPlan:
-    """What the ranks do in one step, in this order: moves, copies, freed, new_blocks, started, chunk, then the batch.
+    """What the ranks do in one step, in this order: moves, copies, cleared, freed, new_blocks, started, chunk, then the
+    batch.
 
     Between tiers: dropped, transfers (after moves and copies, at the same time as the rest; done before the next step
     begins), jobs.
@@ -126,6 +127,7 @@ class StepPlan:
         moves: Blocks that make room for an extent, (source, destination).
         copies: Blocks that a forked sequence needs a copy of, (source, destination); a source may be a destination
             of `moves`.
+        cleared: Blocks whose slots become zero.
         dropped: Images whose memory is given back.
         transfers: Copies between extents and the host.
         jobs: Work on snapshots to begin.
@@ -137,6 +139,7 @@ class StepPlan:
 
     moves: list[tuple[int, int]] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
     freed: list[FreedSequence] = field(default_factory=list)
     started: list[SequenceStart] = field(default_factory=list)
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
@@ -155,7 +158,7 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        batch = self.rows or self.chunk or self.moves or self.copies or self.freed
+        batch = self.rows or self.chunk or self.moves or self.copies or self.cleared or self.freed
         tiers = self.dropped or self.transfers or self.jobs or self.job_patience_s is not None
         return not (batch or tiers)
 

@@ -48,6 +48,9 @@ class Device:
                     self.slots.pop((destination, offset), None)
                     if (source, offset) in old:
                         self.slots[destination, offset] = old[source, offset]
+        for block in plan.cleared:
+            for offset in range(BLOCK):
+                self.slots.pop((block, offset), None)
         for freed in plan.freed:
             self.tables.pop(freed.row, None)
         for row, first, blocks in plan.new_blocks:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -74,6 +75,22 @@ def test_a_new_engine_answers_from_what_the_old_one_computed(make_kept: MakeEngi
     computed.add_system_prompt(hard)
     assert all(map(torch.equal, kv, pinned_kv(computed))), "bit for bit"
     assert_nothing_held(engine)
+
+
+def test_nothing_of_other_requests_is_in_a_snapshot(make_kept: MakeEngine, tmp_path: Path) -> None:
+    engine = make_kept()
+    cache = engine.core.executor._worker.runner.cache
+    for tensor in (*cache.k_caches, *cache.v_caches):
+        tensor.fill_(1.0)  # what requests have left in the blocks
+    info = engine.add_system_prompt(ids(1, 33))
+    saved(engine, 1)
+    (folder,) = folders(tmp_path)
+    data = (folder / "kv.safetensors").read_bytes()
+    size = sum(tensor.nbytes for tensor in (*cache.k_caches, *cache.v_caches)) * info.num_blocks // cache.num_blocks
+    shape = (2 * len(cache.k_caches), info.num_blocks, -1)
+    last_blocks = np.frombuffer(data[len(data) - size :], np.float32).reshape(shape)[:, -1]
+    assert last_blocks.any(axis=1).all(), "the last token of the prompt is in every layer"
+    assert np.count_nonzero(last_blocks, axis=1).max() <= last_blocks.shape[1] // cache.block_size
 
 
 def test_automatic_prompts_come_back_without_being_asked_for(make_kept: MakeEngine) -> None:

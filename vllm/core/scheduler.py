@@ -172,6 +172,9 @@ class Scheduler:
             if moves:
                 plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
             prompt = self.pool.begin_prefill(start)
+            if self.pool.tiers.keeps_snapshots and prompt.num_own_tokens % self.blocks.block_size:
+                # Slots that the prompt leaves unused would take what a request has left there to disk.
+                plan.cleared.append(start + prompt.num_blocks - 1)
         if prompt is not None and prompt.state == PromptState.LOADING:
             self._plan_load(plan, prompt)
         if prompt is None or prompt is not self.pool.computing or prompt.state == PromptState.LOADING:

@@ -239,6 +239,13 @@ class CacheEngine:
         for cache in (*self.k_caches, *self.v_caches):
             cache[destination] = cache[source]
 
+    def clear(self, blocks: list[int]) -> None:
+        """Fills blocks with zeros, all layers."""
+        for block in blocks:
+            slots = self.extent_slots(block, self.block_size)
+            for cache in (*self.k_caches, *self.v_caches):
+                cache[slots].zero_()
+
     def free(self, seq: HasRow) -> None:
         """Forgets the block table of a sequence that no longer runs.
 

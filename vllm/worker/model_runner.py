@@ -129,6 +129,7 @@ class ModelRunner:
         """
         self.cache.copy(plan.moves)
         self.cache.copy(plan.copies)
+        self.cache.clear(plan.cleared)
         after_moves(plan)
         for freed in plan.freed:
             self.cache.free(freed)
