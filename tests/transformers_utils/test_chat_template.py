@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import Breakpoint
 from vllm.transformers_utils import chat_template, system_parts
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.system_parts import SystemPart
@@ -432,11 +433,30 @@ def test_known_system_parts_are_bounded_by_number_and_size(monkeypatch: pytest.M
     monkeypatch.setattr(system_parts, "_MAX_PARTS", 3)
     monkeypatch.setattr(system_parts, "_MAX_BYTES", 5000)
     for i in range(5):
-        cache.get(bytes([i]), lambda: small)
-        cache.get(b"\0", lambda: small)
-    assert set(cache._parts) == {b"\0", b"\3", b"\4"}
+        cache.get((i,), lambda: small)
+        cache.get((0,), lambda: small)
+    assert set(cache._parts) == {(0,), (3,), (4,)}
     assert 0 < cache._num_bytes < 5000
-    assert cache.get(b"big", lambda: large) is large
+    assert cache.get(("big",), lambda: large) is large
     assert (len(cache._parts), cache._num_bytes) == (0, 0)
     cache.get(("template", False, "", ("system",), ("x" * 6000,)), lambda: small)  # known by a text that is too long
     assert (len(cache._parts), cache._num_bytes) == (0, 0)
+
+
+def test_who_has_sent_what_shows_in_no_ones_time(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = ChatRenderer(tokenizer, MARKED)
+    encode, sizes = tokenizer.encode, []
+    monkeypatch.setattr(tokenizer, "encode", lambda *args, **more: sizes.append(len(args[0])) or encode(*args, **more))
+
+    def work(words: str, **scopes: Any) -> tuple[int, list[int]]:
+        """What was tokenised for a chat with a long marked part: characters in all, and of each text."""
+        sizes.clear()
+        renderer.render([SYSTEM, user(words * 50), user("and?")], breakpoints=[Breakpoint(1, None, None)], **scopes)
+        return sum(sizes), list(sizes)
+
+    work("once ", scope="a")  # the system part is everybody's
+    assert work("word ", scope="a") > work("word ", scope="a")
+    assert work("word ", scope="b") == work("verb ", scope="b"), "as if nobody had sent it before"
+    first = work("word ", system_scope="a")
+    assert work("word ", system_scope="a") < first
+    assert work("word ", system_scope="b") == first

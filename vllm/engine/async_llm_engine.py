@@ -368,11 +368,13 @@ class AsyncLLMEngine:
         """
         return await self._in_thread(self.input_processor.encode, text, add_special_tokens)
 
-    async def render_chat(self, **kwargs: Any) -> RenderedChat:
-        """`ChatRenderer.render`, off the event loop."""
+    async def render_chat(self, cache_salt: str | None = None, **kwargs: Any) -> RenderedChat:
+        """`ChatRenderer.render`, off the event loop; what it keeps is shared as pinned prompts and suffixes are."""
+        tenant = current_tenant.get()
+        system_scope = tenant if self.vllm_config.system_prompt.private else None
 
         def render() -> RenderedChat:
-            return self.renderer.render(**kwargs)
+            return self.renderer.render(**kwargs, system_scope=system_scope, scope=(tenant, cache_salt))
 
         return await self._in_thread(render)
 

@@ -130,6 +130,8 @@ class ChatRenderer:
         chat_template: str | None = None,
         add_special_tokens: bool = False,
         breakpoints: Sequence[Breakpoint] = (),
+        system_scope: Hashable = None,
+        scope: Hashable = None,
     ) -> RenderedChat:
         """Renders and encodes a chat.
 
@@ -142,6 +144,8 @@ class ChatRenderer:
             chat_template: Template source for this chat alone.
             add_special_tokens: Also add what the tokenizer adds to plain text; templates write it themselves.
             breakpoints: Places in the chat whose positions in the prompt are asked for.
+            system_scope: Who else may notice, by the time it takes, that this system part has been seen.
+            scope: The same of what the breakpoints mark beyond it.
 
         Raises:
             VLLMValidationError: there is no template, the messages are malformed, or the template refuses them.
@@ -164,10 +168,12 @@ class ChatRenderer:
             add_special_tokens=add_special_tokens,
         )
         written = self._write(chat)
-        part = self._system_part(chat)
+        part = self._system_part(chat, system_scope)
         ids, head = self._tokenise(chat, written, part.head)
         system = part.size_in(ids, head)
-        marks = [CacheMark(self._position(chat, messages, ids, system, part.head, b), b.ttl) for b in breakpoints]
+        marks = [
+            CacheMark(self._position(chat, messages, ids, system, part.head, b, scope), b.ttl) for b in breakpoints
+        ]
         return RenderedChat(ids, system, written.text, tuple(mark for mark in marks if mark.num_tokens))
 
     def system_prefix(
@@ -183,7 +189,8 @@ class ChatRenderer:
         """
         template = self._inspect(self._choose_template(None, tools))
         normal = [_normalise(message, template) for message in _checked(messages)]
-        part = self._system_part(_Chat(template, normal, tools or None, template_kwargs or {}, True, False, False))
+        chat = _Chat(template, normal, tools or None, template_kwargs or {}, True, False, False)
+        part = self._system_part(chat, None)
         return part.token_ids.copy() or None
 
     def text_prefix(self, text: str) -> list[int]:
@@ -255,6 +262,7 @@ class ChatRenderer:
         system: int | None,
         head: TextHead | None,
         place: Breakpoint,
+        scope: Hashable,
     ) -> int:
         """How many tokens of the prompt `ids` come before a place in its chat; 0 if that is not certain.
 
@@ -268,7 +276,7 @@ class ChatRenderer:
         marked = None if place.message is None else messages[place.message]
         variants = [_cut(chat, place, marked, probe, has_system=count > 0) for probe in _PROBES[:2]]
         try:
-            key = _digest(variants[0], variants[0].messages)
+            key = (scope, _digest(variants[0], variants[0].messages))
         except (TypeError, ValueError, RecursionError):
             return 0
         shared = self._parts.get(key, lambda: self._shared(variants, head)).token_ids
@@ -283,14 +291,14 @@ class ChatRenderer:
             return NO_PART
         return SystemPart(_common_prefix(prompts))
 
-    def _system_part(self, chat: _Chat) -> SystemPart:
+    def _system_part(self, chat: _Chat, scope: Hashable) -> SystemPart:
         """The system part of a chat; empty if there is none or its end is not certain."""
         count = _num_system_messages(chat)
         if count == 0 and not chat.tools:
             return NO_PART
         messages = chat.messages[:count]
         try:
-            key = _key(chat, messages)
+            key = (scope, *_key(chat, messages))
         except (TypeError, ValueError, RecursionError):  # variables that are no JSON: nothing to know the prompt by
             return NO_PART
         return self._parts.get(
@@ -368,7 +376,7 @@ def _common_prefix(prompts: list[list[int]]) -> list[int]:
     return prompts[0][:size]
 
 
-def _key(chat: _Chat, messages: list[dict[str, Any]]) -> Hashable:
+def _key(chat: _Chat, messages: list[dict[str, Any]]) -> tuple[Hashable, ...]:
     """What the system part `messages` of a chat is known by. A few texts are that themselves, which is found fastest;
     all else by a digest.
 
@@ -380,7 +388,7 @@ def _key(chat: _Chat, messages: list[dict[str, Any]]) -> Hashable:
     if plain and all(isinstance(text, str) for text in texts):
         roles = tuple(message["role"] for message in messages)
         return (chat.template.source, chat.add_special_tokens, _today(chat), roles, tuple(texts))
-    return _digest(chat, messages)
+    return (_digest(chat, messages),)
 
 
 def _digest(chat: _Chat, messages: list[dict[str, Any]]) -> bytes:

@@ -58,11 +58,11 @@ class SystemPartCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._parts: OrderedDict[Hashable, SystemPart] = OrderedDict()
+        self._parts: OrderedDict[tuple[Hashable, ...], SystemPart] = OrderedDict()
         self._num_bytes = 0
-        self._computing: dict[Hashable, Future[SystemPart]] = {}
+        self._computing: dict[tuple[Hashable, ...], Future[SystemPart]] = {}
 
-    def get(self, key: Hashable, compute: Callable[[], SystemPart]) -> SystemPart:
+    def get(self, key: tuple[Hashable, ...], compute: Callable[[], SystemPart]) -> SystemPart:
         """Returns the part; computes it once, however many threads ask for it at the same time."""
         with self._lock:
             part = self._parts.get(key)
@@ -85,14 +85,13 @@ class SystemPartCache:
             own.set_result(part)  # also when computing failed: nobody may be left waiting
         return part
 
-    def _store(self, key: Hashable, part: SystemPart) -> None:
+    def _store(self, key: tuple[Hashable, ...], part: SystemPart) -> None:
         self._parts[key] = part
         self._num_bytes += _cost(key, part)
         while len(self._parts) > _MAX_PARTS or self._num_bytes > _MAX_BYTES:
             self._num_bytes -= _cost(*self._parts.popitem(last=False))
 
 
-def _cost(key: Hashable, part: SystemPart) -> int:
-    """Bytes that an entry takes, about: its key holds the text of the system messages."""
-    texts = [text for item in key if isinstance(item, tuple) for text in item] if isinstance(key, tuple) else [key]
-    return part.num_bytes + sum(map(sys.getsizeof, texts))
+def _cost(key: tuple[Hashable, ...], part: SystemPart) -> int:
+    """Bytes that an entry takes, about: its key may hold the texts of the system messages, as a tuple."""
+    return part.num_bytes + sum(sys.getsizeof(text) for item in key if isinstance(item, tuple) for text in item)

@@ -48,11 +48,14 @@ class PromptReader:
         self._max_model_len = model.max_model_len
         self._max_chars_per_token = max(1, engine.tokenizer.max_chars_per_token)
 
-    async def chat(self, messages: list[Any], options: ChatOptions, *, must_fit: bool = True) -> RenderedChat:
+    async def chat(
+        self, messages: list[Any], options: ChatOptions, *, must_fit: bool = True, cache_salt: str | None = None
+    ) -> RenderedChat:
         """Token ids of messages, and how many of them are the system prompt.
 
         Args:
             must_fit: Refuse messages that leave no room for an answer, and unread those that cannot fit at all.
+            cache_salt: Only chats with the same one may be answered sooner for what the breakpoints of this one mark.
 
         Raises:
             VLLMValidationError: A field is wrong, the template refuses the messages, or they are too long.
@@ -83,6 +86,7 @@ class PromptReader:
             chat_template=options.chat_template,
             add_special_tokens=bool(options.add_special_tokens),
             breakpoints=breakpoints if must_fit else (),
+            cache_salt=cache_salt,
         )
         if must_fit:
             self.check_tokens(len(rendered.prompt_token_ids), "messages")

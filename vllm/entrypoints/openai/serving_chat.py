@@ -127,7 +127,7 @@ class ServingChat:
             params.skip_special_tokens = False
         options = self._options(request, answer_format)
         must_fit = request.truncate_prompt_tokens is None
-        rendered = await self._prompts.chat(request.messages, options, must_fit=must_fit)
+        rendered = await self._prompts.chat(request.messages, options, must_fit=must_fit, cache_salt=request.cache_salt)
         public_id = f"chatcmpl-{request_id or request.request_id or random_id()}"
         last = request.messages[-1]
         continues = request.continue_final_message or request.add_generation_prompt is False
