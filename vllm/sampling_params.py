@@ -45,6 +45,7 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
         whitespace_pattern: Not supported.
         after: The constraint begins after the first time that this text comes, anything before it is free.
         field: The request field that it comes from; errors blame that one.
+        enforces_all: A JSON schema with a keyword that cannot be enforced is refused, not followed as far as possible.
     """
 
     PUBLIC: ClassVar[tuple[str, ...]] = (
@@ -70,6 +71,7 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True):
     whitespace_pattern: str | None = None
     after: str | None = None
     field: str = "structured_outputs"
+    enforces_all: bool = True
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -58,6 +58,37 @@ def test_malformed_forms_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "number", "multipleOf": 0.5}, "multipleOf"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"type": "array", "contains": {"const": 1}}, "contains"),
+        ({"type": "object", "properties": {"a": {"not": {"type": "string"}}}}, "not (at $.properties.a)"),
+        ({"if": {"const": 1}, "then": {"const": 1}}, "if"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
+        ({"$defs": {"a": {"minimum": 3}}, "$ref": "#/$defs/a"}, "minimum without type integer or number"),
+        ({"type": "string", "pattern": "a+", "maxLength": 3}, "pattern together with maxLength"),
+        ({"allOf": [{"type": "string"}, {"enum": ["a"]}]}, "allOf with several"),
+        ({"type": "object", "properties": {}, "anyOf": [{"required": ["a"]}]}, "properties beside anyOf"),
+    ],
+)
+def test_keywords_that_would_be_ignored_are_refused(
+    compiler: ConstraintCompiler, schema: dict[str, object], keyword: str
+) -> None:
+    tag = {"type": "tag", "begin": "<", "content": {"type": "json_schema", "json_schema": schema}, "end": ">"}
+    for fields in ({"json": schema}, {"structural_tag": {"format": tag}}):
+        with pytest.raises(VLLMValidationError) as caught:
+            compiler.compile(params(**fields)).result(60)
+        assert f"a JSON schema with {keyword}" in str(caught.value)
+    compiler.compile(params(json=schema, enforces_all=False)).result(60)
+
+
+def test_properties_may_be_called_like_keywords(compiler: ConstraintCompiler) -> None:
+    properties = {name: {"type": "integer", "multipleOf": 5} for name in ("not", "if", "uniqueItems", "contains")}
+    assert compiler.compile(params(json={"type": "object", "properties": properties})).result(60).data
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"regex": "((a?){1,50}){1,50}"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import orjson
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.structured_output.json_schema import unenforced
 
 MAX_CONSTRAINT_BYTES = 256 * 1024
 MAX_CHOICES = 10_000
@@ -43,13 +45,32 @@ def constraint_source(params: StructuredOutputsParams) -> bytes:
     if params.whitespace_pattern is not None:
         raise _error("does not support whitespace_pattern; disable_any_whitespace it does")
     kind = given[0]
+    form = _format(kind, params)
     try:
-        source = orjson.dumps({"format": _format(kind, params), "after": params.after})
+        source = orjson.dumps({"format": form, "after": params.after})
     except (orjson.JSONEncodeError, RecursionError):
         raise _error(f"has a {kind} that is nested too deeply or no JSON") from None
     if len(source) > MAX_CONSTRAINT_BYTES:
         raise _error(f"may have {MAX_CONSTRAINT_BYTES // 1024} KiB at most, got {len(source) // 1024} of {kind}")
+    if params.enforces_all:
+        for schema in _schemas(form):
+            keyword = unenforced(schema)
+            if keyword is not None:
+                raise _error(f"has a JSON schema with {keyword}, which this server cannot enforce; leave it out")
     return source
+
+
+def _schemas(form: Any) -> Iterator[Any]:
+    """The JSON schemas in a format of structural tags."""
+    stack = [form]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, list):
+            stack += node
+        elif isinstance(node, dict) and node.get("type") in ("json_schema", "compact_json"):
+            yield node.get("json_schema")
+        elif isinstance(node, dict):
+            stack += node.values()
 
 
 def constraint_key(source: bytes) -> bytes:

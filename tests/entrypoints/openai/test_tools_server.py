@@ -33,10 +33,8 @@ CALL = rf'(Sure\. )?<tool_call>\n\{{"name": "get_weather", "arguments": {ARGUMEN
 
 
 @pytest.fixture(scope="module")
-def url(server_factory: Any, default_model_path: str) -> str:
-    flags = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
-    size = ["--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024"]
-    return str(server_factory(*flags, *size).url)
+def url(tools_server: Any) -> str:
+    return str(tools_server.url)
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +240,21 @@ def test_costly_forms_hold_up_nobody(sdk: openai.OpenAI) -> None:
         refused = list(threads.map(costly, range(8)))
         assert ask(sdk, max_tokens=5)["content"]
     assert refused == [400] * 8
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_where_it_is_relied_on(sdk):
+    tags = {"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True, "minItems": 1, "maxItems": 1}
+    parameters = {"type": "object", "properties": {"tags": tags}, "required": ["tags"]}
+    function = {"name": "tag", "parameters": parameters}
+    schema = {"name": "tags", "schema": parameters}
+    for fields, param in (
+        ({"response_format": {"type": "json_schema", "json_schema": schema}}, "response_format"),
+        ({"tools": [{"type": "function", "function": function | {"strict": True}}]}, "tools"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"uniqueItems \(at \$.properties.tags\)") as caught:
+            ask(sdk, **fields, **({"tool_choice": "required"} if param == "tools" else {}))
+        assert caught.value.param == param
+    # Without strict, arguments follow the rest of the schema.
+    tools: list[Any] = [{"type": "function", "function": function}]
+    for name, arguments in ask(sdk, tools=tools, tool_choice="required", parallel_tool_calls=False)["calls"]:
+        assert (name, json.loads(arguments)["tags"][0] in ("a", "b")) == ("tag", True)

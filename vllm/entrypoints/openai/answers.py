@@ -11,7 +11,13 @@ from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 from vllm.entrypoints.openai.tool_parsers import TOOL_PARSERS, CallDelta, ToolDelta, ToolParser
-from vllm.entrypoints.openai.tool_parsers.forced import NamedToolParser, RequiredToolParser, named_form, required_form
+from vllm.entrypoints.openai.tool_parsers.forced import (
+    NamedToolParser,
+    RequiredToolParser,
+    check_strict,
+    named_form,
+    required_form,
+)
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -86,11 +92,18 @@ class AnswerFormat:
         return self.tools is None and self.reasoning is None
 
     def form(self) -> StructuredOutputsParams | None:
-        """The form that calls must have, if there must be any."""
+        """The form that calls must have, if there must be any.
+
+        Raises:
+            VLLMValidationError: a function is strict and its schema cannot be followed in every point.
+        """
         if self.tools is None or self.choice == "auto":
             return None
-        form = required_form(self.tools, self.parallel) if self.choice == "required" else named_form(self._named())
-        form.field = "tools"
+        required = self.choice == "required"
+        for tool in self.tools if required else [self._named()]:
+            check_strict(tool)
+        form = required_form(self.tools, self.parallel) if required else named_form(self._named())
+        form.field, form.enforces_all = "tools", False
         return form
 
     def make_parser(self, reasoning_ended: bool) -> AnswerParser | None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from vllm.entrypoints.openai.tool_parsers.base import ToolParser
 from vllm.entrypoints.openai.tool_parsers.json_calls import CallReader
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.structured_output.json_schema import unenforced
 
 
 class NamedToolParser(ToolParser):
@@ -50,6 +52,18 @@ class RequiredToolParser(ToolParser):
 
     def end(self) -> None:
         pass
+
+
+def check_strict(tool: dict[str, Any]) -> None:
+    """Raises `VLLMValidationError` for a function that is strict where its arguments cannot be held to its schema."""
+    function = tool["function"]
+    keyword = unenforced(function.get("parameters")) if function.get("strict") else None
+    if keyword is not None:
+        raise VLLMValidationError(
+            f"The function {function['name']} is strict and its parameters have {keyword}, which this server cannot "
+            "enforce; leave that or strict out.",
+            "tools",
+        )
 
 
 def named_form(tool: dict[str, Any]) -> StructuredOutputsParams:
