@@ -457,6 +457,6 @@ def test_who_has_sent_what_shows_in_no_ones_time(tokenizer: Tokenizer, monkeypat
     work("once ", scope="a")  # the system part is everybody's
     assert work("word ", scope="a") > work("word ", scope="a")
     assert work("word ", scope="b") == work("verb ", scope="b"), "as if nobody had sent it before"
-    first = work("word ", system_scope="a")
-    assert work("word ", system_scope="a") < first
-    assert work("word ", system_scope="b") == first
+    first = work("word ", system_scope="a", scope="c")
+    assert work("word ", system_scope="a", scope="d") < first
+    assert work("word ", system_scope="b", scope="e") == first
