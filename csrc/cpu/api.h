@@ -113,7 +113,7 @@ struct AttentionUnit {
 
 // Queries of a unit, heads counted apart; more only where one token has more. With some keys and values, these and
 // their sums fit the caches.
-constexpr int64_t kUnitQueries = 96;
+constexpr int64_t kUnitQueries = 128;
 
 struct AttentionPlan {
   int64_t num_units;

@@ -110,7 +110,9 @@ constexpr int64_t kRun = 512;           // keys of a unit, where there are few q
 constexpr int64_t kFewTokens = 256;
 
 void add_units(std::vector<AttentionUnit>& units, AttentionUnit whole, int64_t per_kv, int64_t length) {
-  const int64_t step = std::max<int64_t>(1, kUnitQueries / per_kv), end_token = whole.first_token + whole.num_tokens;
+  // As even as can be: a unit of a few left over would read all keys for little.
+  const int64_t most = std::max<int64_t>(1, kUnitQueries / per_kv), end_token = whole.first_token + whole.num_tokens;
+  const int64_t step = ceil_div(whole.num_tokens, std::max<int64_t>(1, ceil_div(whole.num_tokens, most)));
   // Runs of keys give every thread work when there are few queries; their results must be kept until they are joined.
   const int64_t run = whole.num_tokens <= kFewTokens ? kRun : length;
   for (int64_t token = whole.first_token; token < end_token; token += step) {
