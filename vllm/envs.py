@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from vllm.exceptions import StartupError
+
 
 def cache_root() -> Path:
     """Folder for downloaded models and compiled artefacts (`VLLM_CACHE_ROOT`, default `~/.cache/vllm`)."""
@@ -30,13 +32,12 @@ def logging_level() -> str:
 
 def engine_ready_timeout_s() -> int:
     """Seconds the API process waits for the engine process to load (`VLLM_ENGINE_READY_TIMEOUT_S`)."""
-    return int(os.environ.get("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
+    return int(_number("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
 
 
 def cpu_kvcache_space_gib() -> float | None:
     """`VLLM_CPU_KVCACHE_SPACE` in GiB; None or 0 lets the engine choose."""
-    value = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "0") or 0)
-    return value if value > 0 else None
+    return _number("VLLM_CPU_KVCACHE_SPACE", "0") or None
 
 
 def cpu_instructions() -> str | None:
@@ -52,3 +53,15 @@ def allow_long_max_model_len() -> bool:
 def server_dev_mode() -> bool:
     """`VLLM_SERVER_DEV_MODE=1`: expose the development endpoints."""
     return os.environ.get("VLLM_SERVER_DEV_MODE", "0") == "1"
+
+
+def _number(name: str, default: str) -> float:
+    """Raises StartupError unless it is a number of 0 or more."""
+    text = os.environ.get(name) or default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e9:
+        raise StartupError(f"{name} must be a number of 0 or more, got {text!r}.")
+    return value

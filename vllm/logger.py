@@ -15,8 +15,11 @@ def _configure() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s %(asctime)s [%(name)s] %(message)s", "%m-%d %H:%M:%S"))
     root.addHandler(handler)
-    root.setLevel(getattr(logging, envs.logging_level(), logging.INFO))
+    level = logging.getLevelNamesMapping().get(envs.logging_level())
+    root.setLevel(logging.INFO if level is None else level)
     root.propagate = False
+    if level is None:
+        root.warning("VLLM_LOGGING_LEVEL is %s, which is no level; it takes INFO.", envs.logging_level())
 
 
 def init_logger(name: str) -> logging.Logger:

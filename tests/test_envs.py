@@ -1,0 +1,39 @@
+"""Environment variables that hold what they should not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from vllm import envs
+from vllm.exceptions import StartupError
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "nan", "1e99"])
+def test_a_number_that_is_none_is_named(monkeypatch, value):
+    for name, read in (
+        ("VLLM_ENGINE_READY_TIMEOUT_S", envs.engine_ready_timeout_s),
+        ("VLLM_CPU_KVCACHE_SPACE", envs.cpu_kvcache_space_gib),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(StartupError, match=rf"{name} must be a number of 0 or more, got '{value}'"):
+            read()
+
+
+def test_numbers_and_their_defaults(monkeypatch):
+    monkeypatch.delenv("VLLM_ENGINE_READY_TIMEOUT_S", raising=False)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0")
+    assert (envs.engine_ready_timeout_s(), envs.cpu_kvcache_space_gib()) == (600, None)
+    monkeypatch.setenv("VLLM_ENGINE_READY_TIMEOUT_S", "30")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.5")
+    assert (envs.engine_ready_timeout_s(), envs.cpu_kvcache_space_gib()) == (30, 0.5)
+
+
+def test_an_unknown_log_level_is_said(monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "loud")
+    code = "from vllm.logger import init_logger; init_logger('vllm.x').info('still here')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "VLLM_LOGGING_LEVEL is LOUD" in done.stderr
+    assert "still here" in done.stderr
