@@ -6,8 +6,9 @@ Starts servers of its own, of the default model unless --model names another. Tw
   restart   first token of a request behind a prompt of S tokens: computed; again; from the snapshot of an automatic
             pin, by the first request after a restart; from that of an operator's pin, likewise. And how long each
             server took until it was healthy: an operator's prompt is loaded before that.
-  host      gaps between the tokens of streams that run already: alone; while a herd of requests waits whose prompt is
-            on the device or must come back from the host first; and until that herd is served.
+  host      gaps between the tokens of streams that run already: alone; while a herd of requests comes in, all of them
+            at once and from the same processors; while it waits for its prompt, which must come back from the host; and
+            until it is served. A herd whose prompt is on the device waits for nothing: it is there to compare with.
 
     python benchmarks/benchmark_tiers.py                          # S = 8,000, 50 requests wait for one load
     python benchmarks/benchmark_tiers.py --system-tokens 2000 --only host
@@ -47,6 +48,7 @@ from server_process import ServerProcess
 _USER = "In one sentence, what is this text about?"
 _SAVE_TIMEOUT_S = 300
 _SETTLE_S = 2.0  # What was computed is copied to the host meanwhile.
+_ARRIVAL_S = 0.25  # Reading so many long requests is work of its own, whatever they wait for.
 
 
 @dataclass(frozen=True)
@@ -165,32 +167,37 @@ async def measure_host(servers: Servers, args: argparse.Namespace) -> list[Gaps]
         for system in (*systems, systems[0]):
             await client.chat(Prompt(_USER, system))
             await asyncio.sleep(_SETTLE_S)
-        on_device, on_host = systems
+        herd = [[Prompt(f"Question {i}", system) for i in range(args.herd)] for system in systems]
         streams = [asyncio.create_task(token_times(client, i, args.stream_tokens)) for i in range(args.streams)]
         await asyncio.sleep(args.seconds_alone)
-        spans = [Span("alone", time.perf_counter() - args.seconds_alone / 2, time.perf_counter())]
-        for where, system in (("device", on_device), ("host", on_host)):
+        now = time.perf_counter()
+        spans: dict[str, list[Span]] = {"alone": [Span(now - args.seconds_alone / 2, now)]}
+        # The first herd finds its prompt on the device; each later one sends the other prompt there.
+        for number in range(1 + args.loads):
             begun = time.perf_counter()
-            herd = [Prompt(f"Question {i}", system) for i in range(args.herd)]
-            samples, _ = await client.chats(herd, args.herd)
+            samples, _ = await client.chats(herd[number % 2], args.herd)
             firsts = [sample.first_token_s for sample in samples]
-            # With the first one's first token comes a step that computes much of what the herd has brought.
-            spans.append(Span(f"herd waits, prompt on the {where}", begun, begun + min(firsts), firsts, True))
-            spans.append(Span(f"herd until its end, prompt on the {where}", begun, time.perf_counter(), firsts))
-            await asyncio.sleep(args.seconds_alone / 2)
+            place = "host" if number else "device"
+            arrived, first = begun + _ARRIVAL_S, begun + min(firsts)
+            if number:
+                spans.setdefault("herd comes in", []).append(Span(begun, arrived, firsts))
+                # With the first one's first token comes a step that computes much of what the herd has brought.
+                spans.setdefault("herd waits for the host", []).append(Span(arrived, first, firsts, before_batch=True))
+            whole = spans.setdefault(f"herd until its end, prompt on the {place}", [])
+            whole.append(Span(begun, time.perf_counter(), firsts))
+            await asyncio.sleep(_SETTLE_S)
         times = await asyncio.gather(*streams)
     servers.stop()
     rows: list[Gaps] = []
-    for span in spans:
-        gaps = [gap for stream in times for gap in span.gaps(stream, rows[0].p50_ms if rows else 0.0)]
-        if not gaps:
-            if span.before_batch:  # Nobody waits for a prompt that is there.
-                continue
-            raise BenchmarkError("the streams ended before the herds came; raise --stream-tokens")
+    for case, parts in spans.items():
+        gaps = [gap for span in parts for stream in times for gap in span.gaps(stream, rows[0].p50_ms if rows else 0)]
+        if not all(any(span.gaps(stream, 0) for stream in times) for span in parts):
+            raise BenchmarkError("the streams ended before the herds were served; raise --stream-tokens")
         p99 = quantile(gaps, 0.99)
-        first = quantile(span.first_tokens_s, 0.5) * 1e3 if span.first_tokens_s else None
+        seconds = [second for span in parts for second in span.first_tokens_s]
+        first_ms = quantile(seconds, 0.5) * 1e3 if seconds else None
         ratio = p99 / rows[0].p99_ms if rows else 1.0
-        rows.append(Gaps(span.case, len(gaps), quantile(gaps, 0.5), p99, ratio, first))
+        rows.append(Gaps(case, len(gaps), quantile(gaps, 0.5), p99, ratio, first_ms))
     return rows
 
 
@@ -203,7 +210,6 @@ class Span:
         before_batch: It ends a step before its `end`.
     """
 
-    case: str
     begin: float
     end: float
     first_tokens_s: Sequence[float] = ()
@@ -266,6 +272,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--server-args", default="", help="more flags for the servers, in one string")
     parser.add_argument("--system-tokens", type=positive_int, default=8000, help="S (default: %(default)s)")
     parser.add_argument("--herd", type=positive_int, default=50, help="requests that wait (default: %(default)s)")
+    parser.add_argument("--loads", type=positive_int, default=3, help="herds that wait (default: %(default)s)")
     parser.add_argument("--streams", type=positive_int, default=4, help="streams that run (default: %(default)s)")
     parser.add_argument(
         "--stream-tokens", type=positive_int, default=2000, help="tokens of each (default: %(default)s)"
