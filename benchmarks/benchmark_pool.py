@@ -14,7 +14,7 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,9 +150,9 @@ def boundaries(model: str | None, num_tokens: int) -> dict[str, float]:
             finding[-1] += time.perf_counter() - started
             return size
 
-    def watched(chat: Any) -> WatchedPart:
+    def watched(chat: Any, scope: Hashable) -> WatchedPart:
         started = time.perf_counter()
-        part = find(chat)
+        part = find(chat, scope)
         finding.append(time.perf_counter() - started)
         return WatchedPart(part)
 
