@@ -8,15 +8,20 @@ from typing import Generic, NamedTuple, TypeVar
 T = TypeVar("T")
 
 
+# Tokens compared at once: a slice of so many stays in the processor's cache.
+_SLICE = 1024
+
+
 def common_prefix_len(a: list[int], b: list[int], start_a: int = 0) -> int:
     """How many tokens `a` from `start_a` on and `b` have in common at their heads.
 
-    Lists are compared slice by slice, in C: the time is that of reading them once.
+    Lists are compared slice by slice, in C: the time is that of reading once what they have in common.
     """
     most = min(len(a) - start_a, len(b))
-    if a[start_a : start_a + most] == (b if most == len(b) else b[:most]):
-        return most
-    low, high = 0, most  # They agree up to `low` and not up to `high`.
+    low = 0
+    while low < most and a[start_a + low : start_a + min(low + _SLICE, most)] == b[low : min(low + _SLICE, most)]:
+        low = min(low + _SLICE, most)
+    high = min(low + _SLICE, most)  # They agree up to `low` and, unless it is `most`, not up to `high`.
     while high - low > 1:
         middle = (low + high) // 2
         if a[start_a + low : start_a + middle] == b[low:middle]:
@@ -24,6 +29,17 @@ def common_prefix_len(a: list[int], b: list[int], start_a: int = 0) -> int:
         else:
             high = middle
     return low
+
+
+def common_suffix_len(a: list[int], b: list[int]) -> int:
+    """How many tokens `a` and `b` have in common at their ends."""
+    most = min(len(a), len(b))
+    for low in range(0, most, _SLICE):
+        size = min(_SLICE, most - low)
+        tails = [tokens[len(tokens) - low - size : len(tokens) - low] for tokens in (a, b)]
+        if tails[0] != tails[1]:
+            return low + common_prefix_len(tails[0][::-1], tails[1][::-1])
+    return most
 
 
 class Walk(NamedTuple, Generic[T]):

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from vllm.core.prefix_tree import common_prefix_len
+from vllm.core.prefix_tree import common_prefix_len, common_suffix_len
 from vllm.outputs import VaryingSpanInfo
 
 _MIN_TOKENS = 32
@@ -84,22 +84,10 @@ def _compare(a: list[int], b: list[int]) -> _Template | None:
     if abs(len(a) - len(b)) > _MAX_SPAN:
         return None
     head = common_prefix_len(a, b)
-    tail = min(_common_suffix_len(a, b), shorter - head)
+    tail = min(common_suffix_len(a, b), shorter - head)
     longest_span = max(len(a), len(b)) - head - tail
     if not 0 < longest_span <= _MAX_SPAN or head + tail < 3 * shorter // 4:
         return None
     examples = [tokens[head : len(tokens) - tail] for tokens in (b, a)]
     span = VaryingSpanInfo(head, a[max(0, head - _CONTEXT) : head], examples, 2, head + tail)
     return _Template(a[:head], a[len(a) - tail :], span)
-
-
-def _common_suffix_len(a: list[int], b: list[int]) -> int:
-    most = min(len(a), len(b))
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[len(a) - middle : len(a) - low] == b[len(b) - middle : len(b) - low]:
-            low = middle
-        else:
-            high = middle
-    return low
