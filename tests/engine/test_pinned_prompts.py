@@ -10,6 +10,7 @@ import torch
 
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
 from vllm.engine.llm_engine import LLMEngine
+from vllm.inputs import CacheMark
 from vllm.step import StepPlan, StepResult
 
 MakeEngine = Callable[..., LLMEngine]
@@ -170,6 +171,41 @@ def test_namespaces_share_pinned_prompts_and_nothing_else(make_tiny: MakeEngine)
     plain = Request(ids(7, 40))
     assert [cached(salt, plain) for salt in ("a", "b", None, "a", "b", None)] == [0, 0, 0, 32, 32, 32]
     assert engine.core.pool.num_prefills == 1
+
+
+SYSTEM, SENT, UNSENT, LONG = ids(1, 45), ids(2, 80), ids(3, 80), ids(4, 1100)
+
+
+@pytest.mark.parametrize(
+    ("asked", "other", "marks"),
+    [
+        (Request([*SYSTEM, *SENT, 7], 45), Request([*SYSTEM, *UNSENT, 7], 45), []),
+        (Request([*SYSTEM, *SENT, 7], 45), Request([*SYSTEM, *UNSENT, 7], 45), [CacheMark(45 + 64, 300.0)]),
+        (Request([*LONG, *SENT]), Request([*UNSENT, *LONG]), []),
+    ],
+    ids=["own part", "marked part", "shared head"],
+)
+def test_nothing_that_a_namespace_sends_changes_the_work_for_another(
+    make_tiny: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: Request,
+    other: Request,
+    marks: list[CacheMark],
+) -> None:
+    def work(earlier: Request, salt: str) -> tuple[object, ...]:
+        """All that the ranks are told to do, and what usage says, for `asked` in the namespace `salt`."""
+        engine = make_tiny(max_model_len=2048)
+        run(engine, [asking(SYSTEM, 9)], greedy(2))
+        for end in (8, 9):
+            run(engine, [earlier._replace(token_ids=[*earlier.token_ids, end])], greedy(2), cache_salt="a", marks=marks)
+        plans = recorded_plans(engine, monkeypatch)
+        (output,) = run(engine, [asked], greedy(2), cache_salt=salt, marks=marks)
+        steps = [(p.starts, p.counts, p.chunk and (p.chunk.start, p.chunk.token_ids), len(p.transfers)) for p in plans]
+        return steps, output.num_cached_tokens, output.num_cache_write_tokens
+
+    seen_by_b = work(asked, "b")
+    assert seen_by_b == work(other, "b")
+    assert seen_by_b != work(asked, "a"), "within a namespace it does change"
 
 
 def test_own_blocks_behind_different_system_prompts_are_not_shared(make_tiny: MakeEngine) -> None:
