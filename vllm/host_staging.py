@@ -19,22 +19,21 @@ class HostStaging:
     """Page-locked memory in two halves; one is written while copies from the other may still be under way.
 
     Args:
-        device: Where the arrays go; a CUDA device.
         num_bytes: Of a half; larger arrays get page-locked memory of their own.
     """
 
-    def __init__(self, device: torch.device, num_bytes: int = _HALF) -> None:
-        self._device = device
+    def __init__(self, num_bytes: int = _HALF) -> None:
         self._halves = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._arrays = [half.numpy() for half in self._halves]
         self._copied = [torch.cuda.Event() for _ in range(2)]
         self._num_bytes = num_bytes
         self._turn = 0
         self._used = 0
 
-    def send(self, values: np.ndarray) -> torch.Tensor:
-        """Starts the copy of `values` to the device; they may be overwritten at once."""
+    def stage(self, values: np.ndarray) -> torch.Tensor:
+        """The array in page-locked memory, to be copied from on the current stream before anything else is staged."""
         if values.nbytes > self._num_bytes:
-            return torch.from_numpy(values).pin_memory().to(self._device, non_blocking=True)
+            return torch.from_numpy(values).pin_memory()
         if self._used + values.nbytes > self._num_bytes:
             self._copied[self._turn].record()
             self._turn ^= 1
@@ -42,20 +41,24 @@ class HostStaging:
             self._copied[self._turn].synchronize()
         first, end = self._used, self._used + values.nbytes
         self._used = -(-end // _ALIGNMENT) * _ALIGNMENT
-        half = self._halves[self._turn]
-        half.numpy()[first:end].view(values.dtype).reshape(values.shape)[...] = values
+        self._arrays[self._turn][first:end].view(values.dtype).reshape(values.shape)[...] = values
         source = torch.from_numpy(values)
-        staged = half[first:end].view(source.dtype).view(source.shape)
-        return staged.to(self._device, non_blocking=True)
+        return self._halves[self._turn][first:end].view(source.dtype).view(source.shape)
 
 
 @cache
-def _staging(device: torch.device) -> HostStaging:
-    return HostStaging(device)
+def _staging() -> HostStaging:
+    return HostStaging()
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array as a tensor on a device, on the current stream; it shares the memory of `values` on a CPU."""
     if device.type == "cuda":
-        return _staging(device).send(values)
+        return _staging().stage(values).to(device, non_blocking=True)
     return torch.from_numpy(values).to(device)
+
+
+def write(target: torch.Tensor, values: np.ndarray) -> None:
+    """Copies an array into a tensor of its shape, on the current stream; cheapest where that is contiguous."""
+    staged = _staging().stage(values) if target.is_cuda else torch.from_numpy(values)
+    target.copy_(staged, non_blocking=True)

@@ -158,10 +158,12 @@ class BlockManager:
         used = [b for b in window if self._ref_count[b] > 0]
         if len(self._free) - (num_blocks - len(used)) < len(used):
             return None
+        ref_count, content_of, free = self._ref_count, self._content, self._free
         for block in window:
-            if self._ref_count[block] == 0:
-                self._drop_content(block)
-                del self._free[block]
+            if ref_count[block] == 0:
+                if block in content_of:
+                    self._drop_content(block)
+                del free[block]
         moved: dict[int, int] = {}
         for block in used:
             target = self._take_free()
@@ -215,10 +217,9 @@ class BlockManager:
                 self._free.move_to_end(block, last=False)
 
     def _drop_content(self, block: int) -> None:
-        content = self._content.pop(block, None)
-        if content is not None:
-            del self._block_of_key[content[0]]
-            self._num_cached_free -= 1
+        """Forgets what a free, cached block holds."""
+        del self._block_of_key[self._content.pop(block)[0]]
+        self._num_cached_free -= 1
 
     def check_integrity(self, holders: Iterable[Sequence], pinned: set[int]) -> None:
         """Raises AssertionError with numbers when blocks are lost, shared wrongly or double-booked.

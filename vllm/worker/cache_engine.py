@@ -203,21 +203,23 @@ class CacheEngine:
             return
         import numpy as np
 
-        from vllm.host_staging import to_device
+        from vllm.host_staging import to_device, write
 
         for row, first, blocks in updates:
             if first > self._num_blocks_of_row[row]:
                 raise RuntimeError(f"row {row} has {self._num_blocks_of_row[row]} blocks, cannot add at {first}")
             self._num_blocks_of_row[row] = max(self._num_blocks_of_row[row], first + len(blocks))
+        if len(updates) == 1:
+            write(self.block_tables[row, first : first + len(blocks)], np.array(blocks, np.int64))
+            return
         lengths = np.array([len(blocks) for _, _, blocks in updates])
         rows = np.repeat([row for row, _, _ in updates], lengths)
         starts = np.array([first for _, first, _ in updates]) - (lengths.cumsum() - lengths)
         columns = np.arange(len(rows)) + np.repeat(starts, lengths)
         values = np.fromiter(chain.from_iterable(blocks for _, _, blocks in updates), np.int64, len(rows))
-        if len(updates) > 1:
-            # Of two that touch the same entry the later one counts, so entries are looked for from the end.
-            _, kept = np.unique((rows * self.block_tables.shape[1] + columns)[::-1], return_index=True)
-            rows, columns, values = (x[::-1][kept] for x in (rows, columns, values))
+        # Of two that touch the same entry the later one counts, so entries are looked for from the end.
+        _, kept = np.unique((rows * self.block_tables.shape[1] + columns)[::-1], return_index=True)
+        rows, columns, values = (x[::-1][kept] for x in (rows, columns, values))
         where_row, where_column, written = to_device(np.stack((rows, columns, values)), self._device)
         self.block_tables[where_row, where_column] = written
 

@@ -12,7 +12,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.host_staging import to_device
+from vllm.host_staging import to_device, write
 from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
 from vllm.model_executor.models.llama import LlamaForCausalLM
@@ -157,8 +157,11 @@ class ModelRunner:
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
             self.sampler.start(seq)
         known = [np.array(seq.token_ids[self._prefix_len[seq.row] - seq.num_skipped :], np.int64) for seq in sequences]
-        rows = np.repeat([seq.row for seq in sequences], [len(tokens) for tokens in known])
         ends = [seq.num_skipped + len(seq.token_ids) for seq in sequences]
+        if len(known) == 1:
+            write(self.token_ids[sequences[0].row, ends[0] - len(known[0]) : ends[0]], known[0])
+            return
+        rows = np.repeat([seq.row for seq in sequences], [len(tokens) for tokens in known])
         columns = np.concatenate([np.arange(e - len(tokens), e) for e, tokens in zip(ends, known, strict=True)])
         tokens = np.concatenate(known)
         where_row, where_column, values = self._to_device(np.stack((rows, columns, tokens)))

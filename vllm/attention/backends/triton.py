@@ -38,6 +38,8 @@ from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 _SMALL_ROWS = 16
 # Parts × tokens up to which a batch that is run once may be split further than its chain of extents asks for.
 _WORKSPACE_TOKENS = 2048
+# Plans of pinned reads that are kept for steps with the same ones.
+_KEPT_PLANS = 32
 
 
 @dataclass(frozen=True)
@@ -395,6 +397,7 @@ class ReplayBuffers:
         self._hosts = [torch.zeros(self._ends[-1], dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._turn = 0
+        self._plans: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         self._flat = torch.zeros(self._ends[-1], dtype=torch.int32, device=backend.device)
         most = max(self.max_partials(n) * n for n in range(1, max_tokens + 1))
         self._partial, self._lse = backend.workspace(1, most)
@@ -441,6 +444,19 @@ class ReplayBuffers:
         small = self.backend.suffix_tiles(1)
         return [small] if decode else [small, self.backend.suffix_tiles(tokens)]
 
+    def _plan_groups(self, groups: list[PrefixGroup], tokens: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+        """As of the backend. From one decode step to the next groups are mostly the same, so plans are kept."""
+        key = (tokens, *groups)
+        found = self._plans.pop(key, None)
+        if found is None:
+            tiles = self.backend.prefix_tiles(tokens)
+            found = self.backend.plan_groups(group_array(groups), tokens, tiles, parts, self._max_prefix_work)
+            if len(self._plans) >= _KEPT_PLANS:
+                del self._plans[next(iter(self._plans))]
+        self._plans[key] = found
+        work, counts = found
+        return work, counts.copy()
+
     def fill(
         self, tokens: int, sequences: np.ndarray, groups: list[PrefixGroup], *, decode: bool, plain: bool = True
     ) -> bool:
@@ -461,9 +477,7 @@ class ReplayBuffers:
             ValueError: a chain of extents is longer than `max_chain`.
         """
         backend, e, parts = self.backend, self._ends, self.max_partials(tokens)
-        prefix_work, counts = backend.plan_groups(
-            group_array(groups), tokens, backend.prefix_tiles(tokens), parts - parts // 4, self._max_prefix_work
-        )
+        prefix_work, counts = self._plan_groups(groups, tokens, parts - parts // 4)
         tiles = self._suffix_tiles(tokens, decode)
         context_lens = sequences[:, 2]
         plain = plain and decode and not len(prefix_work) and len(sequences) > 0
