@@ -22,16 +22,26 @@ ROOT = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cpu"
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"]
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # The order is that of linking: inline library functions are taken from the file compiled for every processor.
 FLAGS = {
     "module.cpp": [],
     "isa_avx2.cpp": ["-mavx2", "-mfma"],
     "isa_avx512.cpp": AVX512,
-    "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_avx512_bf16.cpp": AVX512_BF16,
+    "isa_amx.cpp": AMX,  # compiles to nothing without these flags
 }
 # GCC 12's own AVX-512 headers use values that are left uninitialised on purpose.
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
 COMMON += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+
+
+def knows_amx(compiler: list[str]) -> bool:
+    """Whether the compiler and its assembler do."""
+    command = [*compiler, *AMX, "-x", "c++", "-c", "-o", os.devnull, "-"]
+    program = 'void release() { asm volatile("tilerelease"); }'
+    return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
 
 
 class BuildKernels(build_ext):
@@ -50,9 +60,10 @@ class BuildKernels(build_ext):
 
         def compile_one(name: str) -> str:
             output = str(objects / f"{name}.o")
-            subprocess.run(
-                [*compiler, *COMMON, *FLAGS[name], *extra, "-c", str(SOURCES / name), "-o", output], check=True
-            )
+            flags = FLAGS[name]
+            if flags is AMX and not knows_amx(compiler):
+                flags = []
+            subprocess.run([*compiler, *COMMON, *flags, *extra, "-c", str(SOURCES / name), "-o", output], check=True)
             return output
 
         try:

@@ -48,7 +48,11 @@ MATRICES = {
 }
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 LINEAR_ROWS = (1, 8, 32, 200, 2048)
-ARITHMETICS = {cpu_kernels.WIDEN: "widened to float32", cpu_kernels.DOT: "in dot products"}
+ARITHMETICS = {
+    cpu_kernels.WIDEN: "widened to float32",
+    cpu_kernels.DOT: "in dot products",
+    cpu_kernels.TILES: "in tiles",
+}
 MEMORY, CACHE, ARITHMETIC = "memory", "cache", "arithmetic"
 
 

@@ -16,10 +16,11 @@
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// What multiplies: bfloat16 weights may be widened to float32, or go into dot products of pairs.
-enum Arithmetic : int32_t { kWiden = 0, kDot = 1 };
+// How bfloat16 weights multiply: widened to float32, in dot products of pairs, or in tile registers; each as the one
+// before it where the instructions for it are not there.
+enum Arithmetic : int32_t { kWiden = 0, kDot = 1, kTiles = 2 };
 
-enum Instructions : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2 };
+enum Instructions : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
 
 struct Matrix {
   const void* data;    // packed
@@ -155,3 +156,6 @@ struct Kernels {
 };
 
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+// Takes bfloat16 and int8 operands whose depths are multiples of 32, in tile registers, and nothing else; null where the
+// compiler does not know AMX.
+extern const Kernels* const kAmxKernels;

@@ -49,6 +49,16 @@ ALWAYS_INLINE V exp2(V x) {
 // A: what multiplies from the left, row-major in memory. B: packed, from the right. kDepth: elements along K of a step,
 // which takes 16 * kDepth elements of B.
 
+// Kinds whose sums are registers of 16 lanes.
+struct InLanes {
+  static constexpr int kMostRows = Simd::kMostRows;
+  static constexpr int kQueryRows = Simd::kMostRows;
+  // What the processor is told before products of so many rows: nothing.
+  struct Session {
+    void rows(int64_t) {}
+  };
+};
+
 // acc[i][j] += x[i] w[j], with x[i] at a[i * lda]
 template <int rows, int tiles>
 ALWAYS_INLINE void add_outer(V (&acc)[rows][tiles], const float* a, int64_t lda, const V (&w)[tiles]) {
@@ -58,7 +68,7 @@ ALWAYS_INLINE void add_outer(V (&acc)[rows][tiles], const float* a, int64_t lda,
   }
 }
 
-struct Float32 {
+struct Float32 : InLanes {
   using A = float;
   using B = float;
   static constexpr int kDepth = 1;
@@ -72,7 +82,7 @@ struct Float32 {
   }
 };
 
-struct WidenedBf16 {
+struct WidenedBf16 : InLanes {
   using A = float;
   using B = uint16_t;
   static constexpr int kDepth = 2;
@@ -89,7 +99,7 @@ struct WidenedBf16 {
 };
 
 #ifdef __AVX512BF16__
-struct DotBf16 {
+struct DotBf16 : InLanes {
   using A = uint16_t;
   using B = uint16_t;
   static constexpr int kDepth = 2;
@@ -109,7 +119,7 @@ struct DotBf16 {
 };
 #endif
 
-struct WidenedInt8 {
+struct WidenedInt8 : InLanes {
   using A = float;
   using B = int8_t;
   static constexpr int kDepth = 4;
@@ -133,7 +143,7 @@ struct WidenedInt8 {
 };
 
 #ifdef __AVX512BF16__
-struct DotInt8 {
+struct DotInt8 : InLanes {
   using A = uint16_t;
   using B = int8_t;
   static constexpr int kDepth = 4;
@@ -160,17 +170,26 @@ struct DotInt8 {
 };
 #endif
 
-// For a kind of left operand: the kinds that take int8 weights, few rows at a time and, made bfloat16 first, many.
-template <class A>
+template <class Kind>
+constexpr bool kInTiles = !std::is_base_of_v<InLanes, Kind>;
+
+// Beside a kind: those that take int8 weights, few rows at a time and, made bfloat16 first, many.
+template <class Kind>
 struct ForInt8 {
   using Few = WidenedInt8;
   using Many = WidenedBf16;
 };
 #ifdef __AVX512BF16__
 template <>
-struct ForInt8<uint16_t> {
+struct ForInt8<DotBf16> {
   using Few = DotInt8;
   using Many = DotBf16;
+};
+#endif
+#ifdef __AMX_BF16__
+template <>
+struct ForInt8<TilesBf16> {
+  using Many = TilesBf16;
 };
 #endif
 
@@ -272,21 +291,38 @@ static_assert(Simd::kMostRows <= 8);
 // Tiles that rows take at a time: what the registers hold.
 constexpr int tiles_for(int rows) { return rows <= Simd::kRows || Simd::kTiles == 1 ? Simd::kTiles : Simd::kTiles / 2; }
 
-// How many of the rows that are left go together: no small remainder, for which the weights would be read once more.
-inline int64_t next_rows(int64_t left) { return left <= Simd::kMostRows ? left : Simd::kRows; }
+// How many of the rows that are left go together, `most` at a time: in lanes no small remainder, for which the weights
+// would be read once more.
+template <class Kind>
+inline int64_t next_rows(int64_t left, int64_t most) {
+  return left <= most ? left : kInTiles<Kind> ? most : Simd::kRows;
+}
 
-// out[0 ... rows)[0 ... 16 tiles) = a · tiles; any number of both.
+// How often a product fetches what comes next.
+template <class Kind>
+inline int64_t num_fetches(int64_t rows, int64_t tiles, int64_t steps) {
+  if constexpr (kInTiles<Kind>)
+    return Kind::num_fetches(rows, tiles, steps);
+  else
+    return ceil_div(rows, Simd::kRows) * ceil_div(tiles, Simd::kTiles) * ceil_div(steps, kStepsBetween);
+}
+
+// out[0 ... rows)[0 ... 16 tiles) = a · tiles; any number of tiles. `again`: the tiles are in a cache from rows before.
 template <class Kind, class TileAt>
 ALWAYS_INLINE void product(const typename Kind::A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles,
-                           int64_t steps, float* out, int64_t ldo, Ahead& ahead) {
-  with_rows(rows, [&](auto r) {
-    constexpr int wide = tiles_for(decltype(r)::value);
-    int64_t j = 0;
-    for (; j + wide <= tiles; j += wide)
-      block_of<Kind, r, wide>(a, lda, [&](int i) { return tile(j + i); }, steps, out + j * kLanes, ldo, ahead);
-    for (; j < tiles; ++j)
-      block_of<Kind, r, 1>(a, lda, [&](int) { return tile(j); }, steps, out + j * kLanes, ldo, ahead);
-  });
+                           int64_t steps, float* out, int64_t ldo, Ahead& ahead, [[maybe_unused]] bool again) {
+  if constexpr (kInTiles<Kind>) {
+    Kind::product(a, lda, rows, tile, tiles, steps, out, ldo, ahead, again);
+  } else {
+    with_rows(rows, [&](auto r) {
+      constexpr int wide = tiles_for(decltype(r)::value);
+      int64_t j = 0;
+      for (; j + wide <= tiles; j += wide)
+        block_of<Kind, r, wide>(a, lda, [&](int i) { return tile(j + i); }, steps, out + j * kLanes, ldo, ahead);
+      for (; j < tiles; ++j)
+        block_of<Kind, r, 1>(a, lda, [&](int) { return tile(j); }, steps, out + j * kLanes, ldo, ahead);
+    });
+  }
 }
 
 // What happens to a finished block of a linear layer: rows × (16 tiles) of float32, bias and int8 factors applied.
@@ -343,13 +379,14 @@ template <class Kind, class Epilogue>
 inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
                         const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue, Ahead& ahead) {
   const int64_t stride = w.k * kLanes, steps = w.k / Kind::kDepth, width = std::min(count * kLanes, w.n - column);
-  alignas(64) float block[Simd::kMostRows * kUnitColumns];
-  ahead.spread(ceil_div(end_row - first_row, Simd::kRows) * ceil_div(count, Simd::kTiles) *
-               ceil_div(steps, kStepsBetween));
+  alignas(64) float block[Kind::kMostRows * kUnitColumns];
+  typename Kind::Session session;
+  ahead.spread(num_fetches<Kind>(end_row - first_row, count, steps));
   for (int64_t row = first_row, some; row < end_row; row += some) {
-    some = next_rows(end_row - row);
+    some = next_rows<Kind>(end_row - row, Kind::kMostRows);
+    session.rows(some);
     product<Kind>(x + row * lda, lda, some, [&](int64_t j) { return tiles + j * stride; }, count, steps, block,
-                  kUnitColumns, ahead);
+                  kUnitColumns, ahead, row > first_row);
     for (int64_t i = 0; i < some; ++i) {
       float* line = block + i * kUnitColumns;
       if (w.scale)
@@ -407,14 +444,14 @@ ALWAYS_INLINE void look_ahead(const Member& member, const Units& units, int64_t 
 template <class Kind, class Epilogue, class Then>
 void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, int64_t lda, int64_t rows,
             const Matrix& w, Epilogue epilogue, Then&& then) {
-  using Int8 = ForInt8<typename Kind::A>;
   const LinearUnits units(w, rows);
   Ahead ahead;
   member.for_each(units.count, [&](int64_t unit) {
     const int64_t count = units.num_tiles(unit), column = units.first_tile(unit) * kLanes;
     const int64_t row = unit % units.row_units * kUnitRows, end = std::min(rows, row + kUnitRows);
     ahead.expect_nothing();
-    if (looks_ahead(end - row)) look_ahead(member, units, unit, ahead, then);
+    // Few rows of int8 weights too, where these are made bfloat16 first: the processor does not read on meanwhile.
+    if (looks_ahead(end - row) || (kInTiles<Kind> && w.format == kInt8)) look_ahead(member, units, unit, ahead, then);
     const char* weights = units.weights(unit);
     if (w.format != kInt8) {
       linear_unit<Kind>(x, lda, row, end, w, reinterpret_cast<const typename Kind::B*>(weights), column, count,
@@ -422,13 +459,12 @@ void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, i
       return;
     }
     const auto* data = reinterpret_cast<const int8_t*>(weights);
-    if (end - row <= Simd::kMostRows) {
-      linear_unit<typename Int8::Few>(x, lda, row, end, w, data, column, count, epilogue, ahead);
-    } else {
-      uint16_t* panel = buffers.panels + member.index * buffers.panel_size;
-      expand_int8(data, count * kLanes * w.k, panel);
-      linear_unit<typename Int8::Many>(x, lda, row, end, w, panel, column, count, epilogue, ahead);
-    }
+    if constexpr (!kInTiles<Kind>)
+      if (end - row <= Simd::kMostRows)
+        return linear_unit<typename ForInt8<Kind>::Few>(x, lda, row, end, w, data, column, count, epilogue, ahead);
+    uint16_t* panel = buffers.panels + member.index * buffers.panel_size;
+    expand_int8(data, count * kLanes * w.k, panel);
+    linear_unit<typename ForInt8<Kind>::Many>(x, lda, row, end, w, panel, column, count, epilogue, ahead);
   });
 }
 
@@ -534,6 +570,10 @@ struct SoftmaxRows {
   float* shift;  // what is subtracted: the base, or 0 where there is none yet, so that hidden scores weigh nothing
   float* lanes;  // [row][kLanes] sums of weights, not yet added up over the lanes
   float* sums;   // [row][d] sums of weighted values
+
+  SoftmaxRows from(int64_t row, int64_t d) const {
+    return {base + row, shift + row, lanes + row * kLanes, sums + row * d};
+  }
 };
 
 // As online softmax does (Milakov and Gimelshein, 2018), but a base follows the highest score only when that has left
@@ -590,6 +630,39 @@ ALWAYS_INLINE void add_values(const float* scores, typename Kind::A* weights, co
     for (int j = 0; j < tiles; ++j) Simd::store(state.sums + i * d + (column + j) * kLanes, acc[i][j]);
 }
 
+// The weights of `rows`, up to 16, from scores that were made in tile registers, and their products with the values.
+template <class Kind, class C>
+ALWAYS_INLINE void attend_in_tiles(int64_t rows, const float* scores, typename Kind::A* weights,
+                                   const C* const* v_tiles, int64_t count, const SoftmaxRows& state, int64_t d,
+                                   Ahead& ahead) {
+  for (int64_t i = 0, some; i < rows; i += some) {
+    some = std::min<int64_t>(rows - i, Simd::kMostRows);
+    with_rows(some, [&](auto r) { raise_bases<r>(scores + i * kKeys, count, state.from(i, d), d); });
+  }
+  auto add = [&](auto tiles, int64_t column) {
+    Kind::template add_values<tiles>(weights, kKeys, v_tiles, count, column, state.sums, d, [&](int64_t t) {
+      if (column > 0) return;
+      ahead.fetch();
+      for (int64_t i = 0; i < rows; ++i)
+        weigh<1>(scores + i * kKeys + t * kLanes, state.from(i, d), weights + i * kKeys + t * kLanes);
+    });
+  };
+  const int64_t d_tiles = d / kLanes;  // an even number, since depths in tiles are multiples of 32
+  int64_t column = 0;
+  for (; column + 4 <= d_tiles; column += 4) add(std::integral_constant<int, 4>(), column);
+  if (column < d_tiles) add(std::integral_constant<int, 2>(), column);
+}
+
+// How often a unit of attention fetches what comes next, for so many tiles of keys.
+template <class Kind>
+inline int64_t num_fetches_of_attention(int64_t rows, int64_t tiles, int64_t d) {
+  if constexpr (kInTiles<Kind>)
+    return ceil_div(rows, Kind::kQueryRows) * (num_fetches<Kind>(Kind::kQueryRows, tiles, d / Kind::kDepth) + tiles);
+  else
+    return num_fetches<Kind>(rows, tiles, d / Kind::kDepth) +
+           tiles * num_fetches<Kind>(rows, d / kLanes, kLanes / Kind::kDepth);
+}
+
 // One unit: the queries of some neighbouring tokens of one KV head against some keys. Leaves, for every row, the
 // unnormalised sum of values, the base of its weights and their sum; scores are in powers of two. `then()` expects what
 // the thread reads after it.
@@ -601,8 +674,9 @@ void attention_unit(const Stack& stack, const Batch& batch, const HeadTiles<C>& 
   const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
   const int64_t rows = unit.num_tokens * per_kv, d_tiles = d / kLanes;
   const A* queries = q + (own.kv_head * batch.num_tokens + unit.first_token) * per_kv * d;
-  alignas(64) float scores[Simd::kMostRows * kKeys];
-  alignas(64) A weights[Simd::kMostRows * kKeys];
+  alignas(64) float scores[Kind::kQueryRows * kKeys];
+  alignas(64) A weights[Kind::kQueryRows * kKeys];
+  typename Kind::Session session;
 
   alignas(64) float lanes[kMostUnitRows * kLanes];
   alignas(64) float shift[kMostUnitRows];
@@ -622,19 +696,18 @@ void attention_unit(const Stack& stack, const Batch& batch, const HeadTiles<C>& 
       own.expect(key + kKeys, ahead);
     else if (looks_ahead(rows))
       then();
-    ahead.spread(ceil_div(rows, Simd::kRows) *
-                 (ceil_div(tiles, Simd::kTiles) * ceil_div(d / Kind::kDepth, kStepsBetween) +
-                  tiles * ceil_div(d_tiles, Simd::kTiles) * ceil_div(kLanes / Kind::kDepth, kStepsBetween)));
+    ahead.spread(num_fetches_of_attention<Kind>(rows, tiles, d));
     for (int64_t row = 0, some; row < rows; row += some) {
-      some = next_rows(rows - row);
+      some = next_rows<Kind>(rows - row, Kind::kQueryRows);
       // Keys that the last of these rows may see; without a causal limit, all.
       auto limit = [&](int64_t r) {
         return unit.causal ? std::min(unit.end_key, unit.first_position + r / per_kv + 1) : unit.end_key;
       };
       const int64_t seen = std::min(tiles, ceil_div(limit(row + some - 1) - key, kLanes));
       if (seen <= 0) continue;
+      session.rows(some);
       product<Kind>(queries + row * d, d, some, [&](int64_t t) { return k_tiles[t]; }, seen, d / Kind::kDepth, scores,
-                    kKeys, ahead);
+                    kKeys, ahead, true);
       for (int64_t i = 0; i < some; ++i) {
         float* line = scores + i * kKeys;
         const int64_t visible = limit(row + i) - key;
@@ -642,7 +715,9 @@ void attention_unit(const Stack& stack, const Batch& batch, const HeadTiles<C>& 
           Simd::store(line + t * kLanes, Simd::hide_from(Simd::load(line + t * kLanes), int(visible - t * kLanes)));
       }
       const SoftmaxRows state = {base + row, shift + row, lanes + row * kLanes, sums + row * d};
-      with_rows(some, [&](auto r) {
+      if constexpr (kInTiles<Kind>)
+        attend_in_tiles<Kind>(some, scores, weights, v_tiles, seen, state, d, ahead);
+      else with_rows(some, [&](auto r) {
         raise_bases<r>(scores, seen, state, d);
         auto add = [&](auto width, auto weighs, int64_t column) {
           add_values<Kind, r, width, weighs>(scores, weights, v_tiles, seen, column, state, d, ahead);
@@ -801,12 +876,16 @@ void run_stack(Member& member, const Stack& stack, const Batch& batch, const Att
 
 // Calls f with the kind of operands for a format and an arithmetic.
 template <class F>
-void with_kind(int32_t format, [[maybe_unused]] int32_t arithmetic, F&& f) {
+void with_kind([[maybe_unused]] int32_t format, [[maybe_unused]] int32_t arithmetic, F&& f) {
+#ifdef __AMX_BF16__
+  return f(TilesBf16());  // called for nothing else
+#else
   if (format == kFloat32) return f(Float32());
 #ifdef __AVX512BF16__
   if (arithmetic != kWiden) return f(DotBf16());
 #endif
   return f(WidenedBf16());
+#endif
 }
 
 // x Wᵀ + b for rows of float32; they become left operands in buffers.x.

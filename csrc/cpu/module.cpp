@@ -2,13 +2,17 @@
 //
 // Compiled for any x86-64 processor, and linked first, so that inline library functions are taken from here.
 
+#include <cpuid.h>
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -180,23 +184,55 @@ const Kernels* kernels_of(int32_t instructions) {
 }
 
 const Kernels* kernels = nullptr;
+bool uses_tiles = false;  // beside them
+
+// Those for operands of a format, so many elements deep.
+const Kernels& kernels_for(int32_t format, int32_t arithmetic, std::initializer_list<int64_t> depths) {
+  const bool tiles = uses_tiles && arithmetic == kTiles && format != kFloat32 &&
+                     std::all_of(depths.begin(), depths.end(), [](int64_t depth) { return depth % 32 == 0; });
+  return tiles ? *kAmxKernels : *kernels;
+}
+
+const Kernels& kernels_for(const Stack& stack) {
+  return kernels_for(stack.cache_format, stack.arithmetic,
+                     {stack.hidden_size, stack.intermediate_size, stack.num_heads * stack.head_dim, stack.head_dim});
+}
+
+const Kernels& kernels_for(const Matrix& w, int32_t arithmetic) { return kernels_for(w.format, arithmetic, {w.k}); }
+
+// Whether this processor multiplies bfloat16 in tile registers and the operating system lets this process use them,
+// which it must be asked for.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kTileBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kTileBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 
 }  // namespace
 
-// The best instruction set that this processor and its operating system offer; -1: not even AVX2 with FMA.
+// The best instruction set that this processor, its operating system and this build offer; -1: not even AVX2 with FMA.
 EXPORT int32_t vsp_best_instructions() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return -1;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return kAvx2;
-  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return kAvx512;
+  static const bool tiles = kAmxKernels != nullptr && may_use_tiles();
+  return tiles ? kAmx : kAvx512Bf16;
 }
+
+// How many kinds of Arithmetic differ with the chosen instructions, from the first on.
+EXPORT int32_t vsp_num_arithmetics() { return uses_tiles ? 3 : kernels == &kAvx512Bf16Kernels ? 2 : 1; }
 
 // Chooses an instruction set, no better than the best. Returns 0 if torch's OpenMP run-time was found, else 1: all
 // then runs in the calling thread.
 EXPORT int32_t vsp_initialize(int32_t instructions) {
   kernels = kernels_of(instructions);
+  uses_tiles = instructions == kAmx;
   openmp.parallel = reinterpret_cast<decltype(openmp.parallel)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   openmp.num_threads = reinterpret_cast<decltype(openmp.num_threads)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
   openmp.thread_num = reinterpret_cast<decltype(openmp.thread_num)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
@@ -219,7 +255,7 @@ void run_stack(const Stack& stack, const Batch& batch, float* hidden, int32_t th
   const int64_t longest = std::max({stack.hidden_size, stack.intermediate_size, stack.num_heads * d});
   reserve_panels(memory, buffers, longest, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels->run_stack(team, index, stack, batch, plan, buffers, hidden);
+    kernels_for(stack).run_stack(team, index, stack, batch, plan, buffers, hidden);
   });
 }
 
@@ -229,7 +265,7 @@ void most_likely(const float* x, int64_t rows, const Matrix& w, int64_t* out, in
   buffers.bases = workspace.bases.take<float>(pieces);
   buffers.indices = workspace.indices.take<int64_t>(pieces);
   run_team(threads, [&](Team& team, int index) {
-    kernels->most_likely(team, index, x, rows, w, buffers, arithmetic, out);
+    kernels_for(w, arithmetic).most_likely(team, index, x, rows, w, buffers, arithmetic, out);
   });
 }
 
@@ -312,7 +348,7 @@ EXPORT void vsp_linear(const float* x, int64_t rows, const Matrix* w, float* out
                        int32_t threads) {
   const Buffers buffers = product_buffers(rows, *w, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels->linear(team, index, x, rows, *w, buffers, arithmetic, out);
+    kernels_for(*w, arithmetic).linear(team, index, x, rows, *w, buffers, arithmetic, out);
   });
 }
 
@@ -321,7 +357,7 @@ EXPORT void vsp_swiglu(const float* x, int64_t rows, const Matrix* w, float* out
                        int32_t threads) {
   const Buffers buffers = product_buffers(rows, *w, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels->swiglu(team, index, x, rows, *w, buffers, arithmetic, out);
+    kernels_for(*w, arithmetic).swiglu(team, index, x, rows, *w, buffers, arithmetic, out);
   });
 }
 
@@ -350,7 +386,8 @@ EXPORT void vsp_attention(const Stack* stack, const Batch* batch, const float* q
   Buffers buffers{};
   const AttentionPlan plan = make_plan(workspace, *stack, *batch, buffers);
   run_team(threads, [&](Team& team, int index) {
-    kernels->attention(team, index, *stack, *batch, plan, buffers, q, k_cache, v_cache, out);
+    const Kernels& chosen = kernels_for(stack->cache_format, stack->arithmetic, {stack->head_dim});
+    chosen.attention(team, index, *stack, *batch, plan, buffers, q, k_cache, v_cache, out);
   });
 }
 

@@ -20,14 +20,15 @@ from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops import rotary
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import DOT, WIDEN
+from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN
 
 every_instructions = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
-# Dtype of K and V, how bfloat16 multiplies, largest difference of a result.
+# Dtype of K and V, how bfloat16 multiplies (in tiles or dot products where there are instructions for them), largest
+# difference of a result.
 KINDS = [
     pytest.param(torch.float32, WIDEN, 4e-6, id="float32"),
     pytest.param(torch.bfloat16, WIDEN, 4e-6, id="bfloat16-widened"),
-    pytest.param(torch.bfloat16, DOT, 3e-2, id="bfloat16-dot"),
+    pytest.param(torch.bfloat16, TILES, 3e-2, id="bfloat16-narrow"),
 ]
 CPU = torch.device("cpu")
 
@@ -147,7 +148,7 @@ def test_large_scores_do_not_overflow(cpu_instructions: str, dtype: torch.dtype)
 
 @every_instructions
 @pytest.mark.parametrize(
-    ("dtype", "arithmetic"), [(torch.float32, WIDEN), (torch.bfloat16, WIDEN), (torch.bfloat16, DOT)]
+    ("dtype", "arithmetic"), [(torch.float32, WIDEN), (torch.bfloat16, WIDEN), (torch.bfloat16, TILES)]
 )
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 def test_what_a_former_owner_left_in_a_block_does_not_show(
@@ -282,7 +283,9 @@ def test_unknown_instructions(unloaded: None, monkeypatch: pytest.MonkeyPatch) -
     if not cpu_kernels._LIBRARY.exists():
         pytest.skip("the compiled CPU kernels are not built")
     monkeypatch.setenv("VLLM_CPU_INSTRUCTIONS", "sse2")
-    with pytest.raises(StartupError, match=r"VLLM_CPU_INSTRUCTIONS is 'sse2'; it takes avx2, avx512, avx512_bf16\."):
+    with pytest.raises(
+        StartupError, match=r"VLLM_CPU_INSTRUCTIONS is 'sse2'; it takes avx2, avx512, avx512_bf16, amx\."
+    ):
         get_backend("CPU", SHAPE, CPU)
 
 

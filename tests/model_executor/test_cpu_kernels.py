@@ -15,17 +15,17 @@ from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import DOT, WIDEN, PackedMatrix
+from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN, PackedMatrix
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 pytestmark = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
-# Weights, and how bfloat16 multiplies.
+# Weights, and how bfloat16 multiplies; in tiles or dot products where there are instructions for them.
 KINDS = {
     "float32": (torch.float32, False, WIDEN),
     "bfloat16-widened": (torch.bfloat16, False, WIDEN),
-    "bfloat16-dot": (torch.bfloat16, False, DOT),
+    "bfloat16-narrow": (torch.bfloat16, False, TILES),
     "int8-widened": (torch.float32, True, WIDEN),
-    "int8-dot": (torch.bfloat16, True, DOT),
+    "int8-narrow": (torch.bfloat16, True, TILES),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -57,7 +57,7 @@ def make(kind: str, n: int, k: int, instructions: str, bias: bool = True, interl
     if int8:
         factor = weight.float().abs().amax(dim=1, keepdim=True) / 127
         held = (weight.float() / factor).round().double() * factor.double()
-    narrow = arithmetic == DOT and instructions == "avx512_bf16"
+    narrow = arithmetic == TILES and instructions in ("avx512_bf16", "amx")
     return Linear(packed, arithmetic, held, torch.zeros(n) if offset is None else offset.double(), narrow)
 
 
@@ -225,8 +225,9 @@ def test_stack_of_layers(
 ) -> None:
     config = LlamaConfig(
         vocab_size=107,
-        hidden_size=144,
-        intermediate_size=112,
+        # Tile registers take depths that are multiples of 32.
+        hidden_size=288 if bias else 144,
+        intermediate_size=96 if bias else 112,
         num_hidden_layers=3,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,

@@ -28,9 +28,10 @@ TILE = 16
 
 MAX_HEAD_DIM = 512
 MAX_HEADS_PER_KV = 128
-INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16")
-WIDEN, DOT = 0, 1
-"""How bfloat16 operands are multiplied: widened to float32, or by dot products of pairs."""
+INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16", "amx")
+WIDEN, DOT, TILES = 0, 1, 2
+"""How bfloat16 operands are multiplied: widened to float32, by dot products of pairs, or in tile registers; each as the
+one before it where the instructions for it are not there."""
 
 _LIBRARY = Path(__file__).parents[3] / "cpu_kernels.so"
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
@@ -189,7 +190,8 @@ def _format(dtype: torch.dtype) -> int:
 
 @lru_cache
 def arithmetic() -> int:
-    """How bfloat16 operands multiply fastest on this processor, measured: dot products of pairs, or widened to float32.
+    """How bfloat16 operands multiply fastest on this processor, measured: widened to float32, by dot products of pairs,
+    or in tile registers, of what there is.
 
     Processors with the same instructions differ: AMD's Zen 4 does twice as much in dot products as in float32, some of
     Intel's do less.
@@ -197,7 +199,7 @@ def arithmetic() -> int:
     weight = PackedMatrix(torch.zeros(512, 512, dtype=torch.bfloat16))
     x = torch.zeros(96, 512)
     times = {}
-    for candidate in (WIDEN, DOT):
+    for candidate in range(_kernels().vsp_num_arithmetics()):
         linear(x, weight, candidate)
         seconds = []
         for _ in range(5):
