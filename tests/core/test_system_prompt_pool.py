@@ -8,6 +8,7 @@ import pytest
 
 from vllm.config import SystemPromptConfig
 from vllm.core.pinned_prompt import prompt_id
+from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.system_prompt_pool import (
     Outcome,
     PinClass,
@@ -19,6 +20,7 @@ from vllm.core.system_prompt_pool import (
 from vllm.inputs import CacheMark
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
+from vllm.step import StepPlan
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK = 4
@@ -515,3 +517,18 @@ def test_explaining_changes_nothing_and_routing_agrees() -> None:
         assert found["pinned_tokens"] == seq.prefix_len
         assert found["id"] == (seq.system_prompt.id if seq.system_prompt else None)
         bench.prefill_all()
+
+
+def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_saved() -> None:
+    bench = Bench()
+    bench.pool.tiers = PromptTiers(host_blocks=20)
+    prompt = bench.pinned(A, pin=PinClass.HARD)
+    bench.pool.add(list(A), pin=PinClass.SOFT)
+    assert prompt.is_being_saved, "it may leave the device now"
+    bench.pool.note_prefill(prompt)
+    bench.pool.remove(prompt.id)
+    assert not bench.released
+    saved = [bench.pool.tiers.plan_rest(StepPlan(), False) for _ in range(prompt.num_blocks)]
+    assert saved == [[]] * (prompt.num_blocks - 1) + [[prompt]], "a block a step"
+    bench.pool.end_save(prompt)
+    assert bench.released and bench.pool.get(prompt.id) is None

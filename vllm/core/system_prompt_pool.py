@@ -802,7 +802,8 @@ class SystemPromptPool:
     def note_prefill(self, prompt: PinnedPrompt) -> None:
         """The last chunk of a prompt has run. Keeps how long its prefill took; a prompt that was removed meanwhile goes
         only now, since its blocks were being written."""
-        prompt.is_being_saved = not prompt.doomed and self.tiers.save(prompt)
+        if not (prompt.doomed or prompt.is_being_saved):  # One that was declared anew meanwhile may be under way.
+            prompt.is_being_saved = self.tiers.save(prompt)
         self._release_if_done(prompt)
         self.prefill_seconds.append(time.perf_counter() - prompt.prefill_started)
 
