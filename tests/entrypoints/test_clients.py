@@ -25,10 +25,16 @@ openai = {"model": f"hosted_vllm/{model}", "api_base": f"{url}/v1", **asked}
 whole = litellm.completion(**openai)
 parts = list(litellm.completion(**openai, stream=True))
 anthropic = litellm.completion(model=f"anthropic/{model}", api_base=url, **asked)
+too_long = [{"role": "user", "content": "cave " * 3000}]
+try:
+    error = litellm.completion(**openai | {"messages": too_long})
+except litellm.exceptions.BadRequestError as exc:
+    error = exc
 print(json.dumps({
     "whole": whole.choices[0].message.content,
     "streamed": "".join(part.choices[0].delta.content or "" for part in parts),
     "anthropic": anthropic.choices[0].message.content,
+    "error": type(error).__name__,
     "cached": [answer.usage.prompt_tokens_details.cached_tokens for answer in (whole, anthropic)],
 }))
 """
@@ -83,3 +89,4 @@ def test_litellm_speaks_both_dialects(server, litellm_dir):
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["whole"] == seen["streamed"] == seen["anthropic"]
     assert seen["cached"][1] > 0
+    assert seen["error"] == "ContextWindowExceededError"

@@ -87,6 +87,8 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str, str]] = [
     ("tool_choice without tools", {"tool_choice": "auto"}, "tool_choice", "tools"),
     ("tool without a name", {"tools": [{"function": {}}], "tool_choice": "none"}, "tools", "name"),
     ("chat template in the request", {"chat_template": "{{ 1 }}"}, "chat_template", "not allowed"),
+    ("seed of 100 bits", {"seed": 2**100}, "seed", "seed must be an integer of 64 bits, got 1.26"),
+    ("line end in an id", {"request_id": "a\nb"}, "request_id", "printable"),
     ("cache_salt empty", {"cache_salt": ""}, "cache_salt", "1 to 1024"),
     ("cache_salt too long", {"cache_salt": "x" * 1025}, "cache_salt", "1 to 1024"),
     (

@@ -122,8 +122,10 @@ def _validation_error(exc: ValidationError) -> ApiError:
     # A field of several types gives one error for each; together they say what is allowed.
     wanted: list[str] = []
     for error in same[:4]:
-        text = error["msg"].removeprefix("Input should be ")
-        text = text if text != error["msg"] else text[:1].lower() + text[1:]
+        # The one message that is not of this form.
+        message = error["msg"] if error["type"] != "int_parsing_size" else "Input should be an integer of 64 bits"
+        text = message.removeprefix("Input should be ")
+        text = text if text != message else text[:1].lower() + text[1:]
         if text not in wanted:
             wanted.append(text)
     return ApiError(400, f"{field} must be {' or '.join(wanted)}, got {snippet(same[0]['input'])}.", field)

@@ -139,6 +139,10 @@ def check_generation(request: GenerationRequest) -> None:
         raise VLLMValidationError(
             f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters, got {len(request.request_id)}.", "request_id"
         )
+    if request.request_id is not None and not request.request_id.isprintable():
+        raise VLLMValidationError(
+            f"request_id must hold printable characters only, got {snippet(request.request_id)}.", "request_id"
+        )
     if request.priority is not None:
         check_int("priority", request.priority, -(2**31), 2**31 - 1)
 
