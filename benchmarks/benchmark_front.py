@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import bisect
+import gc
 import json
 import random
 import statistics
@@ -45,6 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # The clients share the machine with what is measured: the cheaper their loop, the less of a delay is theirs.
+        gc.disable()
         result = uvloop.run(measure(args, Path(folder)))
     for name, value in result.items():
         print(f"{name:28s} {value:12.1f}" if isinstance(value, float) else f"{name:28s} {value:>12}")
