@@ -68,6 +68,9 @@ struct Batch {
   int64_t block_size;  // a multiple of 16
   int64_t num_groups;
   const Group* groups;
+  // Tokens whose states are wanted, ascending; null: all. The others only leave K and V.
+  int64_t num_wanted;
+  const int64_t* wanted;
 };
 
 // The sequences of an engine, a row each, in memory that stays where it is.

@@ -834,22 +834,31 @@ void rms_norm(Member& member, const float* x, int64_t rows, int64_t size, const 
 
 // The stack of layers ------------------------------------------------------------------------------------------------
 
-// Between the products everything is float32; the residual stream is never rounded.
+// Moves the wanted rows to the front.
+template <class T>
+inline void keep_wanted(const Batch& batch, T* rows, int64_t size) {
+  for (int64_t i = 0; i < batch.num_wanted; ++i)
+    std::memmove(rows + i * size, rows + batch.wanted[i] * size, size * sizeof(T));
+}
+
+// Between the products everything is float32; the residual stream is never rounded. The last layer does nothing more for
+// tokens that are not wanted once their K and V are written; those that are, are in front then.
 template <class Kind, class C>
 void run_stack(Member& member, const Stack& stack, const Batch& batch, const AttentionPlan& plan,
                const Buffers& buffers, float* hidden) {
   using A = typename Kind::A;
-  const int64_t tokens = batch.num_tokens, size = stack.hidden_size, inner_size = stack.intermediate_size;
+  const int64_t size = stack.hidden_size, inner_size = stack.intermediate_size;
   const int64_t heads_size = stack.num_heads * stack.head_dim;
   const int64_t qkv_size = heads_size + 2 * stack.num_kv_heads * stack.head_dim;
   A *x = static_cast<A*>(buffers.x), *attended = static_cast<A*>(buffers.attended);
   A* inner = static_cast<A*>(buffers.inner);
+  int64_t tokens = batch.num_tokens;
   for (int64_t i = 0; i < stack.num_layers; ++i) {
     const Layer& layer = stack.layers[i];
     C *k_cache = static_cast<C*>(layer.k_cache), *v_cache = static_cast<C*>(layer.v_cache);
     const AttentionUnits<C> attention_units = {stack, batch, plan, k_cache, v_cache};
     auto then_linear = [&](const Matrix& w) {
-      return [&w, tokens](int64_t unit, Ahead& ahead) { LinearUnits(w, tokens).expect(unit, ahead); };
+      return [&](int64_t unit, Ahead& ahead) { LinearUnits(w, tokens).expect(unit, ahead); };
     };
     rms_norm(member, hidden, tokens, size, layer.input_norm, stack.norm_eps, x);
     linear<Kind>(member, buffers, x, size, tokens, layer.qkv, Store{buffers.qkv, qkv_size},
@@ -858,7 +867,18 @@ void run_stack(Member& member, const Stack& stack, const Batch& batch, const Att
                    [&](int64_t token, int64_t head, const float* turned) {
                      store_query(stack, batch, token, head, turned, static_cast<A*>(buffers.q));
                    });
+    const bool narrows = i + 1 == stack.num_layers && batch.wanted;
+    if (narrows && batch.num_wanted == 0) return;
     attention<Kind>(member, attention_units, buffers, attended, then_linear(layer.o));
+    if (narrows) {
+      member.for_each(2, [&](int64_t which) {
+        if (which == 0)
+          keep_wanted(batch, hidden, size);
+        else
+          keep_wanted(batch, attended, heads_size);
+      });
+      tokens = batch.num_wanted;
+    }
     linear<Kind>(member, buffers, attended, heads_size, tokens, layer.o, Accumulate{hidden, size},
                  then_linear(layer.gate_up));
     rms_norm(member, hidden, tokens, size, layer.post_attention_norm, stack.norm_eps, x);

@@ -88,7 +88,7 @@ class Memory {
 
 struct Workspace {
   Memory hidden, x, q, attended, inner, qkv, sums, bases, totals, indices, panels;
-  std::vector<int64_t> positions, slots, context_lens;
+  std::vector<int64_t> positions, slots, context_lens, wanted;
   std::vector<AttentionUnit> units;
   std::vector<int64_t> parts_of, parts;
 };
@@ -284,7 +284,8 @@ void widen_row(const void* table, int32_t format, int64_t row, int64_t size, flo
 
 }  // namespace
 
-// hidden [num_tokens][hidden_size]: in, embeddings; out, the normalised state after the last layer.
+// hidden [num_tokens][hidden_size]: in, embeddings; out, the normalised states after the last layer of the tokens that
+// are wanted.
 EXPORT void vsp_run_stack(const Stack* stack, const Batch* batch, float* hidden, int32_t threads) {
   run_stack(*stack, *batch, hidden, threads);
 }
@@ -299,6 +300,8 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
   memory.positions.clear();
   memory.slots.clear();
   memory.context_lens.clear();
+  memory.wanted.clear();
+  memory.wanted.reserve(1);  // an empty list has a place too: none is not all
   float* embedded = hidden;
   for (int64_t i = 0; i < step->num_entries; ++i) {
     const int64_t row = step->rows[i], end = step->starts[i] + step->counts[i], prefix = rows->prefix_lens[row];
@@ -311,6 +314,7 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
       widen_row(network->embeddings, network->embedding_format, ids[position], size, embedded);
     }
     memory.context_lens.push_back(end - prefix);
+    if (step->samples && step->samples[i]) memory.wanted.push_back(int64_t(memory.positions.size()) - 1);
   }
   const Batch batch = {tokens,
                        memory.positions.data(),
@@ -323,18 +327,11 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
                        step->rows,
                        rows->block_size,
                        step->num_groups,
-                       step->groups};
+                       step->groups,
+                       int64_t(memory.wanted.size()),
+                       step->samples ? memory.wanted.data() : nullptr};
   run_stack(network->stack, batch, hidden, threads);
-  int64_t wanted = tokens;
-  if (step->samples) {
-    // Those that sample move to the front.
-    wanted = 0;
-    const float* last = hidden - size;
-    for (int64_t i = 0; i < step->num_entries; ++i) {
-      last += step->counts[i] * size;
-      if (step->samples[i]) std::memmove(hidden + wanted++ * size, last, size * sizeof(float));
-    }
-  }
+  const int64_t wanted = step->samples ? batch.num_wanted : tokens;
   if (step->hidden) std::memcpy(step->hidden, hidden, wanted * size * sizeof(float));
   if (!step->drawn || !step->samples || wanted == 0) return;
   most_likely(hidden, wanted, network->head, step->drawn, network->stack.arithmetic, threads);

@@ -247,3 +247,71 @@ def test_stack_of_layers(
         assert error < 4e-6
     else:
         assert error <= float((torch_logits - want).norm() / want.norm())
+
+
+@torch.inference_mode()
+def test_a_step_in_one_call(cpu_instructions: str) -> None:
+    """Of the same rows, whatever is asked of a step: what the network itself makes of the same tokens."""
+    config = LlamaConfig(
+        vocab_size=107,
+        hidden_size=96,
+        intermediate_size=112,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+    )
+    model = make_model(config, torch.bfloat16)
+    model.pack_for_cpu()
+    packed = model.packed
+    assert packed is not None
+    backend = CpuAttentionBackend()
+    token_ids = torch.randint(0, 107, (3, 64), generator=torch.Generator().manual_seed(0))
+    tables = torch.tensor([[5, 1, 2, 0], [3, 0, 7, 0], [4, 6, 0, 0]])
+    prefix_lens = torch.tensor([0, EXTENT, 0])
+    # Row, first position, tokens, whether a token is drawn; row 1 continues the extent in blocks 8 and 9.
+    prompts = [(1, EXTENT, 19, True), (2, 0, 17, False), (0, 0, 9, True)]
+    last = [(2, 17, 3, True), (0, 9, 1, True), (1, EXTENT + 19, 1, True)]
+
+    def caches() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        shape = (160, config.num_key_value_heads, config.head_dim)
+        return tuple([randn(*shape, seed=i).bfloat16() for i in (j, j + 9)] for j in range(2))  # type: ignore[return-value]
+
+    def by_network(
+        step: list[tuple[int, int, int, bool]], k: list[torch.Tensor], v: list[torch.Tensor]
+    ) -> torch.Tensor:
+        rows = torch.tensor([row for row, _, count, _ in step for _ in range(count)])
+        positions = torch.tensor([p for _, start, count, _ in step for p in range(start, start + count)])
+        own = positions - prefix_lens[rows]
+        members = [row for row, *_ in step]
+        metadata = AttentionMetadata(
+            tables[rows, own // 16] * 16 + own % 16,
+            tables[members],
+            [count for _, _, count, _ in step],
+            [start + count - int(prefix_lens[row]) for row, start, count, _ in step],
+            groups_of(step),
+            16,
+        )
+        context = ForwardContext(backend, backend.prepare(metadata), positions, metadata.slot_mapping, k, v)
+        return model(token_ids[rows, positions], context)
+
+    def groups_of(step: list[tuple[int, int, int, bool]]) -> list[PrefixGroup]:
+        firsts = [sum(count for _, _, count, _ in step[:i]) for i in range(len(step))]
+        return [PrefixGroup(f, s[2], 8 * 16, EXTENT) for f, s in zip(firsts, step, strict=True) if s[0] == 1]
+
+    rows = cpu_kernels.SequenceRows(token_ids, tables, prefix_lens, 16)
+    for every_state in (False, True):
+        steps_caches, network_caches = caches(), caches()
+        for step in (prompts, last):
+            want = by_network(step, *network_caches)
+            steps = packed.steps(rows, *steps_caches)
+            row, starts, counts, samples = (list(column) for column in zip(*step, strict=True))
+            ends = torch.tensor(counts).cumsum(0) - 1
+            picked = torch.tensor(samples)
+            drawn = steps.draw(row, starts, counts, samples, groups_of(step))
+            assert drawn == model.most_likely(want[ends[picked]]).tolist()
+            after = torch.tensor(starts) + torch.tensor(counts)
+            assert token_ids[torch.tensor(row)[picked], after[picked]].tolist() == drawn
+            got = steps.hidden(row, starts, counts, None if every_state else samples, groups_of(step))
+            torch.testing.assert_close(got, want if every_state else want[ends[picked]], rtol=0, atol=1e-6)

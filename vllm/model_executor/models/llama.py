@@ -154,7 +154,8 @@ class PackedLlama:
         return None
 
     def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        return self._stack.forward(embeddings, context.positions, context.k_caches, context.v_caches, context.prepared)
+        caches = context.k_caches, context.v_caches
+        return self._stack.forward(embeddings, context.positions, *caches, context.prepared, context.wanted)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return cpu_kernels.linear(hidden.contiguous(), self._head, self._arithmetic)
@@ -212,8 +213,7 @@ class LlamaForCausalLM(nn.Module):
         residual = self.embed_tokens(token_ids)
         wanted = context.wanted
         if self.packed is not None:
-            hidden = self.packed.forward(residual, context)
-            return hidden if wanted is None else hidden[wanted]
+            return self.packed.forward(residual, context)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             residual = layer(residual, self.rotary.cos_sin, context, wanted if i == last else None)

@@ -94,6 +94,8 @@ class _Batch(ctypes.Structure):
         ("block_size", c_int64),
         ("num_groups", c_int64),
         ("groups", c_void_p),
+        ("num_wanted", c_int64),
+        ("wanted", c_void_p),
     ]
 
 
@@ -461,13 +463,18 @@ class DecoderStack:
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
         batch: PreparedBatch,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, hidden_size] → the normalised states after the last layer, float32, alike; writes K and V."""
+        """[T, hidden_size] → the normalised states after the last layer of the tokens `wanted` (int64 [R], ascending)
+        or of all, float32 [R, hidden_size]; writes K and V of every token."""
         self.use_caches(k_caches, v_caches)
         hidden = embeddings.to(torch.float32, copy=True)
         batch.struct.positions = _address(positions)
+        if wanted is not None:
+            rows = (c_int64 * max(1, len(wanted)))(*wanted.tolist())  # an empty list has a place too: none is not all
+            batch.struct.num_wanted, batch.struct.wanted = len(wanted), ctypes.addressof(rows)
         _kernels().vsp_run_stack(byref(self._struct), byref(batch.struct), _address(hidden), _threads())
-        return hidden
+        return hidden if wanted is None else hidden[: len(wanted)]
 
 
 class SequenceRows:
