@@ -156,10 +156,9 @@ class AsyncLLMEngine:
             if self._closed:
                 raise StartupError("The server was stopped while the engine was loading.")
             if self._process.poll() is not None:
-                raise StartupError(
-                    f"The engine process ended with code {self._process.returncode} while it was loading; "
-                    "if it was killed, the machine has too little memory for this model."
-                )
+                code = self._process.returncode
+                why = "the machine may have too little memory for this model" if code < 0 else "the lines above say why"
+                raise StartupError(f"The engine process ended with code {code} while it was loading; {why}.")
             if time.monotonic() > deadline:
                 raise StartupError(f"The engine was not ready after {timeout} s (VLLM_ENGINE_READY_TIMEOUT_S).")
         ready = msgspec.msgpack.decode(socket.recv(), type=EngineReady)

@@ -177,7 +177,8 @@ class CoreProcess:
 
 def _end_with_parent() -> None:
     """Ends this process when standard input ends: the parent is gone, however it went."""
-    while sys.stdin.buffer.read(4096):
+    # Not by sys.stdin, whose lock the interpreter wants when it ends with an error.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(0)
 

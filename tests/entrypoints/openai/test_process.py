@@ -18,6 +18,9 @@ import psutil
 import pytest
 
 from server_process import free_port
+from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.exceptions import StartupError
 
 LONG = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
 
@@ -280,3 +283,13 @@ def wait_until_running(server, count: int = 1) -> None:
     while httpx.get(f"{server.url}/load").json()["server_load"] < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_an_engine_that_breaks_while_it_loads_ends_the_start_in_one_line(monkeypatch, tiny_model_dir, capfd):
+    code = "from vllm.engine import core_process; core_process.EngineCore = None; core_process.main()"
+    monkeypatch.setattr(AsyncLLMEngine, "process_command", [sys.executable, "-c", code])
+    with pytest.raises(StartupError, match=r"ended with code 1 while it was loading; the lines above say why"):
+        AsyncLLMEngine.from_engine_args(EngineArgs(model=str(tiny_model_dir)))
+    errors = capfd.readouterr().err
+    assert "TypeError" in errors
+    assert "Fatal" not in errors
