@@ -234,6 +234,24 @@ def test_a_tenant_learns_nothing_of_anothers_suffixes(server):
     assert cached(other) == pinned, "a salt is the tenant's own"
 
 
+@pytest.mark.parametrize("fields", [{"prompt_cache_key": "mine", "prompt_cache_retention": "24h"},
+                                    {"prompt_cache_retention": "in_memory"}])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}),
+        ("completions", {"prompt": "Hi", "max_tokens": 1}),
+        ("responses", {"input": "Hi", "max_output_tokens": 1}),
+    ],
+)
+def test_how_clients_of_openai_ask_for_caching_is_accepted(server, path, body, fields):
+    headers = {"Authorization": f"Bearer {KEYS[0]}"}
+    answer = httpx.post(f"{server.url}/v1/{path}", json=body | fields, headers=headers, timeout=120)
+    assert answer.status_code == 200, answer.text
+    if path == "responses":
+        assert {key: answer.json()[key] for key in fields} == fields
+
+
 def test_long_raw_prompts_share_their_head_within_a_tenant(server, admin):
     def complete(tail, key):
         body = {"prompt": [*range(2000, 3100), *tail], "max_tokens": 1}
