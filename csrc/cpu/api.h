@@ -14,6 +14,9 @@
 
 #include <cstdint>
 
+// Raised with every change of what Python calls; cpu_kernels.py says the same number.
+constexpr int32_t kInterface = 1;
+
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // How bfloat16 weights multiply: widened to float32, in dot products of pairs, or in tile registers; each as the one

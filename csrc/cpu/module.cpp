@@ -213,6 +213,8 @@ bool may_use_tiles() {
 
 }  // namespace
 
+EXPORT int32_t vsp_interface() { return kInterface; }
+
 // The best instruction set that this processor, its operating system and this build offer; -1: not even AVX2 with FMA.
 EXPORT int32_t vsp_best_instructions() {
   __builtin_cpu_init();

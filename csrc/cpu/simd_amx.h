@@ -78,30 +78,24 @@ struct TilesBf16 {
     int64_t rows_ = 0;
   };
 
-  // As `product` and `num_fetches` in kernels.h.
-  template <class TileAt, class Ahead>
+  // As `product` in kernels.h.
+  template <class TileAt>
   static void product(const A* a, int64_t lda, int64_t rows, TileAt&& tile, int64_t tiles, int64_t steps, float* out,
-                      int64_t ldo, Ahead& ahead, bool again) {
+                      int64_t ldo, bool again) {
     int64_t j = 0;
     if (rows > kTileRows) {
-      for (; j + 2 <= tiles; j += 2) two_rows<2>(a, lda, tile(j), tile(j + 1), steps, out + j * 16, ldo, ahead, again);
-      if (j < tiles) two_rows<1>(a, lda, tile(j), nullptr, steps, out + j * 16, ldo, ahead, again);
+      for (; j + 2 <= tiles; j += 2) two_rows<2>(a, lda, tile(j), tile(j + 1), steps, out + j * 16, ldo, again);
+      if (j < tiles) two_rows<1>(a, lda, tile(j), nullptr, steps, out + j * 16, ldo, again);
       return;
     }
     for (; j + 4 <= tiles; j += 4) {
       const B* const b[] = {tile(j), tile(j + 1), tile(j + 2), tile(j + 3)};
-      one_row<4>(a, lda, b, steps, out + j * 16, ldo, ahead, again);
+      one_row<4>(a, lda, b, steps, out + j * 16, ldo, again);
     }
     for (; j < tiles; ++j) {
       const B* const b[] = {tile(j)};
-      one_row<1>(a, lda, b, steps, out + j * 16, ldo, ahead, again);
+      one_row<1>(a, lda, b, steps, out + j * 16, ldo, again);
     }
-  }
-
-  static int64_t num_fetches(int64_t rows, int64_t tiles, int64_t steps) {
-    const int64_t last = rows % kMostRows, blocks_of_two = (tiles + 1) / 2, blocks_of_four = (tiles + 3) / 4;
-    const int64_t in_last = last > kTileRows ? blocks_of_two : last > 0 ? blocks_of_four : 0;
-    return steps * (rows / kMostRows * blocks_of_two + in_last);
   }
 
   // sums[0 ... rows)[16 column ... 16 (column + tiles)) += weights · values over `count` tiles of 16 keys, for up to 16
@@ -131,13 +125,12 @@ struct TilesBf16 {
     for (int i = 0; i < kRight; i += 32) _mm_prefetch(reinterpret_cast<const char*>(from + i), _MM_HINT_T0);
   }
 
-  template <int columns, class Ahead>
+  template <int columns>
   static void two_rows(const A* a, int64_t lda, const B* first, const B* second, int64_t steps, float* out,
-                       int64_t ldo, Ahead& ahead, bool again) {
+                       int64_t ldo, bool again) {
     const int64_t stride = lda * int64_t(sizeof(A));
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int64_t s = 0; s < steps; ++s, a += kDepth, first += kRight) {
-      ahead.fetch();
       if (!again) {
         prefetch(first + kAhead * kRight);
         if constexpr (columns == 2) prefetch(second + kAhead * kRight);
@@ -165,13 +158,12 @@ struct TilesBf16 {
     }
   }
 
-  template <int columns, class Ahead>
+  template <int columns>
   static void one_row(const A* a, int64_t lda, const B* const (&start)[columns], int64_t steps, float* out,
-                      int64_t ldo, Ahead& ahead, bool again) {
+                      int64_t ldo, bool again) {
     const int64_t stride = lda * int64_t(sizeof(A));
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int64_t s = 0; s < steps; ++s, a += kDepth) {
-      ahead.fetch();
       if (!again)
         for (int j = 0; j < columns; ++j) prefetch(start[j] + (s + kAhead) * kRight);
       tile_load<4>(a, stride);

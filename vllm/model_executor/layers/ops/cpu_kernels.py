@@ -36,6 +36,8 @@ one before it where the instructions for it are not there."""
 _LIBRARY = Path(__file__).parents[3] / "cpu_kernels.so"
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8 = 2
+_INTERFACE = 1
+"""`kInterface` of `csrc/cpu/api.h`."""
 
 
 class _Matrix(ctypes.Structure):
@@ -143,6 +145,13 @@ def library() -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(_LIBRARY))
     except OSError as error:
         logger.warning("The compiled CPU kernels cannot be loaded (%s); torch computes instead.", error)
+        return None
+    if not hasattr(lib, "vsp_interface") or lib.vsp_interface() != _INTERFACE:
+        logger.warning(
+            "The compiled CPU kernels (%s) are of another version of this package; torch computes instead, several "
+            "times slower. Run: pip install -e .",
+            _LIBRARY.name,
+        )
         return None
     best = lib.vsp_best_instructions()
     if best < 0:
