@@ -119,6 +119,7 @@ class EngineArgs:
     device: str = "auto"
     attention_backend: str | None = None
     enforce_eager: bool = False
+    disable_log_stats: bool = False
 
     @classmethod
     def from_cli_args(cls, namespace: argparse.Namespace) -> EngineArgs:
@@ -204,6 +205,8 @@ class EngineArgs:
         add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
         add("attention_backend", "TORCH, or the device's: CPU, TRITON, XFORMERS; the device's own choice if not given.")
         add("enforce_eager", "Never capture CUDA graphs.")
+        add = adder("logging")
+        add("disable_log_stats", "Do not say every 10 s what the engine does.")
         return parser
 
     def create_engine_config(self) -> VllmConfig:

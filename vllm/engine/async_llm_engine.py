@@ -31,6 +31,7 @@ from vllm.engine.mailbox import Mailbox
 from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, EngineStats, StepOutputs, UtilityCall
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
 from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
@@ -85,6 +86,7 @@ class AsyncLLMEngine:
         self._call_ids = itertools.count()
         self._kept: dict[str, tuple[list[int], dict[str, Any]]] = {}
         self._reader: asyncio.Task[None] | None = None
+        self._stats_log: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
         self._encoder = msgspec.msgpack.Encoder()
@@ -172,6 +174,8 @@ class AsyncLLMEngine:
             loop = asyncio.get_running_loop()
             self._reader = loop.create_task(self._read())
             threading.Thread(target=self._watch, args=(loop, self._process), name="engine-watch", daemon=True).start()
+            if self._stats_log is None and not self._args.disable_log_stats:
+                self._stats_log = loop.create_task(StatsLog(self.metrics, lambda: self.stats).run())
 
     def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
         code = process.wait()
@@ -278,8 +282,9 @@ class AsyncLLMEngine:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        if self._reader is not None:
-            self._reader.cancel()
+        for task in (self._reader, self._stats_log):
+            if task is not None:
+                task.cancel()
         self._compiler.shutdown()
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._close()

@@ -64,6 +64,9 @@ class _Histogram:
 class EngineMetrics(RequestObserver):
     """Metrics of one engine, in a registry of its own.
 
+    Attributes:
+        num_prompt_tokens, num_generated_tokens: Computed since the start; of prompts, when their first token comes.
+
     Counters whose totals the engine core keeps are advanced by the difference to the last totals seen.
     """
 
@@ -72,6 +75,7 @@ class EngineMetrics(RequestObserver):
         self._values = {"model_name": config.model.served_model_names[0], "engine": "0"}
         self._totals: dict[tuple[str, str], int] = {}
         self._new_tokens = 0
+        self.num_prompt_tokens = self.num_generated_tokens = 0
         tokens = _token_buckets(config.model.max_model_len)
         hist, gauge, counter = self._histogram, self._gauge, self._counter
 
@@ -210,11 +214,13 @@ class EngineMetrics(RequestObserver):
 
     def on_token(self, state: RequestState, index: int, now: float, previous: float | None) -> None:
         self._new_tokens += 1
+        self.num_generated_tokens += 1
         if previous is not None:
             self._itl.observe(now - previous)
         elif index == 0:
             self._prompt_tokens.inc(len(state.prompt_token_ids))
             self._cached_tokens.inc(state.num_cached_tokens)
+            self.num_prompt_tokens += len(state.prompt_token_ids) - state.num_cached_tokens
             self._ttft.observe(now - state.metrics.arrival_time)
 
     def on_finish(self, state: RequestState, now: float) -> None:

@@ -31,7 +31,6 @@ _NO_EFFECT_SWITCHES = (
     "disable-frontend-multiprocessing",
     "disable-hybrid-kv-cache-manager",
     "disable-log-requests",
-    "disable-log-stats",
     "disable-logprobs-during-spec-decoding",
     "disable-mm-preprocessor-cache",
     "disable-nccl-for-dp-synchronization",
