@@ -437,9 +437,14 @@ def test_known_system_parts_are_bounded_by_number_and_size(monkeypatch: pytest.M
         cache.get((0,), lambda: small)
     assert set(cache._parts) == {(0,), (3,), (4,)}
     assert 0 < cache._num_bytes < 5000
+    monkeypatch.setattr(system_parts, "_MAX_BYTES_OF_ONE", 3000)
+    kept = set(cache._parts)
     assert cache.get(("big",), lambda: large) is large
-    assert (len(cache._parts), cache._num_bytes) == (0, 0)
     cache.get(("template", False, "", ("system",), ("x" * 6000,)), lambda: small)  # known by a text that is too long
+    cache.get(("x" * 6000, False, "", ("system",), ("text",)), lambda: small)  # or by a template
+    assert set(cache._parts) == kept
+    monkeypatch.setattr(system_parts, "_MAX_BYTES_OF_ONE", 10**9)
+    cache.get(("big",), lambda: large)
     assert (len(cache._parts), cache._num_bytes) == (0, 0)
 
 

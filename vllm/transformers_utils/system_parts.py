@@ -12,6 +12,8 @@ from vllm.transformers_utils.text_heads import TextHead
 
 _MAX_PARTS = 1024
 _MAX_BYTES = 128 << 20
+_MAX_BYTES_OF_ONE = _MAX_BYTES // 16
+"""Of an entry; a larger one would drive out many that others need."""
 _BYTES_PER_TOKEN = 48
 """A number, and its places in two lists."""
 
@@ -86,12 +88,20 @@ class SystemPartCache:
         return part
 
     def _store(self, key: tuple[Hashable, ...], part: SystemPart) -> None:
+        cost = _cost(key, part)
+        if cost > _MAX_BYTES_OF_ONE:
+            return
         self._parts[key] = part
-        self._num_bytes += _cost(key, part)
+        self._num_bytes += cost
         while len(self._parts) > _MAX_PARTS or self._num_bytes > _MAX_BYTES:
             self._num_bytes -= _cost(*self._parts.popitem(last=False))
 
 
 def _cost(key: tuple[Hashable, ...], part: SystemPart) -> int:
-    """Bytes that an entry takes, about: its key may hold the texts of the system messages, as a tuple."""
-    return part.num_bytes + sum(sys.getsizeof(text) for item in key if isinstance(item, tuple) for text in item)
+    """Bytes that an entry takes, about: its key may hold a template and the texts of the system messages."""
+    return part.num_bytes + _size(key)
+
+
+def _size(item: Hashable) -> int:
+    inner = sum(_size(i) for i in item) if isinstance(item, tuple) else 0
+    return sys.getsizeof(item) + inner
