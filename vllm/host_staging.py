@@ -6,7 +6,7 @@ piece of it is kept and used round and round.
 
 from __future__ import annotations
 
-from functools import cache
+import threading
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ _ALIGNMENT = 64
 
 class HostStaging:
     """Page-locked memory in two halves; one is written while copies from the other may still be under way.
+
+    For one thread and one stream: that a half is free again is known from where the stream has got to.
 
     Args:
         num_bytes: Of a half; larger arrays get page-locked memory of their own.
@@ -46,9 +48,19 @@ class HostStaging:
         return self._halves[self._turn][first:end].view(source.dtype).view(source.shape)
 
 
-@cache
+class _OfThread(threading.local):
+    """Engines in several threads do not write over each other's arrays."""
+
+    staging: HostStaging | None = None
+
+
+_own = _OfThread()
+
+
 def _staging() -> HostStaging:
-    return HostStaging()
+    if _own.staging is None:
+        _own.staging = HostStaging()
+    return _own.staging
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
