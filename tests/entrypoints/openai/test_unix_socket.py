@@ -12,7 +12,7 @@ import time
 import httpx
 import pytest
 
-from vllm.entrypoints.openai.api_server import bind_unix_socket
+from vllm.entrypoints.openai.api_server import unix_socket
 from vllm.exceptions import StartupError
 
 
@@ -36,8 +36,8 @@ def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
             answer = client.post("/v1/completions", json={"prompt": "One", "max_tokens": 2}, timeout=60)
             assert answer.json()["usage"]["completion_tokens"] == 2
             # A second server would see that this one lives, and leave its socket alone.
-            with pytest.raises(StartupError, match=f"--uds {path}: Address already in use"):
-                bind_unix_socket(str(path))
+            with pytest.raises(StartupError, match=f"--uds {path}: Address already in use"), unix_socket(str(path)):
+                pass
             assert client.get("/health").status_code == 200
         process.send_signal(signal.SIGTERM)
         log = process.communicate(timeout=60)[0]
@@ -45,13 +45,45 @@ def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
         process.kill()
     assert process.returncode == 0
     assert f"on {path}" in log
-    assert not path.exists()
+    assert not list(tmp_path.glob("api.sock*"))
+
+
+def test_a_socket_that_does_not_listen_yet_is_left_alone(tmp_path):
+    path = tmp_path / "api.sock"
+    with unix_socket(str(path)) as first:
+        with pytest.raises(StartupError, match="Address already in use"), unix_socket(str(path)):
+            pass
+        first.listen()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_without_a_lock_is_seen_too(tmp_path):
+    path = str(tmp_path / "api.sock")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(path)
+        other.listen()
+        with pytest.raises(StartupError, match="Address already in use"), unix_socket(path):
+            pass
+    with unix_socket(path):
+        pass
+
+
+def test_only_its_own_socket_is_removed(tmp_path):
+    path = tmp_path / "api.sock"
+    with socket.socket(socket.AF_UNIX) as other:
+        with unix_socket(str(path)):
+            path.rename(tmp_path / "moved")
+            other.bind(str(path))
+        assert path.is_socket()
 
 
 def test_what_is_no_socket_is_left_alone(tmp_path):
     path = tmp_path / "notes"
     path.write_text("mine")
     for name in (str(path), str(tmp_path / "no" / "folder"), str(tmp_path / ("x" * 200))):
-        with pytest.raises(StartupError, match="Cannot listen on --uds"):
-            bind_unix_socket(name)
+        with pytest.raises(StartupError, match="Cannot listen on --uds"), unix_socket(name):
+            pass
     assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]

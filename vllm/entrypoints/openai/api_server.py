@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import os
 import signal
@@ -87,33 +88,65 @@ def _stop_loading(sig: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def listening_socket(args: argparse.Namespace) -> Generator[socket.socket, None, None]:
     """The socket of `--uds`, or of `--host` and `--port`, bound; closed in the end, and its file removed."""
-    sock = bind_socket(args.host, args.port) if args.uds is None else bind_unix_socket(args.uds)
-    try:
+    with bind_socket(args.host, args.port) if args.uds is None else unix_socket(args.uds) as sock:
         yield sock
-    finally:
-        sock.close()
-        if args.uds is not None:
-            Path(args.uds).unlink(missing_ok=True)
 
 
-def bind_unix_socket(path: str) -> socket.socket:
-    """A socket bound to a path, where a server that is gone may have left one.
+@contextlib.contextmanager
+def unix_socket(path: str) -> Generator[socket.socket, None, None]:
+    """A socket bound to a path, where a server that is gone may have left one; closed in the end, and its file removed.
+
+    PATH.lock is locked meanwhile: before it listens, a live socket looks like one that was left behind.
 
     Raises:
-        StartupError: another server listens there, or no socket can be made there.
+        StartupError: another server has the path, or no socket can be made there.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if Path(path).is_socket():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(path) == 0:
-                    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-            Path(path).unlink()
-        sock.bind(path)
-    except OSError as exc:
-        sock.close()
-        raise StartupError(f"Cannot listen on --uds {path}: {exc.strerror or exc}.") from None
-    return sock
+    with contextlib.ExitStack() as cleanup:
+        try:
+            _lock(f"{path}.lock", cleanup)
+            if Path(path).is_socket():
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                    if probe.connect_ex(path) == 0:
+                        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+                Path(path).unlink()
+            sock = cleanup.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            sock.bind(path)
+            cleanup.callback(_unlink_own, path, os.lstat(path))
+        except OSError as exc:
+            raise StartupError(f"Cannot listen on --uds {path}: {exc.strerror or exc}.") from None
+        yield sock
+
+
+def _lock(path: str, cleanup: contextlib.ExitStack) -> None:
+    """Makes and locks a file; `cleanup` removes it.
+
+    Raises:
+        OSError: EADDRINUSE if another process has locked it.
+    """
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it before may have removed it in the meantime; then the lock is on a file that nobody else sees.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file), os.lstat(path)):
+                    cleanup.callback(os.close, file)
+                    cleanup.callback(_unlink_own, path, os.fstat(file))
+                    return
+        except BlockingIOError:
+            os.close(file)
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+def _unlink_own(path: str, made: os.stat_result) -> None:
+    """Removes a file unless another one has taken its place."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.lstat(path), made):
+            os.unlink(path)
 
 
 def bind_socket(host: str | None, port: int) -> socket.socket:
