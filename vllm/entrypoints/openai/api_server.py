@@ -113,7 +113,7 @@ def unix_socket(path: str) -> Generator[socket.socket, None, None]:
             sock.bind(path)
             cleanup.callback(_unlink_own, path, os.lstat(path))
         except OSError as exc:
-            raise StartupError(f"Cannot listen on --uds {path}: {exc.strerror or exc}.") from None
+            raise _cannot_listen(exc, uds=path) from None
         yield sock
 
 
@@ -167,12 +167,24 @@ def bind_socket(host: str | None, port: int) -> socket.socket:
         sock.bind(address)
     except OSError as exc:
         sock.close()
-        raise _cannot_listen(f"{host} port {port}", exc) from None
+        raise _cannot_listen(exc, host, port) from None
     return sock
 
 
-def _cannot_listen(where: str, exc: OSError) -> StartupError:
-    return StartupError(f"Cannot listen on {where}: {exc.strerror}. Choose another with --host and --port.")
+def _cannot_listen(exc: OSError, host: str = "", port: int = 0, *, uds: str | None = None) -> StartupError:
+    where, advice = f"{host} port {port}", "Choose another with --host and --port."
+    if uds is not None:
+        where, advice = f"--uds {uds}", "Choose another path."
+    return StartupError(f"Cannot listen on {where}: {exc.strerror or exc}. {advice}")
+
+
+def _listen(sock: socket.socket, uds: str | None) -> None:
+    try:
+        # Another server may have bound the port while the model loaded; only one can listen.
+        sock.listen(_LISTEN_BACKLOG)
+    except OSError as exc:
+        host, port = ("", 0) if uds is not None else sock.getsockname()[:2]
+        raise _cannot_listen(exc, host, port, uds=uds) from None
 
 
 async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Namespace) -> int:
@@ -192,12 +204,7 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
         config.load()
     except (OSError, ssl.SSLError) as exc:
         raise StartupError(f"The --ssl files cannot be used: {exc}.") from None
-    try:
-        # Another server may have bound the port while the model loaded; only one can listen.
-        sock.listen(_LISTEN_BACKLOG)
-    except OSError as exc:
-        raise _cannot_listen("{} port {}".format(*sock.getsockname()[:2]), exc) from None
-
+    _listen(sock, args.uds)
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     loop = asyncio.get_running_loop()
