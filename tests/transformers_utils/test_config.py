@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from vllm.exceptions import StartupError
+from vllm.transformers_utils import config
 from vllm.transformers_utils.config import (
     eos_token_ids,
     load_generation_config,
@@ -69,6 +71,31 @@ def test_overrides_that_cannot_be_are_one_line(checkpoint: Path, overrides: dict
     with pytest.raises(StartupError, match="--hf-overrides") as caught:
         load_hf_config(str(checkpoint), overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"architectures": 5}, "architectures must be a list of strings, got 5."),
+        ({"architectures": "LlamaForCausalLM"}, 'architectures must be a list of strings, got "LlamaForCausalLM".'),
+        ({"architectures": [["x"]]}, 'architectures must be a list of strings, got [["x"]].'),
+        ({"quantization_config": "x"}, 'quantization_config must be an object, got "x".'),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0."),
+        ({"num_key_value_heads": -2}, "num_key_value_heads must be at least 1, got -2."),
+    ],
+)
+def test_overrides_of_the_wrong_kind_are_named(checkpoint: Path, overrides: dict[str, object], words: str) -> None:
+    with pytest.raises(StartupError, match=re.escape(f"config.json with --hf-overrides: {words}")):
+        load_hf_config(str(checkpoint), overrides)
+
+
+def test_overrides_with_unknown_names_are_told(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(config.logger, "warning", lambda text, *args: told.append(text % args))
+    load_hf_config(str(checkpoint), {"rope_theta": 500.0, "torch_dtype": "float32", "num_key_value_heads": None})
+    assert told == []
+    load_hf_config(str(checkpoint), {"max_positions": 99, "hidden_size": 64, "hiden_size": 1})
+    assert told == ["--hf-overrides holds hiden_size, max_positions, unknown to a Llama's configuration."]
 
 
 @pytest.mark.parametrize("model", ["/no/such/model", "./absent", "absent.gguf", "a/b/c"])

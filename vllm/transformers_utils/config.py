@@ -21,6 +21,8 @@ from vllm.transformers_utils.tokenizer import Tokenizer
 logger = init_logger(__name__)
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
+# What config.json may hold besides the fields: older spellings, and what is refused by name.
+_ALSO_READ = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config"}
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _HUB_WEIGHTS = ("*.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -93,6 +95,10 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
     if overrides:
         source += " with --hf-overrides"
         values |= overrides
+        unknown = sorted(overrides.keys() - LlamaConfig().to_dict().keys() - _ALSO_READ)
+        if unknown:
+            logger.warning("--hf-overrides holds %s, unknown to a Llama's configuration.", ", ".join(unknown))
+    _check_values(source, values)
     architectures = values.get("architectures") or []
     if values.get("model_type") != "llama" or not set(architectures) <= set(SUPPORTED_ARCHITECTURES):
         found = ", ".join(map(str, architectures)) or f"model type {values.get('model_type')!r}"
@@ -104,6 +110,22 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
         return LlamaConfig.from_dict(values)
     except Exception as error:  # transformers checks values in its own ways
         raise StartupError(f"{source} is not valid: {' '.join(str(error).split())}") from error
+
+
+def _check_values(source: str, values: Mapping[str, Any]) -> None:
+    """Raises StartupError for values of the wrong kind that are read before, or not checked by, `LlamaConfig`."""
+    architectures = values.get("architectures")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise StartupError(f"{source}: architectures must be a list of strings, got {json.dumps(architectures)}.")
+    quantization = values.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise StartupError(f"{source}: quantization_config must be an object, got {json.dumps(quantization)}.")
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        count = values.get(name)
+        if isinstance(count, int) and count < 1:
+            raise StartupError(f"{source}: {name} must be at least 1, got {json.dumps(count)}.")
 
 
 def load_generation_config(model_path: str) -> dict[str, float]:
