@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import tracemalloc
 
 import pytest
 
+from vllm.entrypoints.openai.tool_parsers.forced import check_strict
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.structured_output.compiler import ConstraintCompiler
 from vllm.structured_output.constraint import MAX_CONSTRAINT_BYTES
+from vllm.structured_output.json_schema import unenforced
 
 
 def params(**fields: object) -> StructuredOutputsParams:
@@ -156,3 +159,27 @@ def test_several_threads_may_ask(compiler: ConstraintCompiler) -> None:
         thread.join()
     assert len(found) == 12
     assert len(set(found)) == 3
+
+
+def test_a_strict_function_with_a_huge_schema_is_refused_before_it_is_searched() -> None:
+    parameters = {"properties": {"x" * MAX_CONSTRAINT_BYTES: {"not": {}}}}
+    with pytest.raises(VLLMValidationError, match="tools may have 256 KiB at most, got 256 of parameters") as caught:
+        check_strict({"function": {"name": "f", "strict": True, "parameters": parameters}})
+    assert caught.value.param == "tools"
+
+
+def test_paths_of_a_schema_stay_short_whatever_its_names_are() -> None:
+    children: dict[str, object] = {str(i): {} for i in range(20_000)}
+    schema = {"properties": {"x" * 60_000: {"properties": children | {"a": {"not": {}}}}}}
+    tracemalloc.start()
+    try:
+        keyword = unenforced(schema)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally:
+        tracemalloc.stop()
+    assert keyword == f"not (at $.properties.{'x' * 50}….properties.a)"
+    nested: dict[str, object] = {"not": {}}
+    for _ in range(50):
+        nested = {"items": nested}
+    found = unenforced(nested)
+    assert found is not None and len(found) < 220 and found.endswith("…)")

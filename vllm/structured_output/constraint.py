@@ -46,18 +46,29 @@ def constraint_source(params: StructuredOutputsParams) -> bytes:
         raise _error("does not support whitespace_pattern; disable_any_whitespace it does")
     kind = given[0]
     form = _format(kind, params)
-    try:
-        source = orjson.dumps({"format": form, "after": params.after})
-    except (orjson.JSONEncodeError, RecursionError):
-        raise _error(f"has a {kind} that is nested too deeply or no JSON") from None
-    if len(source) > MAX_CONSTRAINT_BYTES:
-        raise _error(f"may have {MAX_CONSTRAINT_BYTES // 1024} KiB at most, got {len(source) // 1024} of {kind}")
+    source = bounded_json({"format": form, "after": params.after}, kind)
     if params.enforces_all:
         for schema in _schemas(form):
             keyword = unenforced(schema)
             if keyword is not None:
                 raise _error(f"has a JSON schema with {keyword}, which this server cannot enforce; leave it out")
     return source
+
+
+def bounded_json(value: Any, kind: str, field: str = "structured_outputs") -> bytes:
+    """The JSON text of what the request's `field` holds as `kind`.
+
+    Raises:
+        VLLMValidationError: it is longer than a constraint may be, or nested too deeply.
+    """
+    try:
+        text = orjson.dumps(value)
+    except (orjson.JSONEncodeError, RecursionError):
+        raise _error(f"has a {kind} that is nested too deeply or no JSON", field) from None
+    if len(text) > MAX_CONSTRAINT_BYTES:
+        limit = MAX_CONSTRAINT_BYTES // 1024
+        raise _error(f"may have {limit} KiB at most, got {len(text) // 1024} of {kind}", field)
+    return text
 
 
 def _schemas(form: Any) -> Iterator[Any]:
@@ -137,5 +148,5 @@ def _parsed(text: str) -> Any:
         raise _error(f"holds text that is not valid JSON ({error!s:.100})") from None
 
 
-def _error(what: str) -> VLLMValidationError:
-    return VLLMValidationError(f"structured_outputs {what}.", "structured_outputs")
+def _error(what: str, field: str = "structured_outputs") -> VLLMValidationError:
+    return VLLMValidationError(f"{field} {what}.", field)

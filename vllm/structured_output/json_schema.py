@@ -30,6 +30,10 @@ _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
 
+# All siblings wait with their paths: these stay short whatever the names are.
+_MAX_NAME_CHARS = 50
+_MAX_PATH_CHARS = 200
+
 
 def unenforced(schema: Any) -> str | None:
     """Which keyword of a schema would be ignored, and where it is; None where all of them count."""
@@ -40,7 +44,7 @@ def unenforced(schema: Any) -> str | None:
             continue
         keyword = _unenforced_here(node)
         if keyword is not None:
-            return f"{keyword} (at {path:.200})"
+            return f"{keyword} (at {path})"
         stack += _subschemas(path, node)
     return None
 
@@ -48,11 +52,18 @@ def unenforced(schema: Any) -> str | None:
 def _subschemas(path: str, node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key in _MAPS:
         if isinstance(node.get(key), dict):
-            yield from ((f"{path}.{key}.{name}", child) for name, child in node[key].items())
+            yield from ((_below(path, f".{key}.", name), child) for name, child in node[key].items())
     for key in _LISTS:
         if isinstance(node.get(key), list):
-            yield from ((f"{path}.{key}[{i}]", child) for i, child in enumerate(node[key]))
-    yield from ((f"{path}.{key}", node[key]) for key in _SINGLE if key in node)
+            yield from ((_below(path, f".{key}[{i}]"), child) for i, child in enumerate(node[key]))
+    yield from ((_below(path, f".{key}"), node[key]) for key in _SINGLE if key in node)
+
+
+def _below(path: str, step: str, name: str = "") -> str:
+    if len(path) >= _MAX_PATH_CHARS:
+        return path
+    longer = path + step + (name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "…")
+    return longer if len(longer) < _MAX_PATH_CHARS else longer[: _MAX_PATH_CHARS - 1] + "…"
 
 
 def _unenforced_here(node: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from vllm.entrypoints.openai.tool_parsers.base import ToolParser
 from vllm.entrypoints.openai.tool_parsers.json_calls import CallReader
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.structured_output.constraint import bounded_json
 from vllm.structured_output.json_schema import unenforced
 
 
@@ -57,7 +58,10 @@ class RequiredToolParser(ToolParser):
 def check_strict(tool: dict[str, Any]) -> None:
     """Raises `VLLMValidationError` for a function that is strict where its arguments cannot be held to its schema."""
     function = tool["function"]
-    keyword = unenforced(function.get("parameters")) if function.get("strict") else None
+    if not function.get("strict"):
+        return
+    bounded_json(function.get("parameters"), "parameters", "tools")
+    keyword = unenforced(function.get("parameters"))
     if keyword is not None:
         raise VLLMValidationError(
             f"The function {function['name']} is strict and its parameters have {keyword}, which this server cannot "
