@@ -35,6 +35,9 @@ def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
             assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 77
             answer = client.post("/v1/completions", json={"prompt": "One", "max_tokens": 2}, timeout=60)
             assert answer.json()["usage"]["completion_tokens"] == 2
+            refused = client.get("/v1/system_prompts")
+            assert refused.status_code == 403
+            assert "over a Unix socket (--uds) it needs --admin-api-key" in refused.json()["error"]["message"]
             # A second server would see that this one lives, and leave its socket alone.
             with pytest.raises(StartupError, match=f"--uds {path}: Address already in use"), unix_socket(str(path)):
                 pass

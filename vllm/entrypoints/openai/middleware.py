@@ -63,7 +63,8 @@ class AdminGuard:
     """Dependency of the routes that are the operator's: it travels with them, whatever path leads there.
 
     Args:
-        key: Must come with every request (`--admin-api-key`); None lets clients of this machine in, and nobody else.
+        key: Must come with every request (`--admin-api-key`); None lets TCP clients of this machine in, and
+            nobody else.
     """
 
     def __init__(self, key: str | None) -> None:
@@ -77,7 +78,9 @@ class AdminGuard:
                     "This route is the operator's: send the key of --admin-api-key as `Authorization: Bearer KEY`.",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-        elif not _is_loopback(request.client.host if request.client is not None else ""):
+        elif request.client is None:  # Unix sockets have no address, and a proxy may stand behind each connection.
+            raise ApiError(403, "This route is the operator's: over a Unix socket (--uds) it needs --admin-api-key.")
+        elif not _is_loopback(request.client.host):
             raise ApiError(
                 403,
                 "Without --admin-api-key, this route answers only to clients on the server's own machine.",
