@@ -7,6 +7,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
 from vllm.entrypoints.openai import cli_args, compatibility_args
+from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.exceptions import StartupError
 
 
@@ -279,3 +280,17 @@ def test_the_kv_cache_has_the_dtype_of_the_model(tiny_model_dir):
     for dtype in ("fp8", "float16"):
         with pytest.raises(StartupError, match=rf"--kv-cache-dtype {dtype} is not built.*bfloat16"):
             make(dtype)
+
+
+def test_the_fingerprint_is_what_its_mode_says(tiny_model_dir):
+    def fingerprint(mode, value=None, **overrides):
+        config = EngineArgs(model=str(tiny_model_dir), hf_overrides=overrides).create_engine_config()
+        return ServingModels(config, mode, value).fingerprint
+
+    digest = fingerprint("hash")
+    assert fingerprint("hash") == digest
+    assert fingerprint("full").endswith(digest)
+    assert fingerprint("hash", rms_norm_eps=0.5) != digest
+    assert fingerprint("none") is None
+    for value in ("mine", "hash", "full", "none"):
+        assert fingerprint("custom", value) == value

@@ -153,7 +153,7 @@ def test_the_api_key_guards_the_running_server(start):
 
 def test_flags_of_the_http_layer(start):
     flags = ["--root-path", "/api", "--enable-force-include-usage", "--enable-request-id-headers"]
-    names = ["--served-model-name", "one", "two", "--fingerprint-mode", "custom", "--fingerprint-value", "mine"]
+    names = ["--served-model-name", "one", "two", "--fingerprint-mode", "custom", "--fingerprint-value", "hash"]
     server = start(*flags, *names, "--allowed-origins", '["http://a"]', "--disable-fastapi-docs")
     assert "Warning" not in server.log_path.read_text()
     with httpx.Client(base_url=server.url, timeout=60) as client:
@@ -172,7 +172,7 @@ def test_flags_of_the_http_layer(start):
             *others, last = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
             assert last["usage"]["completion_tokens"] <= 2
             assert last["choices"] == []
-            assert (last["model"], last["system_fingerprint"]) == ("two", "mine")
+            assert (last["model"], last["system_fingerprint"]) == ("two", "hash")
             assert not any("system_fingerprint" in chunk or "usage" in chunk for chunk in others)
 
 

@@ -24,7 +24,7 @@ class Services:
     """
 
     def __init__(self, engine: AsyncLLMEngine, args: argparse.Namespace) -> None:
-        self.models = ServingModels(engine.vllm_config, args.fingerprint_value or args.fingerprint_mode)
+        self.models = ServingModels(engine.vllm_config, args.fingerprint_mode, args.fingerprint_value)
         self.prompts = PromptReader(engine, args.default_chat_template_kwargs)
         self.chat = ServingChat(
             engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,18 +17,23 @@ class ServingModels:
     """The names of the one model; each of them is listed and accepted, the first is reported back.
 
     Args:
-        fingerprint: What `system_fingerprint` holds (`--fingerprint-mode`): "full", the server's version and a hash of
-            what decides which tokens come; "hash", that alone; "none", null. Any other text stands for itself.
+        fingerprint_mode: What `system_fingerprint` holds: "full", the server's version and a hash of what decides which
+            tokens come; "hash", that alone; "custom", `fingerprint_value`; "none", null.
+        fingerprint_value: The text of mode "custom".
 
     Attributes:
         fingerprint: `system_fingerprint` of responses.
     """
 
-    def __init__(self, config: VllmConfig, fingerprint: str = "full") -> None:
-        parts = (config.model.weights_digest, config.model.dtype, config.device, config.attention_backend, __version__)
+    def __init__(
+        self, config: VllmConfig, fingerprint_mode: str = "full", fingerprint_value: str | None = None
+    ) -> None:
+        model = config.model
+        shape = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
+        parts = (model.weights_digest, shape, model.dtype, config.device, config.attention_backend, __version__)
         digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-        known = {"full": f"vllm-{__version__}-{digest}", "hash": digest, "none": None}
-        self.fingerprint: str | None = known.get(fingerprint, fingerprint)
+        known = {"full": f"vllm-{__version__}-{digest}", "hash": digest, "custom": fingerprint_value, "none": None}
+        self.fingerprint: str | None = known[fingerprint_mode]
         self.names = config.model.served_model_names
         self._root = config.model.model
         self._max_model_len = config.model.max_model_len
