@@ -66,6 +66,18 @@ def test_prompts_of_a_batch_are_searched_each_for_itself(client: httpx.Client):
     assert [choice["text"] for choice in both] == [choice["text"] for choices in alone for choice in choices]
 
 
+def test_best_of_is_the_width_of_the_beam_and_n_are_returned(client: httpx.Client):
+    fields: dict[str, Any] = {"prompt": [PROMPT, "One"], "use_beam_search": True, "ignore_eos": True, "echo": True}
+    wide = complete(client, **fields, n=3)["choices"]
+    best = complete(client, **fields, n=2, best_of=3)["choices"]
+    assert [choice["text"] for choice in best] == [wide[i]["text"] for i in (0, 1, 3, 4)]
+    assert [choice["index"] for choice in best] == [0, 1, 2, 3]
+    chat: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 4, "use_beam_search": True}
+    wide = post(client, "/v1/chat/completions", **chat, n=3)["choices"]
+    (choice,) = post(client, "/v1/chat/completions", **chat, best_of=3)["choices"]
+    assert choice["message"] == wide[0]["message"]
+
+
 def test_a_chat_is_searched_with_its_system_prompt_pinned(client: httpx.Client):
     fields: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 6, "use_beam_search": True, "n": 2}
     first = post(client, "/v1/chat/completions", **fields)

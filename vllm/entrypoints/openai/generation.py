@@ -36,7 +36,8 @@ def generate(
         VLLMValidationError: a value is not allowed with beam search.
     """
     if request.use_beam_search:
-        return _beam_search(engine, token_ids, params, _beam_params(engine, request, params), request_id, options)
+        beam_params = _beam_params(engine, request, params)
+        return _beam_search(engine, token_ids, params, beam_params, num_choices(request), request_id, options)
     outputs = engine.generate(token_ids, params, request_id, **options)
     return outputs if params.n == num_choices(request) else _best(outputs, num_choices(request))
 
@@ -78,10 +79,11 @@ async def _beam_search(
     token_ids: list[int],
     params: SamplingParams,
     beam_params: BeamSearchParams,
+    n: int,
     request_id: str,
     options: dict[str, Any],
 ) -> AsyncGenerator[RequestOutput, None]:
-    """One item with all outputs, the best first. Each step is an engine request a sequence."""
+    """One item with the n best outputs, the best first. Each step is an engine request a sequence."""
     if params.truncate_prompt_tokens is not None:
         token_ids = engine.input_processor.truncate(token_ids, params)
         options = options | {"num_system_tokens": None, "marks": ()}
@@ -104,7 +106,7 @@ async def _beam_search(
         raise RuntimeError(f"the search for {request_id} took no step")
     outputs = [
         _output(index, sequence, search.output_text(sequence), len(token_ids), params)
-        for index, sequence in enumerate(search.best())
+        for index, sequence in enumerate(search.best()[:n])
     ]
     yield replace(first, request_id=request_id, outputs=outputs)
 
