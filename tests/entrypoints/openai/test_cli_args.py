@@ -92,6 +92,8 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
         (["--speculative-config", "{}"], "--speculative-config"),
         (["--speculative_config={}"], "--speculative-config"),
         (["--pipeline-parallel-size", "2"], "only 1 is"),
+        (["--nnodes", "true"], "--nnodes true is not supported by this server; only 1 is"),
+        (["--node-rank", "false"], "only 0 is"),
         (["--lora-modules", "a=b", "c=d"], "--lora-modules"),
         (["--structured-outputs-config", '{"backend": "outlines"}'], "only {} or"),
         (["--max-num-queued-reqs", "9"], "--max-num-queued-reqs"),

@@ -375,9 +375,10 @@ class _Unsupported(argparse.Action):
         raise StartupError(f"{option} is not supported by this server; start it without.")
 
 
-def _plain(value: str) -> Any:
-    """What a value says, however it is spelled: JSON parsed, names in lower case."""
+def _plain(value: str) -> tuple[type, Any]:
+    """What a value says, however it is spelled: JSON parsed, names in lower case; and its type, for True equals 1."""
     try:
-        return json.loads(value)
+        said = json.loads(value)
     except ValueError:
-        return value.lower()
+        said = value.lower()
+    return type(said), said
