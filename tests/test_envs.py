@@ -13,13 +13,20 @@ from vllm.exceptions import StartupError
 
 @pytest.mark.parametrize("value", ["abc", "-1", "nan", "1e99"])
 def test_a_number_that_is_none_is_named(monkeypatch, value):
-    for name, read in (
-        ("VLLM_ENGINE_READY_TIMEOUT_S", envs.engine_ready_timeout_s),
-        ("VLLM_CPU_KVCACHE_SPACE", envs.cpu_kvcache_space_gib),
+    for name, read, least in (
+        ("VLLM_ENGINE_READY_TIMEOUT_S", envs.engine_ready_timeout_s, 1),
+        ("VLLM_CPU_KVCACHE_SPACE", envs.cpu_kvcache_space_gib, 0),
     ):
         monkeypatch.setenv(name, value)
-        with pytest.raises(StartupError, match=rf"{name} must be a number of 0 or more, got '{value}'"):
+        with pytest.raises(StartupError, match=rf"{name} must be a number from {least} to 1000000000, got '{value}'"):
             read()
+
+
+@pytest.mark.parametrize("value", ["0", "0.5"])
+def test_the_engine_has_at_least_a_second(monkeypatch, value):
+    monkeypatch.setenv("VLLM_ENGINE_READY_TIMEOUT_S", value)
+    with pytest.raises(StartupError, match=rf"from 1 to 1000000000, got '{value}'"):
+        envs.engine_ready_timeout_s()
 
 
 def test_numbers_and_their_defaults(monkeypatch):

@@ -1,9 +1,12 @@
 """Environment variables, read when they are asked for so that tests and launchers may set them late."""
 
+import math
 import os
 from pathlib import Path
 
 from vllm.exceptions import StartupError
+
+_MAX_NUMBER = 10**9
 
 
 def cache_root() -> Path:
@@ -31,8 +34,8 @@ def logging_level() -> str:
 
 
 def engine_ready_timeout_s() -> int:
-    """Seconds the API process waits for the engine process to load (`VLLM_ENGINE_READY_TIMEOUT_S`)."""
-    return int(_number("VLLM_ENGINE_READY_TIMEOUT_S", "600"))
+    """Seconds the API process waits for the engine process to load (`VLLM_ENGINE_READY_TIMEOUT_S`), at least 1."""
+    return int(_number("VLLM_ENGINE_READY_TIMEOUT_S", "600", at_least=1))
 
 
 def cpu_kvcache_space_gib() -> float | None:
@@ -55,13 +58,13 @@ def server_dev_mode() -> bool:
     return os.environ.get("VLLM_SERVER_DEV_MODE", "0") == "1"
 
 
-def _number(name: str, default: str) -> float:
-    """Raises StartupError unless it is a number of 0 or more."""
+def _number(name: str, default: str, at_least: int = 0) -> float:
+    """Raises StartupError unless it is a number from `at_least` to `_MAX_NUMBER`."""
     text = os.environ.get(name) or default
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1e9:
-        raise StartupError(f"{name} must be a number of 0 or more, got {text!r}.")
+        value = math.nan
+    if not at_least <= value <= _MAX_NUMBER:
+        raise StartupError(f"{name} must be a number from {at_least} to {_MAX_NUMBER}, got {text!r}.")
     return value
