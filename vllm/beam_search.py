@@ -32,6 +32,7 @@ class BeamSearchSequence:
         text: Of all tokens, or of the generated ones, as whoever ran the search says; None until it is over.
         finish_reason: `stop` or `length`; None while it is active.
         stop_reason: Token id or string that ended it.
+        output: Text of the generated tokens while stop strings are looked for; without an end token.
     """
 
     tokens: list[int]
@@ -40,6 +41,7 @@ class BeamSearchSequence:
     text: str | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    output: OutputText | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass
@@ -80,8 +82,8 @@ class BeamSearch:
         self._end_ids = frozenset(ends) | frozenset(params.stop_token_ids)
         # The best of those that ended, by falling score; equal ones in the order in which they ended.
         self._ended: list[tuple[float, BeamSearchSequence]] = []
-        # A stop string that the newest token completes begins at most so many tokens before the end.
-        self._stop_window = max((len(stop.encode()) for stop in params.stop), default=0)
+        if params.stop:
+            self.active[0].output = self._text(prompt_token_ids)
 
     def step_params(self) -> SamplingParams:
         """What to ask of the model for each active sequence: one token, and the most likely ones in its place."""
@@ -113,7 +115,7 @@ class BeamSearch:
         following = [_continued(sequence, token_id, total, row) for total, token_id, sequence, row in best]
         self.active = []
         for sequence in following:
-            stop = self._found_stop(sequence.tokens)
+            stop = self._found_stop(sequence)
             if stop is not None:
                 self._end(sequence, "stop", stop)
             elif len(sequence.tokens) == self._longest:
@@ -129,8 +131,16 @@ class BeamSearch:
 
     def output_text(self, sequence: BeamSearchSequence) -> str:
         """Text of the generated tokens, without an end token and, unless it is to be included, a stop string."""
-        end = -1 if sequence.stop_reason in self._end_ids else None
-        return self._text(sequence.tokens[:end], self._num_prompt_tokens).text
+        text, ended = sequence.output, sequence.stop_reason in self._end_ids
+        if text is None:
+            text = self._text(sequence.tokens[: self._num_prompt_tokens])
+            for token_id in sequence.tokens[self._num_prompt_tokens : -1 if ended else None]:
+                text.append(token_id, False, False)
+            text.end()
+        elif ended:
+            text = text.fork()
+            text.end()
+        return text.text
 
     def _end(self, sequence: BeamSearchSequence, reason: str, stop: int | str | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop
@@ -145,30 +155,30 @@ class BeamSearch:
         length = self._longest if penalty > 0 else len(self.active[0].tokens)
         return max(sequence.cum_logprob for sequence in self.active) / length**penalty
 
-    def _found_stop(self, tokens: list[int]) -> str | None:
-        if not self.params.stop or len(tokens) - self._num_prompt_tokens <= self.params.min_tokens:
+    def _found_stop(self, sequence: BeamSearchSequence) -> str | None:
+        """The stop string that the newest token completes. Sequences share the text up to there."""
+        if sequence.output is None:
             return None
-        return self._text(tokens, max(self._num_prompt_tokens, len(tokens) - self._stop_window)).stop_string
+        sequence.output = sequence.output.fork()
+        sequence.output.append(sequence.tokens[-1], False, len(sequence.tokens) == self._longest)
+        return sequence.output.stop_string
 
-    def _text(self, tokens: list[int], first: int) -> OutputText:
-        """Text of the tokens from `first` on."""
+    def _text(self, prompt_token_ids: list[int]) -> OutputText:
         params = SamplingParams(
+            max_tokens=None,
+            min_tokens=self.params.min_tokens,
             stop=self.params.stop,
             skip_special_tokens=self.params.skip_special_tokens,
             include_stop_str_in_output=self.params.include_stop_str_in_output,
         )
-        text = OutputText(self._tokenizer, tokens[:first], params)
-        for i, token_id in enumerate(tokens[first:], start=first + 1):
-            text.append(token_id, False, i == len(tokens))
-            if text.stop_string is not None:
-                break
-        return text
+        return OutputText(self._tokenizer, prompt_token_ids, params)
 
 
 def _continued(
     sequence: BeamSearchSequence, token_id: int, cum_logprob: float, row: TokenLogprobs
 ) -> BeamSearchSequence:
-    return BeamSearchSequence([*sequence.tokens, token_id], [*sequence.logprobs, row], cum_logprob)
+    tokens, logprobs = [*sequence.tokens, token_id], [*sequence.logprobs, row]
+    return BeamSearchSequence(tokens, logprobs, cum_logprob, output=sequence.output)
 
 
 def check_beam_width(name: str, width: int, max_logprobs: int) -> None:

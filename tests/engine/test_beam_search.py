@@ -144,6 +144,27 @@ def test_a_stop_string_ends_a_sequence(llm):
     assert stopped.tokens == best.tokens[: len(PROMPT) + 3]
 
 
+def test_many_stop_strings_over_several_tokens_cut_the_right_beam(llm):
+    plain = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
+    tokenizer, config = llm.llm_engine.tokenizer, llm.llm_engine.vllm_config.model
+    best = llm.beam_search(PROMPT, plain)[0].sequences[0]
+    text = tokenizer.decode(best.tokens[len(PROMPT) :])
+    stop = tokenizer.decode(best.tokens[len(PROMPT) + 2 : len(PROMPT) + 6])
+    stops = [f"{i} never" * 20 for i in range(255)] + [stop]
+    for min_tokens in (0, 7):
+        params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True, stop=stops, min_tokens=min_tokens)
+        sequences = llm.beam_search(PROMPT, params)[0].sequences
+        own = [sequence for sequence in sequences if best.tokens[: len(sequence.tokens)] == sequence.tokens]
+        if min_tokens:
+            # Complete before it counts: the text stays as it is.
+            assert [sequence.stop_reason for sequence in own] == [None]
+            assert own[0].output.text == text
+        else:
+            assert [sequence.stop_reason for sequence in own] == [stop]
+            assert own[0].output.text == text[: text.index(stop)]
+            assert BeamSearch(config, tokenizer, PROMPT, params).output_text(own[0]) == own[0].output.text
+
+
 def test_a_search_ends_at_the_end_of_the_context(llm):
     prompt = (PROMPT * 20)[:125]
     output = llm.beam_search(prompt, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))[0]

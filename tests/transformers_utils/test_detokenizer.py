@@ -137,3 +137,18 @@ def test_all_tokens_of_the_default_model_in_random_order(tokenizer: Tokenizer) -
         output = [rng.randrange(tokenizer.vocab_size) for _ in range(300)]
         for skip in (True, False):
             assert "".join(stream(tokenizer, prompt, output, skip)) == rest(tokenizer, prompt, output, skip)
+
+
+@pytest.mark.parametrize("cut", range(12))
+def test_a_fork_goes_on_by_itself(tokenizer: Tokenizer, sentencepiece_tokenizer: Tokenizer, cut: int) -> None:
+    for each in (tokenizer, sentencepiece_tokenizer):
+        ids, other = each.encode("naïve 🤗🤗 日本"), each.encode("é and more")
+        first = incremental_detokenizer(each, [])
+        head = "".join(first.append(token_id) for token_id in ids[:cut])
+        second = first.fork()
+        pieces = [second.append(token_id) for token_id in other], [first.append(token_id) for token_id in ids[cut:]]
+        ends = second.flush(), first.flush()
+        fresh = [incremental_detokenizer(each, []) for _ in range(2)]
+        for tokens, detokenizer, tail, end in zip((ids[:cut] + other, ids), fresh, pieces, ends, strict=True):
+            whole = "".join(detokenizer.append(token_id) for token_id in tokens) + detokenizer.flush()
+            assert head + "".join(tail) + end == whole

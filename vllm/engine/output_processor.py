@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 
 from vllm.engine.messages import EngineOutput, EngineRequest
@@ -58,6 +59,17 @@ class OutputText:
         if self._stops and self._num_tokens > self._params.min_tokens:
             self._find_stop()
         self._searched = len(self.text)
+
+    def end(self) -> None:
+        """No token follows after all."""
+        if self._detokenizer is not None:
+            self.text += self._detokenizer.flush()
+
+    def fork(self) -> OutputText:
+        """A copy that goes on by itself."""
+        twin = copy(self)
+        twin._detokenizer = None if self._detokenizer is None else self._detokenizer.fork()
+        return twin
 
     def _find_stop(self) -> None:
         found: tuple[int, str] | None = None

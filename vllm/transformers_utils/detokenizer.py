@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -29,6 +31,10 @@ class IncrementalDetokenizer(ABC):
     @abstractmethod
     def flush(self) -> str:
         """Returns what is left at the end: an unfinished character as U+FFFD."""
+
+    @abstractmethod
+    def fork(self) -> Self:
+        """A copy that goes on by itself."""
 
 
 def incremental_detokenizer(
@@ -63,6 +69,12 @@ class ByteDetokenizer(IncrementalDetokenizer):
         self._decoder.reset()
         return rest
 
+    def fork(self) -> Self:
+        twin = copy(self)
+        twin._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
+
 
 class WindowDetokenizer(IncrementalDetokenizer):
     """For any tokenizer: a window of the last tokens is decoded at each step and compared with what was handed out.
@@ -95,6 +107,11 @@ class WindowDetokenizer(IncrementalDetokenizer):
         rest = self._text[self._sent :]
         self._sent = len(self._text)
         return rest
+
+    def fork(self) -> Self:
+        twin = copy(self)
+        twin._ids = self._ids.copy()
+        return twin
 
     def _advance(self) -> None:
         """Drops from the window what came before the last tokens handed out, unless those are invisible alone."""
