@@ -141,7 +141,9 @@ def test_logprobs_come_when_asked_for(client):
 def test_a_conversation_goes_on_from_a_response(client):
     first = create(client, instructions=INSTRUCTIONS)
     second = create(client, input="And an animal?", instructions=INSTRUCTIONS, previous_response_id=first["id"])
-    third = create(client, input="And a tree?", instructions=INSTRUCTIONS, previous_response_id=second["id"])
+    third = create(
+        client, input="And a tree?", instructions=INSTRUCTIONS, previous_response_id=second["id"], store=False
+    )
     said = [
         {"role": "user", "content": "Name a colour."},
         *first["output"],

@@ -201,11 +201,13 @@ class ServingResponses:
     def _start(self, request: ResponsesRequest) -> StoredResponse:
         if request.background and request.store is False:
             raise VLLMValidationError("background needs store to be true: it is how the response is read.", "store")
-        messages, items = input_messages(request.input), input_items(request.input)
-        previous = self._previous(request)
+        messages, previous = input_messages(request.input), self._previous(request)
+        # Only those of a response that is kept can be asked for.
+        items = [] if request.store is False else input_items(request.input)
         if previous is not None:
             messages = [*previous.messages, *messages]
-            items = [*previous.input_items, *previous.response["output"], *items]
+            if request.store is not False:
+                items = [*previous.input_items, *previous.response["output"], *items]
         return StoredResponse(self._response(request), messages, items, tenant=current_tenant.get())
 
     def _previous(self, request: ResponsesRequest) -> StoredResponse | None:
