@@ -76,6 +76,7 @@ class BeamSearch:
         self.params = params
         self.active = [BeamSearchSequence(prompt_token_ids)]
         self._tokenizer = tokenizer
+        self._max_logprobs = config.max_logprobs
         self._num_prompt_tokens = len(prompt_token_ids)
         self._longest = min(config.max_model_len, len(prompt_token_ids) + params.max_tokens)
         ends = () if params.ignore_eos else config.eos_token_ids
@@ -86,11 +87,21 @@ class BeamSearch:
             self.active[0].output = self._text(prompt_token_ids)
 
     def step_params(self) -> SamplingParams:
-        """What to ask of the model for each active sequence: one token, and the most likely ones in its place."""
+        """What to ask of the model for each active sequence: one token, and the most likely ones in its place.
+
+        It differs from step to step: where no sequence may end yet, the token is not an end token. The
+        log-probabilities are of the model itself, with end tokens among them, so more of them are asked for.
+        """
+        wanted = 2 * self.params.beam_width
+        if not self._may_end:
+            wanted = min(self._max_logprobs, wanted + len(self._end_ids))
         return SamplingParams(
             temperature=0.0,
             max_tokens=1,
-            logprobs=2 * self.params.beam_width,
+            min_tokens=0 if self._may_end else 1,
+            stop_token_ids=self.params.stop_token_ids,
+            ignore_eos=self.params.ignore_eos,
+            logprobs=wanted,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -101,15 +112,18 @@ class BeamSearch:
         Args:
             outputs: What the model gave each active sequence for `step_params`.
         """
-        width = self.params.beam_width
+        width, may_end = self.params.beam_width, self._may_end
         candidates: list[tuple[float, int, BeamSearchSequence, TokenLogprobs]] = []
         for sequence, output in zip(self.active, outputs, strict=True):
             row = output.logprobs[0] if output.logprobs else {}
-            for token_id, logprob in islice(row.items(), 2 * width):
+            if not may_end:
+                # The drawn token leads, though end tokens that may not come are more likely.
+                row = dict(sorted(row.items(), key=lambda entry: -entry[1].logprob))
+            for token_id, logprob in islice(row.items(), 2 * width if may_end else None):
                 total = sequence.cum_logprob + logprob.logprob
                 if token_id not in self._end_ids:
                     candidates.append((total, token_id, sequence, row))
-                elif len(sequence.tokens) - self._num_prompt_tokens >= self.params.min_tokens:
+                elif may_end:
                     self._end(_continued(sequence, token_id, total, row), "stop", token_id)
         best = nlargest(width, candidates, key=lambda candidate: candidate[0])
         following = [_continued(sequence, token_id, total, row) for total, token_id, sequence, row in best]
@@ -141,6 +155,11 @@ class BeamSearch:
             text = text.fork()
             text.end()
         return text.text
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether an end token may come next; all active sequences have one length."""
+        return not self.active or len(self.active[0].tokens) - self._num_prompt_tokens >= self.params.min_tokens
 
     def _end(self, sequence: BeamSearchSequence, reason: str, stop: int | str | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop

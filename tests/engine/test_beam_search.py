@@ -165,6 +165,29 @@ def test_many_stop_strings_over_several_tokens_cut_the_right_beam(llm):
             assert BeamSearch(config, tokenizer, PROMPT, params).output_text(own[0]) == own[0].output.text
 
 
+def test_end_tokens_give_way_until_there_are_min_tokens(llm, next_logprobs):
+    # The likeliest tokens of every step of the search are ends, more of them than a step reports.
+    ends: set[int] = set()
+    for _ in range(3):
+        params = BeamSearchParams(
+            beam_width=2, max_tokens=3, ignore_eos=True, stop_token_ids=sorted(ends), min_tokens=3 if ends else 0
+        )
+        sequences = llm.beam_search(PROMPT, params)[0].sequences
+        assert sequences
+        for sequence in sequences:
+            assert len(sequence.tokens) == len(PROMPT) + 3
+            assert not ends & set(sequence.tokens[len(PROMPT) :])
+            for row in sequence.logprobs:
+                assert list(row.values()) == sorted(row.values(), key=lambda entry: -entry.logprob)
+        ends |= next_logprobs(PROMPT).keys()
+        for sequence in sequences:
+            for i in range(3):
+                ends |= next_logprobs(sequence.tokens[: len(PROMPT) + i]).keys()
+    params = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True, stop_token_ids=sorted(ends), min_tokens=2)
+    sequences = llm.beam_search(PROMPT, params)[0].sequences
+    assert sequences and all(len(sequence.tokens) >= len(PROMPT) + 3 for sequence in sequences)
+
+
 def test_a_search_ends_at_the_end_of_the_context(llm):
     prompt = (PROMPT * 20)[:125]
     output = llm.beam_search(prompt, BeamSearchParams(beam_width=2, max_tokens=50, ignore_eos=True))[0]

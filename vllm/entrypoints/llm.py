@@ -129,7 +129,8 @@ class LLM:
                 requests: list[tuple[PromptType, int | None]] = [
                     (sequence.tokens, None) for search in running for sequence in search.active
                 ]
-                outputs = iter(self._run(requests, running[0].step_params(), use_tqdm=False))
+                steps = [search.step_params() for search in running for _ in search.active]
+                outputs = iter(self._run(requests, steps, use_tqdm=False))
                 for search in running:
                     search.advance([next(outputs).outputs[0] for _ in search.active])
                     progress.update(not search.active)

@@ -88,11 +88,11 @@ async def _beam_search(
         token_ids = engine.input_processor.truncate(token_ids, params)
         options = options | {"num_system_tokens": None, "marks": ()}
     search = BeamSearch(engine.vllm_config.model, engine.tokenizer, token_ids, beam_params)
-    step = search.step_params()
-    step.logprobs = max(step.logprobs or 0, params.logprobs or 0)
-    step.prompt_logprobs = params.prompt_logprobs
     first: RequestOutput | None = None
     while search.active:
+        step = search.step_params()
+        step.logprobs = max(step.logprobs or 0, params.logprobs or 0)
+        step.prompt_logprobs = params.prompt_logprobs if first is None else None
         items = await _answers(
             [
                 engine.generate(sequence.tokens, step, f"{request_id}-{len(sequence.tokens)}-{i}", **options)
@@ -101,7 +101,6 @@ async def _beam_search(
         )
         search.advance([item.outputs[0] for item in items])
         first = first or items[0]
-        step.prompt_logprobs = None
     if first is None:
         raise RuntimeError(f"the search for {request_id} took no step")
     outputs = [
