@@ -83,7 +83,7 @@ class BeamSearch:
         self._end_ids = frozenset(ends) | frozenset(params.stop_token_ids)
         # The best of those that ended, by falling score; equal ones in the order in which they ended.
         self._ended: list[tuple[float, BeamSearchSequence]] = []
-        if params.stop:
+        if params.stop_strings:
             self.active[0].output = self._text(prompt_token_ids)
 
     def step_params(self) -> SamplingParams:
@@ -186,7 +186,7 @@ class BeamSearch:
         params = SamplingParams(
             max_tokens=None,
             min_tokens=self.params.min_tokens,
-            stop=self.params.stop,
+            stop=self.params.stop_strings,
             skip_special_tokens=self.params.skip_special_tokens,
             include_stop_str_in_output=self.params.include_stop_str_in_output,
         )

@@ -153,11 +153,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             check_int("seed", self.seed, -(2**63), 2**63 - 1)
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
-        check_int("min_tokens", self.min_tokens, 0, _MAX_INT)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise VLLMValidationError(
-                f"min_tokens must not exceed max_tokens ({self.max_tokens}), got {self.min_tokens}.", "min_tokens"
-            )
+        check_min_tokens(self.min_tokens, self.max_tokens)
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, 0, _MAX_INT)
         if self.prompt_logprobs is not None:
@@ -225,18 +221,34 @@ class BeamSearchParams(msgspec.Struct, omit_defaults=True):
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    stop: list[str] = []
+    stop: list[str] | str = []
     stop_token_ids: list[int] = []
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            self.stop = [self.stop]
         check_int("beam_width", self.beam_width, 1, MAX_N)
         check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
-        check_int("min_tokens", self.min_tokens, 0, _MAX_INT)
+        check_min_tokens(self.min_tokens, self.max_tokens)
         check_float("temperature", self.temperature, 0.0, 100.0)
         check_float("length_penalty", self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
-        check_stops(self.stop)
+        check_stops(self.stop_strings)
         check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+def check_min_tokens(min_tokens: Any, max_tokens: int | None) -> None:
+    """Raises `VLLMValidationError` for a least number of tokens that is none, or above the most."""
+    check_int("min_tokens", min_tokens, 0, _MAX_INT)
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise VLLMValidationError(
+            f"min_tokens must not exceed max_tokens ({max_tokens}), got {min_tokens}.", "min_tokens"
+        )
 
 
 def check_stops(stops: list[str]) -> None:

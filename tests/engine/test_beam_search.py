@@ -134,6 +134,14 @@ def test_a_sequence_that_ends_competes_by_its_own_length(llm, next_logprobs):
     assert all(sequence.tokens[-1] == end and sequence.finish_reason == "stop" for sequence in ended)
 
 
+def test_parameters_are_checked_as_those_of_other_requests(llm):
+    assert BeamSearchParams(beam_width=2, max_tokens=3, stop="abc").stop == ["abc"]
+    with pytest.raises(VLLMValidationError, match=r"min_tokens must not exceed max_tokens \(3\), got 4"):
+        BeamSearchParams(beam_width=2, max_tokens=3, min_tokens=4)
+    with pytest.raises(VLLMValidationError, match="stop_token_ids holds token id 10000000"):
+        llm.beam_search(PROMPT, BeamSearchParams(beam_width=2, max_tokens=3, stop_token_ids=[10_000_000]))
+
+
 def test_a_stop_string_ends_a_sequence(llm):
     plain = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
     best = llm.beam_search(PROMPT, plain)[0].sequences[0]

@@ -125,6 +125,14 @@ def test_completions_refuse_to_stream_a_search_and_chats_tell_it_at_the_end(clie
         assert own[-1]["finish_reason"] == choice["finish_reason"]
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_search_refuses_stop_tokens_that_the_model_has_not(client: httpx.Client, streamed: bool):
+    body = {"messages": MESSAGES, "use_beam_search": True, "stop_token_ids": [10_000_000], "stream": streamed}
+    response = client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == "stop_token_ids"
+
+
 def test_a_search_ends_when_its_client_leaves(client: httpx.Client):
     body = {"prompt": PROMPT, "use_beam_search": True, "n": 8, "max_tokens": 1500, "ignore_eos": True}
 

@@ -61,16 +61,18 @@ def _beam_params(engine: AsyncLLMEngine, request: GenerationRequest, params: Sam
         field = params.structured_outputs.field
         raise VLLMValidationError(f"{field} cannot be combined with use_beam_search.", field)
     check_beam_width("n" if request.best_of is None else "best_of", params.n, config.max_logprobs)
+    params.verify_for_model(config.vocab_size, config.max_logprobs)
+    max_tokens = config.max_model_len if params.max_tokens is None else params.max_tokens
     return BeamSearchParams(
         beam_width=params.n,
-        max_tokens=config.max_model_len if params.max_tokens is None else params.max_tokens,
+        max_tokens=max_tokens,
         ignore_eos=params.ignore_eos,
         length_penalty=1.0 if request.length_penalty is None else request.length_penalty,
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
         stop=params.stop_strings,
         stop_token_ids=params.stop_token_ids or [],
-        min_tokens=params.min_tokens,
+        min_tokens=min(params.min_tokens, max_tokens),
     )
 
 
