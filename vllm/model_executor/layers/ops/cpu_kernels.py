@@ -437,7 +437,7 @@ class DecoderStack:
             struct.post_attention_norm = _address(layer.post_attention_norm)
             struct.qkv, struct.o = layer.qkv.struct, layer.o.struct
             struct.gate_up, struct.down = layer.gate_up.struct, layer.down.struct
-        self._struct = _Stack(
+        self.struct = _Stack(
             num_layers=len(layers),
             hidden_size=final_norm.shape[0],
             num_heads=num_heads,
@@ -453,16 +453,12 @@ class DecoderStack:
         )
         self._caches: list[torch.Tensor] = []
 
-    @property
-    def struct(self) -> _Stack:
-        return self._struct
-
     def use_caches(self, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]) -> None:
         """K/V tensors of every layer."""
         if self._caches is k_caches:
             return
         self._caches = k_caches
-        self._struct.cache_format = _format(k_caches[0].dtype)
+        self.struct.cache_format = _format(k_caches[0].dtype)
         for struct, k, v in zip(self._layers, k_caches, v_caches, strict=True):
             struct.k_cache, struct.v_cache = _address(k), _address(v)
 
@@ -480,10 +476,11 @@ class DecoderStack:
         self.use_caches(k_caches, v_caches)
         hidden = embeddings.to(torch.float32, copy=True)
         batch.struct.positions = _address(positions)
-        if wanted is not None:
-            rows = (c_int64 * max(1, len(wanted)))(*wanted.tolist())  # an empty list has a place too: none is not all
-            batch.struct.num_wanted, batch.struct.wanted = len(wanted), ctypes.addressof(rows)
-        _kernels().vsp_run_stack(byref(self._struct), byref(batch.struct), _address(hidden), _threads())
+        picked = [] if wanted is None else wanted.tolist()
+        rows = (c_int64 * max(1, len(picked)))(*picked)  # an empty list has a place too: none is not all
+        batch.struct.num_wanted = len(picked)
+        batch.struct.wanted = None if wanted is None else ctypes.addressof(rows)
+        _kernels().vsp_run_stack(byref(self.struct), byref(batch.struct), _address(hidden), _threads())
         return hidden if wanted is None else hidden[: len(wanted)]
 
 
