@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.helpers import Request, assert_nothing_held, greedy, make_engine, run, tokens
+from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, make_engine, run, tokens
 from tests.engine.test_pinned_prompts import asking, ids, pinned_kv
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
@@ -25,12 +25,14 @@ MakeEngine = Callable[..., LLMEngine]
 
 
 def saved(engine: LLMEngine, count: int) -> None:
-    """Steps until `count` snapshots have been written (or not)."""
+    """Steps until `count` snapshots have been written (or not), and until what follows from that is done: the step
+    that hears of the last one still has memory to give back."""
     deadline = time.monotonic() + 60
     while sum(n for (op, _), n in outcomes(engine).items() if op == "save") < count:
         assert time.monotonic() < deadline, outcomes(engine)
         engine.step()
         time.sleep(0.002)
+    finish(engine)
 
 
 def outcomes(engine: LLMEngine) -> dict[tuple[str, str], int]:
