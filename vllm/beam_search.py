@@ -64,6 +64,7 @@ class BeamSearch:
 
     Attributes:
         active: Sequences that go on, the most likely first; none when the search is over.
+        num_steps: Steps taken.
 
     Raises:
         VLLMValidationError: The beam is wider than the log-probabilities that the server gives out allow.
@@ -75,6 +76,7 @@ class BeamSearch:
         check_beam_width("beam_width", params.beam_width, config.max_logprobs)
         self.params = params
         self.active = [BeamSearchSequence(prompt_token_ids)]
+        self.num_steps = 0
         self._tokenizer = tokenizer
         self._max_logprobs = config.max_logprobs
         self._num_prompt_tokens = len(prompt_token_ids)
@@ -112,6 +114,7 @@ class BeamSearch:
         Args:
             outputs: What the model gave each active sequence for `step_params`.
         """
+        self.num_steps += 1
         width, may_end = self.params.beam_width, self._may_end
         candidates: list[tuple[float, int, BeamSearchSequence, TokenLogprobs]] = []
         for sequence, output in zip(self.active, outputs, strict=True):
@@ -155,6 +158,11 @@ class BeamSearch:
             text = text.fork()
             text.end()
         return text.text
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a sequence can get."""
+        return self._longest - self._num_prompt_tokens
 
     @property
     def _may_end(self) -> bool:

@@ -56,6 +56,7 @@ class Sequence:
         matcher: Follows the output of a sequence whose form is constrained; its next token can only be drawn when all
             before it are known.
         fork_parent: Sibling whose prompt blocks this one may share.
+        goes_on: It goes on with a request that has been counted and has a place in the order: a later step of a search.
     """
 
     __slots__ = (
@@ -66,6 +67,7 @@ class Sequence:
         "first_scheduled_time",
         "fork_children",
         "fork_parent",
+        "goes_on",
         "index",
         "is_system_prompt",
         "matcher",
@@ -103,6 +105,7 @@ class Sequence:
         tenant: bytes = b"",
         namespace: bytes = b"",
         is_system_prompt: bool = False,
+        goes_on: bool = False,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -117,6 +120,7 @@ class Sequence:
         self.tenant = tenant
         self.namespace = namespace
         self.is_system_prompt = is_system_prompt
+        self.goes_on = goes_on
         self.status = SequenceStatus.WAITING
         self.system_prompt: PinnedPrompt | None = None
         self.block_table: list[int] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
@@ -25,9 +27,14 @@ def make_scheduler() -> Scheduler:
 
 
 def add(
-    scheduler: Scheduler, name: str, prompt: list[int], max_tokens: int, num_system_tokens: int | None = None
+    scheduler: Scheduler,
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    num_system_tokens: int | None = None,
+    **options: Any,
 ) -> None:
-    scheduler.add([Sequence(name, prompt, SamplingParams(max_tokens=max_tokens))], num_system_tokens)
+    scheduler.add([Sequence(name, prompt, SamplingParams(max_tokens=max_tokens), **options)], num_system_tokens)
 
 
 def step(scheduler: Scheduler) -> set[str]:
@@ -73,3 +80,21 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled() -> None:
     add(scheduler, "pins", [5] * 39, max_tokens=1, num_system_tokens=38)
     for _ in range(4):
         assert "short" in step(scheduler)
+
+
+def test_later_steps_of_a_search_come_before_requests_that_came_after_it() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "first step", [1] * 4, max_tokens=1, arrival_time=1000.0)
+    for i in range(12):
+        add(scheduler, f"newer{i}", [i] * 4, max_tokens=3, arrival_time=1000.1)
+    assert "first step" in step(scheduler), "one row of eight is free again"
+    for i in range(2):
+        add(scheduler, f"beam{i}", [1] * 5, max_tokens=1, arrival_time=1000.0, goes_on=True)
+    ran = step(scheduler)
+    assert "beam0" in ran and "newer7" not in ran, "the search goes on before those that wait"
+    assert "beam1" in step(scheduler)
+    add(scheduler, "newest", [9] * 4, max_tokens=1, arrival_time=999.0)
+    order: list[str] = []
+    while scheduler.has_work():
+        order += sorted(step(scheduler) - set(order))
+    assert order.index("newest") > order.index("newer11"), "a clock that was set back puts nobody in front"

@@ -88,14 +88,22 @@ class Scheduler:
         if first.request_id in self._requests:
             raise ValueError(f"request id {first.request_id!r} is in use")
         for seq in sequences:
-            seq.order = self._next_order
-            self._next_order += 1
+            self._place(seq)
         first.fork_children = others
         self._requests[first.request_id] = list(sequences)
         self._num_waiting += len(sequences)
         self.pool.route(first, num_system_tokens, marks)
         if not self.pool.is_waiting(first):
             heapq.heappush(self._waiting, first)
+
+    def _place(self, seq: Sequence) -> None:
+        """Gives a new sequence its place: behind all that have come, or where its request came if that goes on."""
+        arrival_us = int(seq.arrival_time * 1e6)
+        if seq.goes_on:
+            seq.order = arrival_us
+        else:
+            seq.order = max(arrival_us, self._next_order)
+            self._next_order = seq.order + 1
 
     def add_system_prompt(self, token_ids: list[int], **options: Any) -> PinnedPrompt:
         """Declares a system prompt; its prefill takes its turn among the requests. `options` as of `pool.add`.
@@ -292,7 +300,7 @@ class Scheduler:
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed_tokens - seq.num_cache_write_tokens
             seq.first_scheduled_time = self._clock()
-            if seq.index == 0:
+            if seq.index == 0 and not seq.goes_on:
                 self.prefix_cache_queries += seq.num_prompt_tokens
                 self.prefix_cache_hits += seq.num_cached_tokens
         return copies

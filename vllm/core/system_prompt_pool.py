@@ -150,7 +150,7 @@ class SystemPromptPool:
         `is_waiting(seq)`.
         """
         outcome = self._route(seq, num_system_tokens, marks)
-        if outcome is not None:
+        if outcome is not None and not seq.goes_on:
             self.outcomes[outcome.value] += 1
         return outcome
 
@@ -164,14 +164,14 @@ class SystemPromptPool:
         wants = self._wants(seq, num_system_tokens, marks) or self._shared_head(seq)
         decision = self.decide(seq, wants)
         for want, refusal in decision.refused:
-            self._note_refusal(seq.token_ids[: want.num_tokens], want, refusal, seq.request_id)
+            self._note_refusal(seq.token_ids[: want.num_tokens], want, refusal, seq)
         now = self._clock()
         lengths = {want.num_tokens: want for want in wants}
         for prompt in decision.known:
             if prompt.num_tokens in lengths:
                 self._renew(prompt, lengths[prompt.num_tokens])
         leaf = decision.known[-1] if decision.known else None
-        if leaf is not None:
+        if leaf is not None and not seq.goes_on:
             leaf.hits += 1
             leaf.tokens_saved += leaf.num_tokens
             self.tokens_reused += leaf.num_tokens
@@ -288,7 +288,7 @@ class SystemPromptPool:
         A prompt that merely continues an earlier one is the next turn of a conversation, which the cache of suffixes
         serves; it is a shared head only if both go on differently after it.
         """
-        if self.config.mode != "auto" or seq.num_prompt_tokens <= _MIN_SHARED_TOKENS:
+        if self.config.mode != "auto" or seq.num_prompt_tokens <= _MIN_SHARED_TOKENS or seq.goes_on:
             return []
         key = (seq.namespace, hash(tuple(seq.token_ids[:_MIN_SHARED_TOKENS])))
         earlier = self._heads.pop(key, [])
@@ -316,12 +316,14 @@ class SystemPromptPool:
             self._track_ttl(prompt)
         self.tiers.note_change(prompt)
 
-    def _note_refusal(self, token_ids: list[int], want: Want, outcome: Outcome, request_id: str) -> None:
+    def _note_refusal(self, token_ids: list[int], want: Want, outcome: Outcome, seq: Sequence) -> None:
+        if seq.goes_on:
+            return
         key = prompt_id(token_ids, want.scope)
         self._watch_variation(key, token_ids, want)
         info = self._refused.pop(key, None)
         if info is None or info.outcome != outcome.value:
-            logger.info("System prompt %s runs unpinned: %s (request %s).", key, outcome.value, request_id)
+            logger.info("System prompt %s runs unpinned: %s (request %s).", key, outcome.value, seq.request_id)
             info = RefusedPromptInfo(key, len(token_ids), outcome.value, 0, 0.0)
         info.requests += 1
         info.last_seen = self._clock()
@@ -823,8 +825,8 @@ class SystemPromptPool:
         for seq in waiters:
             seq.system_prompt = None
             seq.num_cache_write_tokens = max(0, seq.num_cache_write_tokens - prompt.num_own_tokens)
-            self.outcomes[Outcome.BUSY.value] += 1
-            self._note_refusal(prompt.token_ids, want, Outcome.BUSY, seq.request_id)
+            self.outcomes[Outcome.BUSY.value] += not seq.goes_on
+            self._note_refusal(prompt.token_ids, want, Outcome.BUSY, seq)
             if parent is not None:
                 self._attach(seq, parent)
         prompt.payer = None

@@ -30,7 +30,7 @@ from vllm.engine.input_processor import InputProcessor
 from vllm.engine.mailbox import Mailbox
 from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, EngineStats, StepOutputs, UtilityCall
 from vllm.engine.metrics import EngineMetrics
-from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.output_processor import OutputProcessor, SearchCount
 from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
 from vllm.engine.varying_prompts import log_varying_prompts
@@ -303,18 +303,23 @@ class AsyncLLMEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         marks: Sequence[CacheMark] = (),
+        arrival_time: float | None = None,
+        search_step: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request as they come. Closing the iterator early aborts the request.
 
         Args:
             num_system_tokens, cache_salt, priority, marks: As in `LLMEngine.add_request`.
+            arrival_time: When it came, in seconds of `time.time()`; None for now.
+            search_step: As of `InputProcessor.request`. Whoever runs the search counts it, with `count_search`.
 
         Raises:
             VLLMValidationError: a value is not allowed; before the first item.
             EngineDeadError: the engine process has ended.
         """
         self._ensure_reading()
-        arrival_time = time.time()
+        if arrival_time is None:
+            arrival_time = time.time()
         if isinstance(prompt, str):
             prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
         wanted = sampling_params.structured_outputs
@@ -329,6 +334,7 @@ class AsyncLLMEngine:
             marks=marks,
             tenant=current_tenant.get(),
             arrival_time=arrival_time,
+            search_step=search_step,
         )
         mailbox = Mailbox(sampling_params.output_kind)
         try:
@@ -350,6 +356,10 @@ class AsyncLLMEngine:
         finally:
             if not state.finished and self._processor.requests.get(request_id) is state:
                 await self.abort(request_id)
+
+    def count_search(self, prompt_token_ids: list[int], params: SamplingParams) -> SearchCount:
+        """Counts a search as one request that arrives now; see `SearchCount`."""
+        return SearchCount(self.metrics, prompt_token_ids, params)
 
     async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
         # Several requests may wait for the same one: it goes on when one of them leaves.

@@ -194,6 +194,7 @@ class EngineCore:
                 cache_seed=cache_seed,
                 tenant=tenant,
                 namespace=namespace,
+                goes_on=bool(request.search_step),
             )
             for i in range(params.n)
         ]

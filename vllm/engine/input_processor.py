@@ -91,6 +91,7 @@ class InputProcessor:
         tenant: str | None = None,
         arrival_time: float | None = None,
         constraint: CompiledConstraint | None = None,
+        search_step: int | None = None,
     ) -> tuple[EngineRequest, str | None]:
         """Returns the request as the engine core takes it, and the prompt's text if it was given as text.
 
@@ -98,11 +99,13 @@ class InputProcessor:
 
         Args:
             constraint: What the parameters' `structured_outputs` were compiled to.
+            search_step: As of `EngineRequest`; from step 1 on, the prompt must be token ids that step 0 has checked and
+                the model has drawn.
 
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        token_ids, text = self.prompt(prompt)
+        token_ids, text = (prompt, None) if search_step and isinstance(prompt, list) else self.prompt(prompt)
         params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
@@ -140,6 +143,7 @@ class InputProcessor:
             constraint=constraint,
             marks=[mark for mark in marks if 0 < mark.num_tokens < len(token_ids)],
             tenant=tenant,
+            search_step=search_step,
         )
         return request, text
 

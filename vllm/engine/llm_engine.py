@@ -57,6 +57,7 @@ class LLMEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         marks: Sequence[CacheMark] = (),
+        search_step: int | None = None,
     ) -> None:
         """Takes in a request; its outputs come from `step()`.
 
@@ -65,6 +66,7 @@ class LLMEngine:
             cache_salt: Namespace; suffix KV is shared only within it.
             priority: Smaller runs first.
             marks: Further prefixes to keep; each continues the one before it and shares its KV.
+            search_step: As of `InputProcessor.request`.
 
         Raises:
             VLLMValidationError: a value is not allowed.
@@ -79,6 +81,7 @@ class LLMEngine:
             cache_salt=cache_salt,
             priority=priority,
             marks=marks,
+            search_step=search_step,
         )
         try:
             self._processor.add(request, text, self._deliver)

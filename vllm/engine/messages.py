@@ -22,6 +22,8 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
         constraint: The form that its outputs must have.
         marks: Further prefixes that the client wants to be kept.
         tenant: Which of several API keys it came with; None where there are not several. Namespaces are the tenant's.
+        search_step: It is part of a search, which is one request to whoever counts them: in which step of it. None for
+            a request of its own.
     """
 
     request_id: str
@@ -34,6 +36,7 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
     constraint: CompiledConstraint | None = None
     marks: list[CacheMark] = []
     tenant: str | None = None
+    search_step: int | None = None
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):

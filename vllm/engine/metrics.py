@@ -11,7 +11,7 @@ from prometheus_client.utils import floatToGoString
 
 from vllm.config import VllmConfig
 from vllm.engine.messages import EngineStats
-from vllm.engine.output_processor import RequestObserver, RequestState
+from vllm.engine.output_processor import ObservedRequest, RequestObserver
 
 _LABELS = ("model_name", "engine")
 _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -212,32 +212,37 @@ class EngineMetrics(RequestObserver):
         self._totals[name, label] = total
         return total - before
 
-    def on_token(self, state: RequestState, index: int, now: float, previous: float | None) -> None:
+    def on_first_token(self, request: ObservedRequest, now: float) -> None:
+        self._prompt_tokens.inc(len(request.prompt_token_ids))
+        self._cached_tokens.inc(request.num_cached_tokens)
+        self.num_prompt_tokens += len(request.prompt_token_ids) - request.num_cached_tokens
+        self._ttft.observe(now - request.metrics.arrival_time)
+
+    def on_token(self, now: float, previous: float | None) -> None:
         self._new_tokens += 1
         self.num_generated_tokens += 1
         if previous is not None:
             self._itl.observe(now - previous)
-        elif index == 0:
-            self._prompt_tokens.inc(len(state.prompt_token_ids))
-            self._cached_tokens.inc(state.num_cached_tokens)
-            self.num_prompt_tokens += len(state.prompt_token_ids) - state.num_cached_tokens
-            self._ttft.observe(now - state.metrics.arrival_time)
 
-    def on_finish(self, state: RequestState, now: float) -> None:
+    def on_tokens(self, count: int) -> None:
+        self._generation_tokens.inc(count)
+        self.num_generated_tokens += count
+
+    def on_finish(self, request: ObservedRequest, now: float) -> None:
         """Counts how a request ended. One that was cut off is in no histogram of requests: how long it took and how
         much it said is its client's doing, or an error's."""
-        reasons = [output.finish_reason for output in state.outputs]
+        reasons = [output.finish_reason for output in request.outputs]
         reason = next((r for r in reasons if r not in ("abort", "error")), reasons[0])
         self._success.labels(**self._values, finished_reason=reason).inc()
         if reason in ("abort", "error"):
             return
-        times = state.metrics
-        lengths = [len(o.token_ids) for o in state.outputs]
-        self._request_prompt.observe(len(state.prompt_token_ids))
+        times = request.metrics
+        lengths = [len(o.token_ids) for o in request.outputs]
+        self._request_prompt.observe(len(request.prompt_token_ids))
         self._request_output.observe(sum(lengths))
         self._request_longest.observe(max(lengths))
-        self._request_max.observe(state.params.max_tokens or 0)
-        self._request_n.observe(state.params.n)
+        self._request_max.observe(request.params.max_tokens or 0)
+        self._request_n.observe(request.params.n)
         self._e2e.observe(now - times.arrival_time)
         if times.first_scheduled_time is not None and times.first_token_time is not None:
             self._queue.observe(max(0.0, times.first_scheduled_time - times.arrival_time))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
 
 from vllm.engine.messages import EngineOutput, EngineRequest
 from vllm.exceptions import VLLMValidationError
@@ -112,6 +115,7 @@ class RequestState:
 
     Args:
         deliver: Called with each `RequestOutput`, or with the exception that ended the request.
+        observer: Is told what happens to it.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class RequestState:
         prompt: str | None,
         tokenizer: Tokenizer,
         deliver: Callable[[RequestOutput | Exception], None],
+        observer: RequestObserver,
     ) -> None:
         params = request.sampling_params
         self.request_id = request.request_id
@@ -127,6 +132,7 @@ class RequestState:
         self.prompt = prompt
         self.prompt_token_ids = request.prompt_token_ids
         self.deliver = deliver
+        self.observer = observer
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.num_cached_tokens = 0
         self.num_cache_write_tokens = 0
@@ -190,14 +196,88 @@ class RequestState:
         )
 
 
+class ObservedOutput(Protocol):
+    """What observers see of an output."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+class ObservedRequest(Protocol):
+    """What observers see of a request."""
+
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    num_cached_tokens: int
+
+    @property
+    def outputs(self) -> Sequence[ObservedOutput]: ...
+
+
 class RequestObserver:
     """What happens to requests, for metrics; the base class ignores it all. Times are seconds of `time.time()`."""
 
-    def on_token(self, state: RequestState, index: int, now: float, previous: float | None) -> None:
-        """Output `index` got a token at `now`; the one before it came at `previous` (None: it is the first)."""
+    def on_first_token(self, request: ObservedRequest, now: float) -> None:
+        """A request got its first token; the prompt is computed."""
 
-    def on_finish(self, state: RequestState, now: float) -> None:
+    def on_token(self, now: float, previous: float | None) -> None:
+        """An output got a token at `now`; the one before it came at `previous` (None: it is the first)."""
+
+    def on_tokens(self, count: int) -> None:
+        """Outputs got so many tokens, which nobody saw come one by one."""
+
+    def on_finish(self, request: ObservedRequest, now: float) -> None:
         """All outputs of a request ended, or it was cut off (their reason is then `abort` or `error`)."""
+
+
+_UNOBSERVED = RequestObserver()
+
+
+class SearchCount:
+    """A search as observers see it: one request, though each of its steps is several to the engine.
+
+    A context; a search that leaves it without `finish` was cut off, unless the request was refused.
+    """
+
+    def __init__(self, observer: RequestObserver, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        self._observer = observer
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.metrics = RequestMetrics(arrival_time=time.time())
+        self.num_cached_tokens = 0
+        self.outputs: list[CompletionOutput] = []
+
+    def on_first_step(self, answer: RequestOutput) -> None:
+        """The prompt is computed, which `answer` goes on from."""
+        now = time.time()
+        self.num_cached_tokens = answer.num_cached_tokens
+        self.metrics.first_token_time = now
+        if answer.metrics is not None:
+            self.metrics.first_scheduled_time = answer.metrics.first_scheduled_time
+        self._observer.on_first_token(self, now)
+
+    def finish(self, outputs: list[CompletionOutput]) -> None:
+        """The search is over; `outputs` are given to whoever asked."""
+        self._observer.on_tokens(sum(len(output.token_ids) for output in outputs))
+        self._end(outputs)
+
+    def _end(self, outputs: list[CompletionOutput]) -> None:
+        self.outputs = outputs
+        self.metrics.finished_time = self.metrics.last_token_time = now = time.time()
+        self._observer.on_finish(self, now)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.metrics.finished_time is None and error is not None and not isinstance(error, VLLMValidationError):
+            left = isinstance(error, asyncio.CancelledError | GeneratorExit)
+            self._end([CompletionOutput(0, "", [], finish_reason="abort" if left else "error")])
 
 
 class OutputProcessor:
@@ -218,7 +298,8 @@ class OutputProcessor:
         """
         if request.request_id in self.requests:
             raise ValueError(f"request id {request.request_id!r} is in use")
-        state = RequestState(request, prompt, self.tokenizer, deliver)
+        observer = self.observer if request.search_step is None else _UNOBSERVED
+        state = RequestState(request, prompt, self.tokenizer, deliver, observer)
         self.requests[request.request_id] = state
         return state
 
@@ -238,7 +319,7 @@ class OutputProcessor:
     def _cut_off(self, state: RequestState, reason: str) -> None:
         for out in state.outputs:
             out.finish_reason = out.finish_reason or reason
-        self.observer.on_finish(state, time.time())
+        state.observer.on_finish(state, time.time())
 
     def process(self, outputs: list[EngineOutput]) -> list[tuple[str, int | None]]:
         """Takes in a step's news and delivers them.
@@ -266,7 +347,7 @@ class OutputProcessor:
             if finished:
                 state.metrics.finished_time = now
                 del self.requests[news.request_id]
-                self.observer.on_finish(state, now)
+                state.observer.on_finish(state, now)
             result = state.request_output(news.index, finished)
             if result is not None:
                 state.deliver(result)
@@ -290,7 +371,8 @@ class OutputProcessor:
             out.text.append(token_id, ended and news.finish_reason == "stop", ended)
             if state.metrics.first_token_time is None:
                 state.metrics.first_token_time = now
-            self.observer.on_token(state, news.index, now, out.last_token_time or None)
+                state.observer.on_first_token(state, now)
+            state.observer.on_token(now, out.last_token_time or None)
             state.metrics.last_token_time = out.last_token_time = now
             if out.text.stop_string is not None:
                 out.finish_reason, out.stop_reason = "stop", out.text.stop_string

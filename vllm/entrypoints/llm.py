@@ -126,11 +126,11 @@ class LLM:
         ]
         with tqdm(total=len(searches), desc="Beam searches", disable=not use_tqdm, dynamic_ncols=True) as progress:
             while running := [search for search in searches if search.active][:concurrency_limit]:
-                requests: list[tuple[PromptType, int | None]] = [
-                    (sequence.tokens, None) for search in running for sequence in search.active
-                ]
-                steps = [search.step_params() for search in running for _ in search.active]
-                outputs = iter(self._run(requests, steps, use_tqdm=False))
+                active = [(search, sequence) for search in running for sequence in search.active]
+                requests: list[tuple[PromptType, int | None]] = [(sequence.tokens, None) for _, sequence in active]
+                params_of_steps = [search.step_params() for search, _ in active]
+                steps = [search.num_steps for search, _ in active]
+                outputs = iter(self._run(requests, params_of_steps, False, steps))
                 for search in running:
                     search.advance([next(outputs).outputs[0] for _ in search.active])
                     progress.update(not search.active)
@@ -161,6 +161,7 @@ class LLM:
         requests: list[tuple[PromptType, int | None]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        search_steps: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -176,11 +177,14 @@ class LLM:
             )
         ids: list[str] = []
         try:
-            for (prompt, num_system_tokens), params in zip(requests, all_params, strict=True):
+            steps: Sequence[int | None] = search_steps or [None] * len(requests)
+            for (prompt, num_system_tokens), params, step in zip(requests, all_params, steps, strict=True):
                 final = params.clone()
                 final.output_kind = RequestOutputKind.FINAL_ONLY
                 request_id = next(self._request_ids)
-                self.llm_engine.add_request(request_id, prompt, final, num_system_tokens=num_system_tokens)
+                self.llm_engine.add_request(
+                    request_id, prompt, final, num_system_tokens=num_system_tokens, search_step=step
+                )
                 ids.append(request_id)
             outputs = self._finish(len(ids), use_tqdm)
         except BaseException:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -98,6 +100,13 @@ def read(url: str) -> Metrics:
     return Metrics(httpx.get(f"{url}/metrics", timeout=60).text)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def settled(url: str) -> Metrics:
     """Metrics once nothing runs and the engine has told the totals of its last step."""
     deadline = time.monotonic() + 30
@@ -155,6 +164,63 @@ def test_a_request_is_counted_and_timed_once(url):
     assert parts + sums["request_decode_time_seconds"] == pytest.approx(sums["e2e_request_latency_seconds"], abs=0.05)
     tpot = sums["request_time_per_output_token_seconds"]
     assert tpot == pytest.approx(sums["request_decode_time_seconds"] / 5, abs=1e-6)
+
+
+def test_a_beam_search_is_one_request(url):
+    system = "You list colours, one after the other, and say nothing else whatever you are asked."
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "Begin."}]
+    body = {"messages": messages, "use_beam_search": True, "n": 2, "best_of": 3, "max_tokens": 5, "ignore_eos": True}
+    for outcome in ("created", "hit"):
+        before = settled(url)
+        usage = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["usage"]
+        after = settled(url)
+
+        def grown(name: str, before: Metrics = before, after: Metrics = after, **labels: str) -> float:
+            return after.value(name, **labels) - before.value(name, **labels)
+
+        assert grown("request_success_total", finished_reason="length") == grown("request_success_total") == 1
+        assert grown("prompt_tokens_total") == grown("prefix_cache_queries_total") == usage["prompt_tokens"]
+        assert grown("generation_tokens_total") == usage["completion_tokens"] == 10
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert grown("prompt_tokens_cached_total") == grown("prefix_cache_hits_total") == cached
+        assert grown("system_prompt_requests_total", outcome=outcome) == grown("system_prompt_requests_total") == 1
+        # One that is created is not there to be read yet.
+        assert grown("system_prompt_tokens_reused_total") == (0 if outcome == "created" else cached)
+        assert grown("inter_token_latency_seconds_count") == 0
+        for name in HISTOGRAMS - {
+            "inter_token_latency_seconds",
+            "iteration_tokens_total",
+            "system_prompt_prefill_seconds",
+        }:
+            assert grown(f"{name}_count") == 1, name
+        sums = {name: grown(f"{name}_sum") for name in HISTOGRAMS}
+        assert sums["request_prompt_tokens"] == usage["prompt_tokens"]
+        assert (sums["request_generation_tokens"], sums["request_max_num_generation_tokens"]) == (10, 5)
+        assert (sums["request_params_max_tokens"], sums["request_params_n"]) == (5, 2)
+        parts = sums["request_queue_time_seconds"] + sums["request_prefill_time_seconds"]
+        assert parts == pytest.approx(sums["time_to_first_token_seconds"], abs=1e-3)
+        assert sums["request_decode_time_seconds"] > 0
+        whole = parts + sums["request_decode_time_seconds"]
+        assert whole == pytest.approx(sums["e2e_request_latency_seconds"], abs=1e-3)
+
+
+def test_a_beam_search_that_is_left_is_one_aborted_request(url):
+    before = settled(url)
+    body = json.dumps(
+        {"prompt": "Once", "use_beam_search": True, "n": 2, "max_tokens": 1900, "ignore_eos": True}
+    ).encode()
+    address = urlsplit(url)
+    with socket.create_connection((address.hostname, address.port)) as client:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: read(url).value("prompt_tokens_total") > before.value("prompt_tokens_total"))
+    wait_until(lambda: read(url).value("request_success_total") > before.value("request_success_total"))
+    after = settled(url)
+    aborted = {"finished_reason": "abort"}
+    assert after.value("request_success_total", **aborted) == before.value("request_success_total", **aborted) + 1
+    assert after.value("request_success_total") == before.value("request_success_total") + 1
+    for name in ("e2e_request_latency_seconds", "request_decode_time_seconds", "request_generation_tokens"):
+        assert after.value(f"{name}_count") == before.value(f"{name}_count")
 
 
 def test_an_aborted_request_is_counted_and_in_no_latency(url):

@@ -85,30 +85,39 @@ async def _beam_search(
     request_id: str,
     options: dict[str, Any],
 ) -> AsyncGenerator[RequestOutput, None]:
-    """One item with the n best outputs, the best first. Each step is an engine request a sequence."""
+    """One item with the n best outputs, the best first. Each step is an engine request a sequence, but whoever counts
+    and orders requests sees one, which came when the search began."""
     if params.truncate_prompt_tokens is not None:
         token_ids = engine.input_processor.truncate(token_ids, params)
         options = options | {"num_system_tokens": None, "marks": ()}
     search = BeamSearch(engine.vllm_config.model, engine.tokenizer, token_ids, beam_params)
+    counted = params.clone()
+    counted.n, counted.max_tokens = n, search.max_tokens
     first: RequestOutput | None = None
-    while search.active:
-        step = search.step_params()
-        step.logprobs = max(step.logprobs or 0, params.logprobs or 0)
-        step.prompt_logprobs = params.prompt_logprobs if first is None else None
-        items = await _answers(
-            [
-                engine.generate(sequence.tokens, step, f"{request_id}-{len(sequence.tokens)}-{i}", **options)
-                for i, sequence in enumerate(search.active)
-            ]
-        )
-        search.advance([item.outputs[0] for item in items])
-        first = first or items[0]
-    if first is None:
-        raise RuntimeError(f"the search for {request_id} took no step")
-    outputs = [
-        _output(index, sequence, search.output_text(sequence), len(token_ids), params)
-        for index, sequence in enumerate(search.best()[:n])
-    ]
+    with engine.count_search(token_ids, counted) as count:
+        options |= {"arrival_time": count.metrics.arrival_time}
+        while search.active:
+            step = search.step_params()
+            step.logprobs = max(step.logprobs or 0, params.logprobs or 0)
+            step.prompt_logprobs = params.prompt_logprobs if first is None else None
+            options |= {"search_step": search.num_steps}
+            items = await _answers(
+                [
+                    engine.generate(sequence.tokens, step, f"{request_id}-{len(sequence.tokens)}-{i}", **options)
+                    for i, sequence in enumerate(search.active)
+                ]
+            )
+            if first is None:
+                first = items[0]
+                count.on_first_step(first)
+            search.advance([item.outputs[0] for item in items])
+        if first is None:
+            raise RuntimeError(f"the search for {request_id} took no step")
+        outputs = [
+            _output(index, sequence, search.output_text(sequence), len(token_ids), params)
+            for index, sequence in enumerate(search.best()[:n])
+        ]
+        count.finish(outputs)
     yield replace(first, request_id=request_id, outputs=outputs)
 
 
