@@ -33,6 +33,13 @@ from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, PROMPT_TOKENS, MAX_LEN = 16, 64, 4096
 SHARED = 10
+# In the manner of Gemma and Mistral: the system text stands in the user's turn, without a control token behind it.
+FOLDED = (
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content + '\n\n' %}{% else %}<|im_start|>{{ m.role }}\n"
+    "{{ ns.system + m.content | trim }}<|im_end|>\n{% set ns.system = '' %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def make_scheduler(num_prompts: int, num_running: int, ttl: float | None) -> Scheduler:
@@ -126,11 +133,11 @@ def routing(num_tokens: int, num_prompts: int) -> float:
     return timed(route, 200)
 
 
-def boundaries(model: str | None, num_tokens: int) -> dict[str, float]:
+def boundaries(model: str | None, template: str | None, num_tokens: int) -> dict[str, float]:
     """Microseconds of turning a chat with a known system prompt into tokens, those of finding where that prompt ends
     therein, and those of tokenising the whole text, which the first no longer includes."""
     tokenizer = load_tokenizer(resolve_model(model, None, True)[1])
-    renderer = ChatRenderer(tokenizer)
+    renderer = ChatRenderer(tokenizer, template)
     rng = random.Random(0)
     words = [rng.choice(("tide", "lamp", "oak", "ferry", "ledger", "salt", "bridge")) for _ in range(num_tokens)]
     chat = [{"role": "system", "content": " ".join(words)}, {"role": "user", "content": "Hello"}]
@@ -180,7 +187,9 @@ def main() -> None:
     logging.getLogger("vllm").setLevel(logging.WARNING)
     results: dict[str, object] = {"planning": planning(SHARED, args.prompts, args.running, args.steps)}
     results["routing_us"] = {str(n): routing(n, 100) for n in (256, 1024, 4096, 8192)}
-    results["boundaries"] = [boundaries(args.model, n) for n in (256, 1024, 4096, 8192)]
+    sizes = (256, 1024, 4096, 8192, 32_768)
+    results["boundaries"] = [boundaries(args.model, None, n) for n in sizes]
+    results["boundaries_in_users_turn"] = [boundaries(args.model, FOLDED, n) for n in sizes]
     print(json.dumps(results, indent=2))
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=2) + "\n")

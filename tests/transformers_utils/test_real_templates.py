@@ -162,6 +162,25 @@ def test_known_prompts_get_the_tokens_of_the_whole_text(
             assert rendered.prompt_token_ids == tokenizer.encode(rendered.text, add_special_tokens=False)
 
 
+def test_a_known_prompt_is_not_tokenised_again(
+    renderer: ChatRenderer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = {"role": "system", "content": "You are a pirate who says little. " * 400}
+    first = renderer.render([system, {"role": "user", "content": "one"}])
+    encode, sizes = tokenizer.encode, []
+
+    def watched(text: str, add_special_tokens: bool = True) -> list[int]:
+        sizes.append(len(text))
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    for text in ("two", "3.", "\u00e9\U0001f600", "a longer question"):
+        chat = renderer.render([system, {"role": "user", "content": text}])
+        assert chat.num_system_tokens == first.num_system_tokens
+    assert len(sizes) == 4
+    assert max(sizes) < 500
+
+
 def test_later_turns_start_with_the_boundary_or_have_none(renderer: ChatRenderer) -> None:
     head = [{"role": "system", "content": "You are a pirate."}]
     short = renderer.render([*head, {"role": "user", "content": "Ahoy"}])

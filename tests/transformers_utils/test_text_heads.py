@@ -17,7 +17,26 @@ from vllm.transformers_utils.text_heads import TextHeads
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 LETTERS = "\u2581abcdefgh<|>_/xy\n 12"
-MERGES = [("a", "b"), ("ab", "c"), ("\u2581", "a"), (" ", "a"), ("\n", "\n"), ("d", "d"), ("|", ">"), ("x", "y")]
+MERGES = [
+    ("b", "c"),
+    ("a", "b"),
+    ("ab", "c"),
+    ("\u2581", "a"),
+    (" ", "a"),
+    ("\n", "\n"),
+    ("d", "d"),
+    ("|", ">"),
+    ("x", "y"),
+]
+LLAMA_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+TEKKEN_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 WORDS = [*LETTERS, *("".join(merge) for merge in MERGES)]
 
 
@@ -30,10 +49,29 @@ def plain() -> Backend:
 
 def byte_level() -> Backend:
     letters = pre_tokenizers.ByteLevel.alphabet()
-    backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)} | {"ab": 300}, [("a", "b")]))
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(letters)} | {"bc": 300, "ab": 301}, MERGES[:2]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r" ?\p{L}+|\s+"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True)]
     )
+    backend.add_tokens([AddedToken("<|x|>", special=True, normalized=False)])
+    return backend
+
+
+def with_words(*steps: Any) -> Callable[[], Backend]:
+    def build() -> Backend:
+        backend = byte_level()
+        backend.pre_tokenizer = pre_tokenizers.Sequence(list(steps))
+        return backend
+
+    return build
+
+
+def split_at(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def unigram() -> Backend:
+    backend = Backend(models.Unigram([("<unk>", 0.0), *((word, -1.0 - len(word)) for word in WORDS)], 0))
     backend.add_tokens([AddedToken("<|x|>", special=True, normalized=False)])
     return backend
 
@@ -92,9 +130,34 @@ KINDS: dict[str, tuple[Callable[[], Backend], bool]] = {
     "token across": (with_tokens(AddedToken("|>b", normalized=False)), False),
     "token that takes the space behind it": (rstrip_only, False),
     "normalized token": (normalized_only, False),
+    "words of GPT-2": (with_words(pre_tokenizers.ByteLevel(add_prefix_space=False)), True),
+    "words of Llama 3": (with_words(split_at(LLAMA_WORDS), pre_tokenizers.ByteLevel(False, use_regex=False)), True),
+    "words of Tekken": (with_words(split_at(TEKKEN_WORDS), pre_tokenizers.ByteLevel(False, use_regex=False)), True),
+    "digits, then words": (
+        with_words(split_at(r"\p{N}{1,3}"), split_at(LLAMA_WORDS), pre_tokenizers.ByteLevel(False, use_regex=False)),
+        True,
+    ),
+    "unigram": (unigram, True),
+}
+WITH_GAPS = {
+    "plain",
+    "metaspace before every stretch",
+    "prepending normalizer",
+    "token that takes the space before it",
+    "normalized token beside",
+    "metaspace before the first stretch",
+    "longer token",
+    "token across",
+    "token that takes the space behind it",
+    "words of GPT-2",
+    "words of Llama 3",
+    "words of Tekken",
+    "digits, then words",
 }
 TEXTS = st.lists(
-    st.sampled_from(["<|x|>", "<y>", "ab", "abc", "a", "b", " ", "  ", "\n", "\n\n", "|>", "<|", "x", "yy", "dd", "1"]),
+    st.sampled_from(
+        ["<|x|>", "<y>", "ab", "abc", "a", "b", "c", " ", "  ", "\n", "\n\n", "|>", "<|", "x", "yy", "dd", "1"]
+    ),
     max_size=8,
 ).map("".join)
 
@@ -119,9 +182,45 @@ def test_tokens_behind_a_head_are_those_of_the_whole(kind: str, head: str, probe
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_tokenizers_have_heads(kind: str) -> None:
     known = TextHeads(tokenizer_of(kind)).common(["ab<|x|> abc<|x|>a", "ab<|x|> abc<|x|> 1", "ab<|x|> abc<|x|>\n"])
-    assert (known is not None) == KINDS[kind][1]
-    if known is not None:
-        assert known.text == "ab<|x|> abc<|x|>"
+    ends_behind_token = known is not None and known.start == len("ab<|x|> abc<|x|>")
+    assert ends_behind_token == KINDS[kind][1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_which_tokenizers_have_heads_that_end_between_words(kind: str) -> None:
+    heads = TextHeads(tokenizer_of(kind))
+    known = heads.common(["<|x|>ab b d\n\na", "<|x|>ab b d\n\n 1", "<|x|>ab b d\n\n\n"])
+    assert (known is not None and known.num_lead_tokens > 0) == (kind in WITH_GAPS)
+    if kind in WITH_GAPS:
+        assert known is not None
+        assert known.start >= len("<|x|>ab ")
+
+
+@pytest.mark.parametrize("kind", sorted(WITH_GAPS))
+@settings(max_examples=150, deadline=None)
+@given(head=TEXTS, token=st.sampled_from(["", "<|", "<", "<|x|>", "|", "a"]), rests=st.lists(TEXTS, min_size=2))
+def test_tokens_behind_a_gap_between_words_are_those_of_the_whole(
+    kind: str, head: str, token: str, rests: list[str]
+) -> None:
+    tokenizer = tokenizer_of(kind)
+    heads = TextHeads(tokenizer)
+    # What could have been an added token's start, and what could be its end.
+    texts = [head + token + rest for rest in (*rests, *("|x|>" + rest for rest in rests))]
+    known = heads.common(texts[:2])
+    for text in texts:
+        if known is not None and known.starts(text):
+            assert heads.encode(known, text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("kind", sorted(WITH_GAPS))
+def test_no_gap_is_between_letters_that_may_merge(kind: str) -> None:
+    # "b" merges with "c" before "a" with "b": whether a token ends behind "a" depends on what follows.
+    texts = ["<|x|>dabc", "<|x|>dab1", "<|x|>dabd"]
+    known = TextHeads(tokenizer_of(kind)).common(texts)
+    assert known is None or known.start + (known.num_lead_tokens > 0) <= len("<|x|>d")
+    for text in texts if known is not None else []:
+        whole = tokenizer_of(kind).encode(text, add_special_tokens=False)
+        assert TextHeads(tokenizer_of(kind)).encode(known, text) == whole
 
 
 def test_steps_written_in_python_are_not_trusted() -> None:
@@ -150,8 +249,11 @@ def test_known_prompts_get_the_tokens_of_the_whole_text(
             assert chat.prompt_token_ids == tokenizer.encode(chat.text, add_special_tokens=False)
 
 
-def test_a_known_prompt_is_not_tokenised_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    renderer = ChatRenderer(tokenizer, TOOLS)
+@pytest.mark.parametrize("template", [TOOLS, FOLDED, BARE])
+def test_a_known_prompt_is_not_tokenised_again(
+    tokenizer: Tokenizer, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = ChatRenderer(tokenizer, template)
     system = {**SYSTEM, "content": SYSTEM["content"] * 200}
     first = renderer.render([system, user("one")])
     encode, sizes = tokenizer.encode, []

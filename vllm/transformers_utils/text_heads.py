@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.transformers_utils.control_tokens import any_of
 from vllm.transformers_utils.tokenizer import Tokenizer
+from vllm.transformers_utils.word_gaps import WordGaps, steps_of
 
 _PIECEWISE_STEPS = frozenset(
     {
@@ -46,10 +47,19 @@ _MAX_TRIES = 4
 
 @dataclass(frozen=True)
 class TextHead:
-    """A text that ends where tokens end, whatever follows it."""
+    """A beginning of texts, in which a token ends for certain; what follows that place is tokenised for each text.
+
+    Attributes:
+        text: The beginning.
+        token_ids: Tokens up to the place.
+        start: Where in a text begins what is tokenised.
+        num_lead_tokens: How many of its first tokens come before the place; they are left out.
+    """
 
     text: str
     token_ids: list[int]
+    start: int
+    num_lead_tokens: int = 0
 
     def starts(self, text: str) -> bool:
         # A slice of ASCII is ASCII, also where `text` is not: then the comparison is that of bytes.
@@ -64,25 +74,41 @@ class TextHeads:
     behind it alone, and no other added token could reach across the cut. What makes a stretch's tokens depend on where
     it stands rules the whole tokenizer out: tokens that must be whole words, a space put before the first stretch
     alone, steps that are not known, random merges.
+
+    Where no added token stands near the end, as in templates that put the system text into the user's turn, a text is
+    cut inside a stretch, at a gap between words (see `WordGaps`). There the letter before the cut is tokenised with
+    what follows, so that this does not begin a stretch, and the letter's own tokens are left out again. Such a cut is
+    certain because of what stands behind it, which therefore belongs to the head.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._gaps = WordGaps(tokenizer)
 
     def common(self, texts: list[str]) -> TextHead | None:
         """The longest head of all `texts` that is certain; None if there is none."""
         shared = _common_start(texts)
+        behind_added = next(self._ends(shared), 0)
+        for place in self._gaps.latest(shared):
+            if place < behind_added:
+                break
+            num_lead_tokens = len(self._encode(shared[place - 1]))
+            head = TextHead(shared, self._encode(shared[:place]), place - 1, num_lead_tokens)
+            if self.encode(head, texts[0]) == self._encode(texts[0]):
+                return head
+            break  # what should be certain is not
         for end in self._ends(shared):
-            head = TextHead(shared[:end], self._tokenizer.encode(shared[:end], add_special_tokens=False))
+            head = TextHead(shared[:end], self._encode(shared[:end]), end)
             if self._is_exact(head, texts):
                 return head
         return None
 
     def encode(self, head: TextHead, text: str) -> list[int]:
         """Token ids of a text that starts with `head`, without those that only frame a text."""
-        ids = head.token_ids.copy()
-        ids += self._tokenizer.encode(text[len(head.text) :], add_special_tokens=False)
-        return ids
+        return head.token_ids + self._encode(text[head.start :])[head.num_lead_tokens :]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _ends(self, text: str) -> Iterator[int]:
         """Places behind added tokens where `text` may be cut, the last ones."""
@@ -98,9 +124,9 @@ class TextHeads:
         last = self._cuts.get(head.token_ids[-1])
         if last is None or not head.text.endswith(last):
             return False
-        mark = TextHead(last, head.token_ids[-1:])
+        mark = TextHead(last, head.token_ids[-1:], len(last))
         trials = [(head, texts[0]), *((mark, last + text[len(head.text) :]) for text in texts[1:])]
-        return all(self.encode(h, text) == self._tokenizer.encode(text, add_special_tokens=False) for h, text in trials)
+        return all(self.encode(h, text) == self._encode(text) for h, text in trials)
 
     @cached_property
     def _is_piecewise(self) -> bool:
@@ -113,7 +139,7 @@ class TextHeads:
             steps = [json.loads(s.__getstate__()) for s in (backend.normalizer, backend.pre_tokenizer) if s is not None]
         except Exception:  # steps written in Python cannot be read
             return False
-        return all(self._step_is_piecewise(step) for step in _steps(steps))
+        return all(self._step_is_piecewise(step) for step in steps_of(steps))
 
     @staticmethod
     def _step_is_piecewise(step: dict[str, Any]) -> bool:
@@ -152,15 +178,3 @@ def _common_start(texts: list[str]) -> str:
         else:
             high = middle - 1
     return texts[0][:low]
-
-
-def _steps(value: Any) -> Iterator[dict[str, Any]]:
-    """All steps in the description of a pipeline, parts of steps included."""
-    if isinstance(value, dict):
-        if isinstance(value.get("type"), str):
-            yield value
-        for item in value.values():
-            yield from _steps(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _steps(item)
