@@ -47,7 +47,6 @@ def test_lists_of_origins(parse):
     "args",
     [
         ["--swap-space", "4"],
-        ["--disable-log-requests"],
         ["--use-v2-block-manager"],
         ["--num-scheduler-steps", "8"],
         ["--no-enable-chunked-prefill"],
@@ -115,6 +114,25 @@ def test_what_cannot_be_had_is_refused_by_name(parse, args, words, capsys):
     assert message.startswith("error: ")
     assert message.count("\n") == 1
     assert words in message
+
+
+def test_the_log_of_requests(parse, monkeypatch):
+    warnings: list[str] = []
+    monkeypatch.setattr(compatibility_args.logger, "warning", lambda text, *values: warnings.append(text % values))
+    off = parse()
+    assert (off.enable_log_requests, off.enable_log_outputs, off.enable_log_deltas) == (False, False, True)
+    assert off.max_log_len is None
+    assert parse("--enable-log-requests", "--max-log-len", "9").max_log_len == 9
+    assert not parse("--enable-log-requests", "--no-enable-log-requests").enable_log_requests
+    assert not warnings
+    assert not parse("--enable-log-requests", "--disable-log-requests").enable_log_requests
+    assert parse("--no-disable-log-requests").enable_log_requests
+    assert warnings == [
+        "--disable-log-requests is an older spelling of --no-enable-log-requests.",
+        "--no-disable-log-requests is an older spelling of --enable-log-requests.",
+    ]
+    with pytest.raises(StartupError, match="--enable-log-outputs needs --enable-log-requests"):
+        cli_args.check_args(parse("--enable-log-outputs"))
 
 
 @pytest.mark.parametrize("args", [["--no-such-flag"], ["--max-model", "64"], ["--port"]])

@@ -93,6 +93,20 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
         help="log level of the HTTP layer (default: %(default)s)",
     )
     switch("disable-uvicorn-access-log", "do not log each HTTP request")
+    switch("enable-log-requests", "log the id and parameters of each request; VLLM_LOGGING_LEVEL=DEBUG adds its prompt")
+    switch("enable-log-outputs", "log what was generated; needs --enable-log-requests")
+    group.add_argument(
+        "--enable-log-deltas",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --enable-log-outputs, log each piece of a stream besides the whole (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-log-len",
+        type=_max_log_len,
+        metavar="N",
+        help="most characters of a text and most token ids of a list in the log of requests (default: all)",
+    )
     switch("disable-fastapi-docs", "do not serve /docs and /openapi.json")
     switch("enable-request-id-headers", "answer X-Request-Id to all requests")
     switch("enable-force-include-usage", "end every stream with its usage, whatever the request's stream_options")
@@ -148,6 +162,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise StartupError(
             f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(sorted(TOOL_PARSERS))}."
         )
+    if args.enable_log_outputs and not args.enable_log_requests:
+        raise StartupError("--enable-log-outputs needs --enable-log-requests.")
     if (args.fingerprint_mode == "custom") != bool(args.fingerprint_value):
         raise StartupError("--fingerprint-mode custom and --fingerprint-value need each other.")
 
@@ -180,6 +196,12 @@ def _file(text: str) -> str:
 def _seconds(text: str) -> int:
     if not text.isdigit():
         raise StartupError(f"--shutdown-timeout must be a whole number of seconds, 0 or more, got {text}.")
+    return int(text)
+
+
+def _max_log_len(text: str) -> int:
+    if not text.isdigit():
+        raise StartupError(f"--max-log-len must be a whole number, 0 or more, got {text}.")
     return int(text)
 
 

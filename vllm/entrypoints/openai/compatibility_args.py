@@ -1,4 +1,4 @@
-"""Flags of other servers that this one has no use for: accepted with a warning, or refused by name."""
+"""Flags of other servers that this one has no use for, or names otherwise: accepted with a warning, or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ _NO_EFFECT_SWITCHES = (
     "disable-custom-all-reduce",
     "disable-frontend-multiprocessing",
     "disable-hybrid-kv-cache-manager",
-    "disable-log-requests",
     "disable-logprobs-during-spec-decoding",
     "disable-mm-preprocessor-cache",
     "disable-nccl-for-dp-synchronization",
@@ -47,9 +46,6 @@ _NO_EFFECT_SWITCHES = (
     "enable-flashinfer-autotune",
     "enable-hc-sp",
     "enable-layerwise-nvtx-tracing",
-    "enable-log-deltas",
-    "enable-log-outputs",
-    "enable-log-requests",
     "enable-logging-iteration-details",
     "enable-mamba-cache-stochastic-rounding",
     "enable-mamba-shared-prefix-checkpoint",
@@ -151,7 +147,6 @@ _NO_EFFECT_VALUES = (
     "max-context-len-to-capture",
     "max-cpu-loras",
     "max-cudagraph-capture-size",
-    "max-log-len",
     "max-long-partial-prefills",
     "max-lora-cls-labels",
     "max-lora-rank",
@@ -340,6 +335,8 @@ def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
         group.add_argument(f"--{name}", action=_NoEffect, **hidden)
     for name in _NO_EFFECT_LISTS:
         group.add_argument(f"--{name}", action=_NoEffect, nargs="*", **hidden)
+    older = ("--disable-log-requests", "--no-disable-log-requests")
+    group.add_argument(*older, action=_LogRequests, nargs=0, dest="enable_log_requests", **hidden)
     for name in _UNSUPPORTED_SWITCHES:
         group.add_argument(f"--{name}", action=_Unsupported, nargs=0, **hidden)
         group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
@@ -354,6 +351,17 @@ class _NoEffect(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
         logger.warning("%s has no effect in this server.", option)
+
+
+class _LogRequests(argparse.Action):
+    """Older spellings of --enable-log-requests."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        enable = option is not None and option.startswith("--no-")
+        setattr(namespace, self.dest, enable)
+        logger.warning("%s is an older spelling of --%senable-log-requests.", option, "" if enable else "no-")
 
 
 class _Unsupported(argparse.Action):

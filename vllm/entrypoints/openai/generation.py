@@ -12,6 +12,7 @@ from typing import Any
 from vllm.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.openai.protocol import GenerationRequest
+from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.sampling import num_choices
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
@@ -24,22 +25,32 @@ def generate(
     token_ids: list[int],
     params: SamplingParams,
     request_id: str,
+    *,
+    log: RequestLog | None = None,
+    text: str | None = None,
     **options: Any,
 ) -> AsyncGenerator[RequestOutput, None]:
     """Outputs of a request, numbered from 0 to n - 1. Closing the iterator early ends all that runs for it.
 
     Args:
         params: With as many outputs as are to compete.
+        log: Is told of the request.
+        text: The prompt, if it was text.
         **options: As of `AsyncLLMEngine.generate`.
 
     Raises:
         VLLMValidationError: a value is not allowed with beam search.
     """
+    n = num_choices(request)
+    asked: SamplingParams | BeamSearchParams = params
     if request.use_beam_search:
-        beam_params = _beam_params(engine, request, params)
-        return _beam_search(engine, token_ids, params, beam_params, num_choices(request), request_id, options)
-    outputs = engine.generate(token_ids, params, request_id, **options)
-    return outputs if params.n == num_choices(request) else _best(outputs, num_choices(request))
+        asked = beam_params = _beam_params(engine, request, params)
+        outputs = _beam_search(engine, token_ids, params, beam_params, n, request_id, options)
+    else:
+        outputs = engine.generate(token_ids, params, request_id, **options)
+        if params.n != n:
+            outputs = _best(outputs, n)
+    return outputs if log is None else log.follow(request_id, text, token_ids, asked, outputs)
 
 
 async def _best(outputs: AsyncGenerator[RequestOutput, None], n: int) -> AsyncGenerator[RequestOutput, None]:

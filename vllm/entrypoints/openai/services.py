@@ -8,6 +8,7 @@ from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.anthropic.serving_messages import ServingMessages
 from vllm.entrypoints.openai.answers import AnswerReader
 from vllm.entrypoints.openai.prompts import PromptReader
+from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.serving_chat import ServingChat
 from vllm.entrypoints.openai.serving_completion import ServingCompletion
 from vllm.entrypoints.openai.serving_models import ServingModels
@@ -24,6 +25,7 @@ class Services:
     """
 
     def __init__(self, engine: AsyncLLMEngine, args: argparse.Namespace) -> None:
+        log = RequestLog.from_args(args)
         self.models = ServingModels(engine.vllm_config, args.fingerprint_mode, args.fingerprint_value)
         self.prompts = PromptReader(engine, args.default_chat_template_kwargs)
         self.chat = ServingChat(
@@ -39,9 +41,10 @@ class Services:
             ),
             args.exclude_tools_when_tool_choice_none,
             args.enable_force_include_usage,
+            log,
         )
         self.completion = ServingCompletion(
-            engine, self.models, self.prompts, args.return_tokens_as_token_ids, args.enable_force_include_usage
+            engine, self.models, self.prompts, args.return_tokens_as_token_ids, args.enable_force_include_usage, log
         )
         self.messages = ServingMessages(self.chat, self.models, self.prompts)
         self.responses = ServingResponses(engine, self.models, self.chat)

@@ -29,6 +29,7 @@ from vllm.entrypoints.openai.protocol import (
     random_id,
     usage,
 )
+from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.sampling import chat_logprobs, chat_max_tokens, check_chat, num_choices, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, sse
@@ -77,6 +78,7 @@ class ServingChat:
         answers: How the model writes calls and reasoning.
         hide_unused_tools: With tool_choice "none" the model does not see the tools.
         always_usage: Streams end with their usage, asked for or not.
+        log: Is told of all requests.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class ServingChat:
         answers: AnswerReader | None = None,
         hide_unused_tools: bool = False,
         always_usage: bool = False,
+        log: RequestLog | None = None,
     ) -> None:
         self._engine = engine
         self._models = models
@@ -98,6 +101,7 @@ class ServingChat:
         self._answers = answers or AnswerReader()
         self._hide_unused_tools = hide_unused_tools
         self._always_usage = always_usage
+        self._log = log
         self._defaults = engine.vllm_config.model.generation_defaults
 
     async def create(self, request: ChatCompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
@@ -151,6 +155,8 @@ class ServingChat:
                 rendered.prompt_token_ids,
                 params,
                 f"{public_id}-{random_id()[:12]}",
+                log=self._log,
+                text=rendered.text,
                 num_system_tokens=rendered.num_system_tokens,
                 marks=cache_marks(rendered, request.prompt_cache_retention),
                 cache_salt=request.cache_salt,

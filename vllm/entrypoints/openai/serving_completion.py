@@ -19,6 +19,7 @@ from vllm.entrypoints.openai.protocol import (
     random_id,
     usage,
 )
+from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, num_choices, sampling_params
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import DONE, EventStream, merge, sse
@@ -55,6 +56,7 @@ class ServingCompletion:
     Args:
         as_token_ids: Name tokens in log-probabilities by id unless the request says otherwise.
         always_usage: Streams end with their usage, asked for or not.
+        log: Is told of all requests.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class ServingCompletion:
         prompts: PromptReader,
         as_token_ids: bool = False,
         always_usage: bool = False,
+        log: RequestLog | None = None,
     ) -> None:
         self._engine = engine
         self._models = models
         self._prompts = prompts
         self._as_token_ids = as_token_ids
         self._always_usage = always_usage
+        self._log = log
         self._defaults = engine.vllm_config.model.generation_defaults
 
     async def create(self, request: CompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
@@ -119,10 +123,12 @@ class ServingCompletion:
                     ids,
                     params,
                     f"{engine_id}-{i}",
+                    log=self._log,
+                    text=prompt if isinstance(prompt, str) else None,
                     cache_salt=request.cache_salt,
                     priority=request.priority or 0,
                 )
-                for i, ids in enumerate(token_ids)
+                for i, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True))
             ],
             n=num_choices(request),
             texts=[prompt if isinstance(prompt, str) else None for prompt in prompts],
