@@ -87,6 +87,13 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("vllm.cpu_kernels", [f"csrc/cpu/{name}" for name in FLAGS], optional=True)],
+    ext_modules=[
+        Extension(
+            "vllm.cpu_kernels",
+            [f"csrc/cpu/{name}" for name in FLAGS],
+            depends=[f"csrc/cpu/{header.name}" for header in sorted(SOURCES.glob("*.h"))],  # a source archive has them
+            optional=True,
+        )
+    ],
     cmdclass={"build_ext": BuildKernels},
 )
