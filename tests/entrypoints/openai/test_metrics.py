@@ -270,6 +270,67 @@ def test_timing_is_right_under_preemption(server_factory, tiny_model_dir):
     assert metrics.value("inter_token_latency_seconds_sum") == pytest.approx(parts[2], rel=0.02)
 
 
+# HTTP ------------------------------------------------------------------------------------------------------------
+
+
+def http_samples(url: str) -> dict[tuple[str, ...], float]:
+    """Values of the metrics of HTTP by name and values of the labels, in the order of the labels' names."""
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text)
+    return {
+        (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
+        for family in families
+        if family.name.startswith("http_")
+        for sample in family.samples
+    }
+
+
+def test_http_requests_are_counted_by_route_and_never_by_what_clients_make_up(url):
+    chat = "/v1/chat/completions"
+    body = json.dumps({"messages": [{"role": "user", "content": "One"}], "max_tokens": 2}).encode()
+    streamed = json.dumps(json.loads(body) | {"stream": True}).encode()
+    headers = {"Content-Type": "application/json"}
+    before = http_samples(url)
+    with httpx.Client(base_url=url, timeout=60) as client:
+        whole = client.post(chat, content=body, headers=headers)
+        assert client.post(chat, content=streamed, headers=headers).status_code == 200
+        assert client.post(chat, content=b"{", headers=headers).status_code == 400
+        assert client.get("/v1/responses/resp_made_up").status_code == 404
+        assert client.get("/v1/responses/resp_made_up/", follow_redirects=False).status_code == 307
+        assert client.request("PROPFIND", "/made/up").status_code == 404
+        assert client.get("/health").status_code == 200
+
+    def grown(*key: str) -> float:
+        return http_samples(url).get(key, 0.0) - before.get(key, 0.0)
+
+    wait_until(lambda: grown("http_request_duration_highr_seconds_count") >= 6)
+    # Labels by name: handler, method, status.
+    assert grown("http_requests_total", chat, "POST", "2xx") == 2
+    assert grown("http_requests_total", chat, "POST", "4xx") == 1
+    assert grown("http_requests_total", "/v1/responses/{response_id}", "GET", "4xx") == 1
+    assert (
+        grown("http_requests_total", "none", "GET", "3xx") == grown("http_requests_total", "none", "none", "4xx") == 1
+    )
+    assert grown("http_request_size_bytes_count", chat) == grown("http_response_size_bytes_count", chat) == 3
+    assert grown("http_request_size_bytes_sum", chat) == len(body) + len(streamed) + 1
+    assert len(whole.content) < grown("http_response_size_bytes_sum", chat) < 2 * len(whole.content)
+    assert grown("http_request_duration_seconds_count", chat, "POST") == 3
+    assert grown("http_request_duration_seconds_bucket", chat, "+Inf", "POST") == 3
+    after = http_samples(url)
+    assert not [key for key in after if "made" in str(key) or "/health" in key or "/metrics" in key]
+    fine = sorted(float(key[1]) for key in after if key[0] == "http_request_duration_highr_seconds_bucket")
+    assert (len(fine), fine[0], fine[-2]) == (22, 0.01, 60)
+    coarse = {key[2] for key in after if key[:2] == ("http_request_duration_seconds_bucket", chat)}
+    assert coarse == {"0.1", "0.5", "1.0", "+Inf"}
+
+
+def test_the_process_tells_about_itself(url):
+    text = httpx.get(f"{url}/metrics", timeout=60).text
+    names = {family.name for family in text_string_to_metric_families(text)}
+    for name in ("cpu_seconds", "resident_memory_bytes", "virtual_memory_bytes", "start_time_seconds", "open_fds"):
+        assert f"process_{name}" in names
+    assert {"process_max_fds", "python_info", "python_gc_collections", "python_gc_objects_collected"} <= names
+
+
 # The dashboard ---------------------------------------------------------------------------------------------------
 
 

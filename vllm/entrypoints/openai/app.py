@@ -20,6 +20,7 @@ from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from vllm.entrypoints.anthropic.serving_messages import ServingMessages
 from vllm.entrypoints.openai.errors import ApiError, describe, error_response, handle_exception, handle_http_exception
+from vllm.entrypoints.openai.http_metrics import HttpMetricsMiddleware
 from vllm.entrypoints.openai.json_body import parse_model, read_json_object, snippet
 from vllm.entrypoints.openai.middleware import (
     MAX_REQUEST_ID_CHARS,
@@ -76,7 +77,8 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     _add_tokenization_routes(app, services.tokenization)
     admin_key = args.admin_api_key or envs.admin_api_key()
     _add_system_prompt_routes(app, services.system_prompts, AdminGuard(admin_key))
-    _add_status_routes(app, engine)
+    registry = CollectorRegistry()
+    _add_status_routes(app, engine, registry)
     if envs.server_dev_mode():
         _add_development_routes(app, engine)
 
@@ -96,6 +98,7 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
         allow_headers=args.allowed_headers,
         allow_credentials=args.allow_credentials,
     )
+    app.add_middleware(HttpMetricsMiddleware, registry=registry)
     return app
 
 
@@ -277,8 +280,8 @@ def _asks_to_explain(request: Request) -> bool:
     return request.query_params.get("explain", "") in ("1", "true")
 
 
-def _add_status_routes(app: FastAPI, engine: AsyncLLMEngine) -> None:
-    registry = CollectorRegistry()
+def _add_status_routes(app: FastAPI, engine: AsyncLLMEngine, registry: CollectorRegistry) -> None:
+    """`registry` holds the metrics of the process and of HTTP."""
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
