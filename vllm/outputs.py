@@ -63,6 +63,7 @@ class RequestOutput:
     Attributes:
         num_cached_tokens: Prompt tokens whose KV this request did not have to compute.
         num_cache_write_tokens: Tokens of the system prompt that was computed and pinned for this request.
+        num_discarded_tokens: Generated tokens of outputs that competed for a place among `outputs` and have none.
         prompt_logprobs: One entry a prompt token (None for the first), when asked for.
     """
 
@@ -75,6 +76,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     num_cache_write_tokens: int = 0
+    num_discarded_tokens: int = 0
     lora_request: None = None
     encoder_prompt: None = None
     kv_transfer_params: None = field(default=None, repr=False)

@@ -156,6 +156,7 @@ def test_best_of_returns_those_with_the_highest_logprob_per_token(client: httpx.
     answer = complete(client, **fields, n=2, best_of=5)
     assert [choice["text"] for choice in answer["choices"]] == best[:2]
     assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["usage"]["completion_tokens"] == sum(len(c["logprobs"]["tokens"]) for c in every)
     silent = complete(client, **fields | {"logprobs": None}, best_of=5)["choices"]
     assert [(choice["text"], choice["logprobs"]) for choice in silent] == [(best[0], None)]
     assert complete(client, **fields, n=2, best_of=2)["choices"] == complete(client, **fields, n=2)["choices"]

@@ -58,6 +58,7 @@ async def _best(outputs: AsyncGenerator[RequestOutput, None], n: int) -> AsyncGe
     async with aclosing(outputs) as items:
         async for item in items:
             ranked = sorted(item.outputs, key=_mean_logprob, reverse=True)
+            item.num_discarded_tokens = sum(len(output.token_ids) for output in ranked[n:])
             item.outputs = [replace(output, index=index) for index, output in enumerate(ranked[:n])]
             yield item
 

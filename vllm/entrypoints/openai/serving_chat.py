@@ -208,7 +208,7 @@ class ServingChat:
                 outputs.update((output.index, output) for output in final.outputs)
         if final is None:
             raise RuntimeError(f"the engine gave no output for {call.id}")
-        completion_tokens = sum(len(output.token_ids) for output in outputs.values())
+        completion_tokens = final.num_discarded_tokens + sum(len(output.token_ids) for output in outputs.values())
         return call.head("chat.completion") | {
             "choices": [self._choice(call, outputs[index]) for index in sorted(outputs)],
             "service_tier": None,

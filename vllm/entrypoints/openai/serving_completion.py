@@ -170,12 +170,13 @@ class ServingCompletion:
                 last[prompt_index] = item
                 outputs.update((prompt_index * call.n + output.index, output) for output in item.outputs)
         choices = [self._choice(call, index, outputs[index], last[index // call.n]) for index in sorted(outputs)]
-        completion_tokens = 0 if call.prompt_only else sum(len(output.token_ids) for output in outputs.values())
+        completion_tokens = sum(len(output.token_ids) for output in outputs.values())
+        completion_tokens += sum(item.num_discarded_tokens for item in last.values())
         return call.head() | {
             "choices": choices,
             "service_tier": None,
             "system_fingerprint": self._models.fingerprint,
-            "usage": _usage(last.values(), completion_tokens),
+            "usage": _usage(last.values(), 0 if call.prompt_only else completion_tokens),
             "kv_transfer_params": None,
         }
 
