@@ -182,6 +182,7 @@ def engine(steps_per_s: float, times: Path) -> None:
         EngineRequest,
         EngineStats,
         StepOutputs,
+        from_wire,
     )
 
     args = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoreProcessArgs)
@@ -189,7 +190,7 @@ def engine(steps_per_s: float, times: Path) -> None:
     outputs, inputs = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     outputs.connect(args.output_address)
     inputs.connect(args.input_address)
-    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(EngineInput)
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(EngineInput, dec_hook=from_wire)
     outputs.send(encoder.encode(EngineReady(num_blocks=65536, pool_budget_tokens=65536)))
     running: dict[str, int] = {}
     rng = random.Random(0)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
+from vllm.token_ids import token_array
 
 if TYPE_CHECKING:
     from vllm.core.system_prompt_pool import PinnedPrompt
@@ -39,6 +40,7 @@ class Sequence:
     the sequence's own blocks start at token S, at offset 0 of `block_table[0]`.
 
     Attributes:
+        token_ids: All that are known, of the prompt and of the output.
         order: Admission order; smaller runs first. Kept over preemptions.
         is_system_prompt: The sequence is the prefill of a system prompt itself. Its blocks are a pinned extent, which
             `free()` never releases.
@@ -93,7 +95,7 @@ class Sequence:
     def __init__(
         self,
         request_id: str,
-        token_ids: list[int],
+        token_ids: Iterable[int],
         sampling_params: SamplingParams | None = None,
         *,
         index: int = 0,
@@ -109,8 +111,8 @@ class Sequence:
     ) -> None:
         self.request_id = request_id
         self.index = index
-        self.token_ids = token_ids
-        self.num_prompt_tokens = len(token_ids)
+        self.token_ids = token_array(token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
         self.sampling_params = sampling_params or SamplingParams()
         self.order = order
         self.priority = priority
@@ -168,7 +170,7 @@ class Sequence:
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
         """Prefix-cache keys of the first `count` own blocks.
 
-        A key is SHA-256 over (previous key, the block's token ids as int64), the chain starting at the digest of
+        A key is SHA-256 over (previous key, the block's token ids as uint32), the chain starting at the digest of
         (`cache_seed`, id of the system prompt), so that equal keys mean equal context, namespace and model.
         """
         keys = self.block_keys
@@ -179,6 +181,6 @@ class Sequence:
                 prompt_id = self.system_prompt.id if self.system_prompt is not None else ""
                 previous = hashlib.sha256(self.cache_seed + prompt_id.encode()).digest()
             start = self.prefix_len + len(keys) * block_size
-            tokens = array("q", self.token_ids[start : start + block_size])
-            keys.append(hashlib.sha256(previous + tokens.tobytes()).digest())
+            tokens = self.token_ids[start : start + block_size].tobytes()
+            keys.append(hashlib.sha256(previous + tokens).digest())
         return keys[:count]

@@ -10,6 +10,7 @@ from typing import Literal
 
 from vllm.sampling_params import SamplingParams
 from vllm.system_prompt_store.manifest import SnapshotRecord
+from vllm.token_ids import TokenIds
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SequenceStart:
     """
 
     row: int
-    token_ids: list[int]
+    token_ids: TokenIds
     num_prompt_tokens: int
     block_table: list[int]
     prefix: tuple[PrefixExtent, ...]
@@ -61,7 +62,7 @@ class SystemPromptChunk:
     prompt_id: str
     start_block: int
     start: int
-    token_ids: list[int]
+    token_ids: TokenIds
     prefix: tuple[PrefixExtent, ...] = ()
 
 

@@ -59,7 +59,7 @@ class Device:
         for seq in plan.started:
             assert seq.row not in self.tables, "a row is freed before it is used again"
             assert seq.num_skipped <= sum(e.num_tokens for e in seq.prefix)
-            self.tokens[seq.row] = heads[seq.row][: seq.num_skipped] + seq.token_ids
+            self.tokens[seq.row] = [*heads[seq.row][: seq.num_skipped], *seq.token_ids]
             self.tables[seq.row] = list(seq.block_table)
             self.prefix[seq.row] = seq.prefix
         if plan.chunk is not None:
@@ -165,7 +165,7 @@ class Machine(RuleBasedStateMachine):
         self.scheduler.add(sequences, len(prompt) if prompt and len(prompt) < len(ids) else None, marks)
         read = sequences[0].system_prompt
         if read is not None:
-            assert ids[: read.num_tokens] == read.token_ids and read.num_tokens < len(ids)
+            assert ids[: read.num_tokens] == read.token_ids.tolist() and read.num_tokens < len(ids)
             assert read.scope in (b"", tenant, tenant + namespace), "another namespace's prompt"
 
     @rule(data=st.data())

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 
 from vllm.core.varying_prompts import VaryingPrompts
+from vllm.token_ids import token_array
 
 HEAD, TAIL = list(range(100, 140)), list(range(200, 260))
 
 
 def see(watch, token_ids):
-    return watch.see(str(token_ids), token_ids)
+    return watch.see(str(token_ids), token_array(token_ids))
 
 
 def test_a_short_span_is_told_once_and_counted_on():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -155,6 +156,35 @@ def test_no_contiguous_room(make_tiny: MakeEngine) -> None:
 def test_what_cannot_be_pinned(llm: LLM, prompt: object, message: str) -> None:
     with pytest.raises(VLLMValidationError, match=message):
         llm.add_system_prompt(prompt)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6, 2**32, 2**80, True, False, 1.0, "1", None, [1]])
+@pytest.mark.parametrize("before", [[], [0, 1, 5], [7] * 300])
+def test_what_is_no_token_is_named(llm: LLM, before: list[int], wrong: object) -> None:
+    prompt = [*before, wrong, 3]
+    with pytest.raises(VLLMValidationError, match=rf"The prompt holds {re.escape(repr(wrong))}; token ids of this"):
+        llm.generate({"prompt_token_ids": prompt}, greedy(1), use_tqdm=False)  # type: ignore[typeddict-item]
+
+
+def test_every_token_of_the_vocabulary_may_be_in_a_prompt(llm: LLM) -> None:
+    last = llm.llm_engine.vllm_config.model.vocab_size - 1
+    prompt = [0, 1, 2, last, 0]
+    (output,) = llm.generate(prompt, greedy(1), use_tqdm=False)
+    assert output.prompt_token_ids == prompt and output.prompt_token_ids is not prompt
+
+
+def test_a_list_may_be_used_for_the_next_prompt_while_the_first_one_waits(make_tiny: MakeEngine) -> None:
+    engine = make_tiny()
+    first, second = list(range(100, 140)), list(range(300, 340))
+    want = [output.outputs[0].token_ids for output in run(engine, [Request(first), Request(second)], greedy(4))]
+    prompt = first.copy()
+    add(engine, "a", Request(prompt), greedy(4))
+    prompt[:] = second
+    add(engine, "b", Request(prompt), greedy(4))
+    prompt.clear()
+    outputs = finish(engine)
+    assert [outputs[key].outputs[0].token_ids for key in "ab"] == want
+    assert [outputs[key].prompt_token_ids for key in "ab"] == [first, second]
 
 
 def test_unknown_id(llm: LLM) -> None:

@@ -28,7 +28,7 @@ class BlockManager:
         self._ref_count = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._block_of_key: dict[bytes, int] = {}
-        self._content: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self._content: dict[int, tuple[bytes, bytes]] = {}
         self._num_cached_free = 0
         self._num_pinned = 0
 
@@ -78,7 +78,7 @@ class BlockManager:
         start = seq.prefix_len
         for key in seq.keys_of_full_blocks(most, self.block_size):
             block = self._block_of_key.get(key)
-            if block is None or self._content[block][1] != tuple(seq.token_ids[start : start + self.block_size]):
+            if block is None or self._content[block][1] != seq.token_ids[start : start + self.block_size].tobytes():
                 break
             found.append(block)
             start += self.block_size
@@ -133,7 +133,7 @@ class BlockManager:
                 start = seq.prefix_len + i * self.block_size
                 block = seq.block_table[i]
                 self._block_of_key[keys[i]] = block
-                self._content[block] = (keys[i], tuple(seq.token_ids[start : start + self.block_size]))
+                self._content[block] = (keys[i], seq.token_ids[start : start + self.block_size].tobytes())
         seq.num_committed_blocks = full
 
     def free(self, seq: Sequence) -> None:

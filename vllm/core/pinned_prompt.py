@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
+from collections.abc import Iterable
 from enum import IntEnum, StrEnum
+
+import numpy as np
 
 from vllm.outputs import SystemPromptInfo
 from vllm.sequence import Sequence
 from vllm.step import PrefixExtent
+from vllm.token_ids import TokenIds
 from vllm.worker.cache_engine import Extent
 
 MAX_CHAIN = 4
@@ -57,9 +60,9 @@ class SystemPromptRefusedError(RuntimeError):
         self.outcome = outcome
 
 
-def prompt_id(token_ids: list[int], scope: bytes = b"") -> str:
+def prompt_id(token_ids: Iterable[int], scope: bytes = b"") -> str:
     """Identity of a system prompt: `sp-` and 128 bits of SHA-256 over its scope and its token ids as int64."""
-    return "sp-" + hashlib.sha256(scope + array("q", token_ids).tobytes()).hexdigest()[:32]
+    return "sp-" + hashlib.sha256(scope + np.array(token_ids, np.int64).tobytes()).hexdigest()[:32]
 
 
 class PinnedPrompt:
@@ -87,7 +90,7 @@ class PinnedPrompt:
 
     def __init__(
         self,
-        token_ids: list[int],
+        token_ids: TokenIds,
         parent: PinnedPrompt | None,
         block_size: int,
         *,

@@ -5,41 +5,44 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Generic, NamedTuple, TypeVar
 
+from vllm.token_ids import ID_BYTES, TokenIds
+
 T = TypeVar("T")
 
 
-# Tokens compared at once: a slice of so many stays in the processor's cache.
-_SLICE = 1024
+def common_prefix_len(a: TokenIds, b: TokenIds) -> int:
+    """How many tokens `a` and `b` have in common at their heads."""
+    return _common_bytes(a.tobytes(), 0, b.tobytes()) // ID_BYTES
 
 
-def common_prefix_len(a: list[int], b: list[int], start_a: int = 0) -> int:
-    """How many tokens `a` from `start_a` on and `b` have in common at their heads.
-
-    Lists are compared slice by slice, in C: the time is that of reading once what they have in common.
-    """
-    most = min(len(a) - start_a, len(b))
-    low = 0
-    while low < most and a[start_a + low : start_a + min(low + _SLICE, most)] == b[low : min(low + _SLICE, most)]:
-        low = min(low + _SLICE, most)
-    high = min(low + _SLICE, most)  # They agree up to `low` and, unless it is `most`, not up to `high`.
-    while high - low > 1:
-        middle = (low + high) // 2
-        if a[start_a + low : start_a + middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def common_suffix_len(a: list[int], b: list[int]) -> int:
+def common_suffix_len(a: TokenIds, b: TokenIds) -> int:
     """How many tokens `a` and `b` have in common at their ends."""
-    most = min(len(a), len(b))
-    for low in range(0, most, _SLICE):
-        size = min(_SLICE, most - low)
-        tails = [tokens[len(tokens) - low - size : len(tokens) - low] for tokens in (a, b)]
-        if tails[0] != tails[1]:
-            return low + common_prefix_len(tails[0][::-1], tails[1][::-1])
-    return most
+    same, most = 0, min(len(a), len(b))
+    differ = most + 1  # They agree in their last `same` tokens, and not in their last `differ`.
+    while differ - same > 1:
+        middle = (same + differ) // 2
+        if a[len(a) - middle : len(a) - same] == b[len(b) - middle : len(b) - same]:
+            same = middle
+        else:
+            differ = middle
+    return same
+
+
+def _common_bytes(a: bytes, start_a: int, b: bytes) -> int:
+    """Length of the whole ids that `a` from `start_a` on and `b` have in common at their heads.
+
+    Memory is compared with memory: the time is about that of copying what they have in common.
+    """
+    if a.startswith(b, start_a):
+        return len(b)
+    same, differ = 0, min(len(a) - start_a, len(b)) // ID_BYTES + 1  # In ids.
+    while differ - same > 1:
+        middle = (same + differ) // 2
+        if a.startswith(b[same * ID_BYTES : middle * ID_BYTES], start_a + same * ID_BYTES):
+            same = middle
+        else:
+            differ = middle
+    return same * ID_BYTES
 
 
 class Walk(NamedTuple, Generic[T]):
@@ -57,11 +60,13 @@ class Walk(NamedTuple, Generic[T]):
 
 
 class _Node(Generic[T]):
+    """Edges are the memory of their tokens; a child is found by that of its first token."""
+
     __slots__ = ("children", "edge", "value")
 
-    def __init__(self, edge: list[int]) -> None:
+    def __init__(self, edge: bytes) -> None:
         self.edge = edge
-        self.children: dict[int, _Node[T]] = {}
+        self.children: dict[bytes, _Node[T]] = {}
         self.value: T | None = None
 
 
@@ -69,16 +74,18 @@ class PrefixTree(Generic[T]):
     """A radix tree over token ids. A look-up reads each token once, however many values there are."""
 
     def __init__(self) -> None:
-        self._root: _Node[T] = _Node([])
+        self._root: _Node[T] = _Node(b"")
 
-    def insert(self, token_ids: list[int], value: T) -> None:
+    def insert(self, token_ids: TokenIds, value: T) -> None:
         """Files `value` under its tokens (at least one), in place of a former one."""
+        tokens = token_ids.tobytes()
         node, done = self._root, 0
-        while done < len(token_ids):
-            child = node.children.get(token_ids[done])
+        while done < len(tokens):
+            first = tokens[done : done + ID_BYTES]
+            child = node.children.get(first)
             if child is None:
-                child = node.children[token_ids[done]] = _Node(token_ids[done:])
-            same = common_prefix_len(token_ids, child.edge, done)
+                child = node.children[first] = _Node(tokens[done:])
+            same = _common_bytes(tokens, done, child.edge)
             if same < len(child.edge):
                 child = self._split(node, child, same)
             node, done = child, done + same
@@ -87,20 +94,21 @@ class PrefixTree(Generic[T]):
     def _split(self, parent: _Node[T], child: _Node[T], size: int) -> _Node[T]:
         middle: _Node[T] = _Node(child.edge[:size])
         child.edge = child.edge[size:]
-        middle.children[child.edge[0]] = child
-        parent.children[middle.edge[0]] = middle
+        middle.children[child.edge[:ID_BYTES]] = child
+        parent.children[middle.edge[:ID_BYTES]] = middle
         return middle
 
-    def remove(self, token_ids: list[int]) -> None:
+    def remove(self, token_ids: TokenIds) -> None:
         """Takes out the value under these tokens.
 
         Raises:
             KeyError: there is none.
         """
+        tokens = token_ids.tobytes()
         path, done = [self._root], 0
-        while done < len(token_ids):
-            child = path[-1].children[token_ids[done]]
-            if token_ids[done : done + len(child.edge)] != child.edge:
+        while done < len(tokens):
+            child = path[-1].children.get(tokens[done : done + ID_BYTES])
+            if child is None or not tokens.startswith(child.edge, done):
                 raise KeyError("no value under these tokens")
             path.append(child)
             done += len(child.edge)
@@ -114,24 +122,25 @@ class PrefixTree(Generic[T]):
             if node.children:
                 (child,) = node.children.values()
                 child.edge = node.edge + child.edge
-                parent.children[child.edge[0]] = child
+                parent.children[child.edge[:ID_BYTES]] = child
                 return
-            del parent.children[node.edge[0]]
+            del parent.children[node.edge[:ID_BYTES]]
 
-    def walk(self, token_ids: list[int]) -> Walk[T]:
+    def walk(self, token_ids: TokenIds) -> Walk[T]:
         """Follows `token_ids` as far as the tree does."""
+        tokens = token_ids.tobytes()
         values: list[T] = []
         node, done = self._root, 0
         while True:
             if node.value is not None:
                 values.append(node.value)
-            child = node.children.get(token_ids[done]) if done < len(token_ids) else None
+            child = node.children.get(tokens[done : done + ID_BYTES])
             if child is None:
-                return Walk(values, done, self._any(node) if done else None)
-            same = common_prefix_len(token_ids, child.edge, done)
+                return Walk(values, done // ID_BYTES, self._any(node) if done else None)
+            same = _common_bytes(tokens, done, child.edge)
             done += same
             if same < len(child.edge):
-                return Walk(values, done, self._any(child))
+                return Walk(values, done // ID_BYTES, self._any(child))
             node = child
 
     @staticmethod

@@ -13,7 +13,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from enum import Enum, auto
-from typing import Literal
+from typing import Any, Literal
+
+import msgspec
 
 from vllm.core.pinned_prompt import PinClass, PinnedPrompt
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
@@ -215,9 +217,12 @@ class PromptTiers:
     def note_change(self, prompt: PinnedPrompt) -> None:
         """Tells a prompt's snapshot how it is pinned now."""
         record = self._stored.get(prompt.id)
-        if record is not None and self._is_stored(prompt) and record != record_of(prompt):
-            self._stored[prompt.id] = record_of(prompt)
-            self._begin_job("update", record_of(prompt))
+        if record is None or not self._is_stored(prompt):
+            return
+        changed = msgspec.structs.replace(record, **_pinning(prompt))
+        if changed != record:
+            self._stored[prompt.id] = changed
+            self._begin_job("update", changed)
 
     def delete_snapshot(self, prompt: PinnedPrompt) -> None:
         """Deletes what is on disk of a prompt, also what is just being written."""
@@ -319,12 +324,14 @@ def record_of(prompt: PinnedPrompt) -> SnapshotRecord:
     """What a snapshot of a prompt says about it."""
     return SnapshotRecord(
         prompt_id=prompt.id,
-        token_ids=prompt.token_ids,
+        token_ids=prompt.token_ids.tolist(),
         start=prompt.start,
         num_blocks=prompt.num_blocks,
-        pin=_PIN_NAMES[prompt.pin],
-        name=prompt.name,
-        source=prompt.source,
-        ttl=prompt.ttl,
         scope=prompt.scope.hex(),
+        **_pinning(prompt),
     )
+
+
+def _pinning(prompt: PinnedPrompt) -> dict[str, Any]:
+    """What of a prompt's record may change while it is pinned."""
+    return {"pin": _PIN_NAMES[prompt.pin], "name": prompt.name, "source": prompt.source, "ttl": prompt.ttl}

@@ -105,7 +105,7 @@ class Scheduler:
             seq.order = max(arrival_us, self._next_order)
             self._next_order = seq.order + 1
 
-    def add_system_prompt(self, token_ids: list[int], **options: Any) -> PinnedPrompt:
+    def add_system_prompt(self, token_ids: Iterable[int], **options: Any) -> PinnedPrompt:
         """Declares a system prompt; its prefill takes its turn among the requests. `options` as of `pool.add`.
 
         Raises:

@@ -39,6 +39,7 @@ from vllm.logger import init_logger
 from vllm.outputs import RefusedPromptInfo, SystemPromptInfo, SystemPromptPoolInfo, VaryingSpanInfo
 from vllm.sequence import Sequence
 from vllm.system_prompt_store.manifest import SnapshotRecord
+from vllm.token_ids import TokenIds, token_array
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 __all__ = ["Outcome", "PinClass", "PinnedPrompt", "PromptState", "SystemPromptPool", "SystemPromptRefusedError"]
@@ -124,7 +125,7 @@ class SystemPromptPool:
         self._expiries: list[tuple[float, str]] = []
         self._refused: OrderedDict[str, RefusedPromptInfo] = OrderedDict()
         self._varying = VaryingPrompts()
-        self._heads: OrderedDict[tuple[bytes, int], list[int]] = OrderedDict()
+        self._heads: OrderedDict[tuple[bytes, int], TokenIds] = OrderedDict()
         self._head_tokens = 0
         self.computing: PinnedPrompt | None = None
         self.outcomes: Counter[str] = Counter()
@@ -254,7 +255,7 @@ class SystemPromptPool:
         """Whether a prompt of `scope` may continue one of the scope `parent`, that can be read by whoever reads it."""
         return parent in (_EVERYBODY, scope)
 
-    def _path(self, token_ids: list[int], scopes: Iterable[bytes]) -> list[PinnedPrompt]:
+    def _path(self, token_ids: TokenIds, scopes: Iterable[bytes]) -> list[PinnedPrompt]:
         """Prompts that `token_ids` start with, shortest first."""
         found: list[PinnedPrompt] = []
         for scope in scopes:
@@ -290,9 +291,9 @@ class SystemPromptPool:
         """
         if self.config.mode != "auto" or seq.num_prompt_tokens <= _MIN_SHARED_TOKENS or seq.goes_on:
             return []
-        key = (seq.namespace, hash(tuple(seq.token_ids[:_MIN_SHARED_TOKENS])))
-        earlier = self._heads.pop(key, [])
-        self._heads[key] = list(seq.token_ids)
+        key = (seq.namespace, hash(seq.token_ids[:_MIN_SHARED_TOKENS].tobytes()))
+        earlier = self._heads.pop(key, token_array([]))
+        self._heads[key] = seq.token_ids[:]
         self._head_tokens += seq.num_prompt_tokens - len(earlier)
         while len(self._heads) > _MAX_HEADS or self._head_tokens > _MAX_HEAD_TOKENS:
             self._head_tokens -= len(self._heads.popitem(last=False)[1])
@@ -316,7 +317,7 @@ class SystemPromptPool:
             self._track_ttl(prompt)
         self.tiers.note_change(prompt)
 
-    def _note_refusal(self, token_ids: list[int], want: Want, outcome: Outcome, seq: Sequence) -> None:
+    def _note_refusal(self, token_ids: TokenIds, want: Want, outcome: Outcome, seq: Sequence) -> None:
         if seq.goes_on:
             return
         key = prompt_id(token_ids, want.scope)
@@ -331,7 +332,7 @@ class SystemPromptPool:
         if len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
 
-    def _watch_variation(self, key: str, token_ids: list[int], want: Want) -> None:
+    def _watch_variation(self, key: str, token_ids: TokenIds, want: Want) -> None:
         # What clients keep for themselves is nobody else's business, and no advice to the operator.
         if want.source == "auto" and want.scope == _EVERYBODY:
             span = self._varying.see(key, token_ids)
@@ -392,7 +393,7 @@ class SystemPromptPool:
 
     def add(
         self,
-        token_ids: list[int],
+        token_ids: Iterable[int],
         name: str | None = None,
         ttl: float | None = None,
         pin: PinClass = PinClass.HARD,
@@ -403,6 +404,7 @@ class SystemPromptPool:
         Raises:
             SystemPromptRefusedError: it cannot be pinned.
         """
+        token_ids = token_array(token_ids)
         existing = self._prompts.get(prompt_id(token_ids))
         if existing is not None:
             if existing.doomed:
@@ -434,17 +436,18 @@ class SystemPromptPool:
             return False
         if pin != PinClass.HARD and self.config.mode == "declared":
             return False
-        parent = self._parent(record.token_ids, scope)
+        token_ids = token_array(record.token_ids)
+        parent = self._parent(token_ids, scope)
         start = parent.num_tokens if parent is not None else 0
         # Of an operator's prompt the tokens are enough: what the snapshot cannot give is computed.
         if start != record.start and pin != PinClass.HARD:
             return False
-        refusal = self._refusal(len(record.token_ids), self._blocks_of(len(record.token_ids) - start), pin)
+        refusal = self._refusal(len(token_ids), self._blocks_of(len(token_ids) - start), pin)
         if refusal is not None:
             logger.warning("System prompt %s is not brought back from its snapshot: %s.", key, refusal.value)
             return False
-        want = Want(len(record.token_ids), pin, record.ttl, record.source, scope)
-        self._register(record.token_ids, want, record.name)
+        want = Want(len(token_ids), pin, record.ttl, record.source, scope)
+        self._register(token_ids, want, record.name)
         return True
 
     def update(self, key: str, **changes: Any) -> PinnedPrompt:
@@ -640,7 +643,7 @@ class SystemPromptPool:
     def _blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _parent(self, token_ids: list[int], scope: bytes) -> PinnedPrompt | None:
+    def _parent(self, token_ids: TokenIds, scope: bytes) -> PinnedPrompt | None:
         """The longest prompt that one with these tokens may continue."""
         allowed = [_EVERYBODY] if scope == _EVERYBODY else [_EVERYBODY, scope]
         fitting = [
@@ -650,7 +653,7 @@ class SystemPromptPool:
         ]
         return fitting[-1] if fitting else None
 
-    def _register(self, token_ids: list[int], want: Want, name: str | None = None) -> PinnedPrompt:
+    def _register(self, token_ids: TokenIds, want: Want, name: str | None = None) -> PinnedPrompt:
         parent = self._parent(token_ids, want.scope)
         if parent is not None:
             self._recall(parent)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from vllm.core.prefix_tree import common_prefix_len, common_suffix_len
 from vllm.outputs import VaryingSpanInfo
+from vllm.token_ids import TokenIds
 
 _MIN_TOKENS = 32
 _MAX_SPAN = 24
@@ -21,8 +22,8 @@ _CONTEXT = 12
 
 @dataclass
 class _Template:
-    head: list[int]
-    tail: list[int]
+    head: TokenIds
+    tail: TokenIds
     span: VaryingSpanInfo
     seen: set[str] = field(default_factory=set)
 
@@ -31,14 +32,14 @@ class VaryingPrompts:
     """Compares each new system prompt with the latest ones; what it keeps and does is bounded."""
 
     def __init__(self) -> None:
-        self._recent: OrderedDict[str, list[int]] = OrderedDict()
+        self._recent: OrderedDict[str, TokenIds] = OrderedDict()
         self._templates: list[_Template] = []
 
     @property
     def spans(self) -> list[VaryingSpanInfo]:
         return [template.span for template in self._templates]
 
-    def see(self, key: str, token_ids: list[int]) -> VaryingSpanInfo | None:
+    def see(self, key: str, token_ids: TokenIds) -> VaryingSpanInfo | None:
         """Takes note of a prompt that is not pinned yet; returns the place where it varies if that is news."""
         if len(token_ids) < _MIN_TOKENS or key in self._recent:
             return None
@@ -59,7 +60,7 @@ class VaryingPrompts:
         return found.span
 
     @staticmethod
-    def _belongs(template: _Template, key: str, token_ids: list[int]) -> bool:
+    def _belongs(template: _Template, key: str, token_ids: TokenIds) -> bool:
         """Whether a prompt is another case of a known template; its span then covers this one too."""
         stem = template.head + template.tail
         found = template if token_ids == stem else _compare(token_ids, stem)
@@ -68,17 +69,17 @@ class VaryingPrompts:
         head, tail = found.head, found.tail
         span = template.span
         template.head, template.tail = head, tail
-        span.position, span.before = len(head), head[-_CONTEXT:]
+        span.position, span.before = len(head), head[-_CONTEXT:].tolist()
         span.num_shared = len(head) + len(tail)
         if key not in template.seen and len(template.seen) < _MAX_COUNTED:
             template.seen.add(key)
             span.num_prompts += 1
             if len(span.examples) < _MAX_EXAMPLES:
-                span.examples.append(token_ids[len(head) : len(token_ids) - len(tail)])
+                span.examples.append(token_ids[len(head) : len(token_ids) - len(tail)].tolist())
         return True
 
 
-def _compare(a: list[int], b: list[int]) -> _Template | None:
+def _compare(a: TokenIds, b: TokenIds) -> _Template | None:
     """The template of two prompts; None if they differ in more than a short span, or not at all."""
     shorter = min(len(a), len(b))
     if abs(len(a) - len(b)) > _MAX_SPAN:
@@ -88,6 +89,6 @@ def _compare(a: list[int], b: list[int]) -> _Template | None:
     longest_span = max(len(a), len(b)) - head - tail
     if not 0 < longest_span <= _MAX_SPAN or head + tail < 3 * shorter // 4:
         return None
-    examples = [tokens[head : len(tokens) - tail] for tokens in (b, a)]
-    span = VaryingSpanInfo(head, a[max(0, head - _CONTEXT) : head], examples, 2, head + tail)
+    examples = [tokens[head : len(tokens) - tail].tolist() for tokens in (b, a)]
+    span = VaryingSpanInfo(head, a[max(0, head - _CONTEXT) : head].tolist(), examples, 2, head + tail)
     return _Template(a[:head], a[len(a) - tail :], span)

@@ -28,7 +28,15 @@ from vllm.engine.core_process import CoreProcessArgs
 from vllm.engine.engine_core import PinName
 from vllm.engine.input_processor import InputProcessor
 from vllm.engine.mailbox import Mailbox
-from vllm.engine.messages import AbortRequests, EngineInput, EngineReady, EngineStats, StepOutputs, UtilityCall
+from vllm.engine.messages import (
+    AbortRequests,
+    EngineInput,
+    EngineReady,
+    EngineStats,
+    StepOutputs,
+    UtilityCall,
+    to_wire,
+)
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.output_processor import OutputProcessor, SearchCount
 from vllm.engine.stats_log import StatsLog
@@ -89,7 +97,7 @@ class AsyncLLMEngine:
         self._stats_log: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
-        self._encoder = msgspec.msgpack.Encoder()
+        self._encoder = msgspec.msgpack.Encoder(enc_hook=to_wire)
         self._threads = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="render")
         # Only this user may enter the folder, so only this user's processes can reach the sockets.
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
@@ -323,7 +331,7 @@ class AsyncLLMEngine:
         if isinstance(prompt, str):
             prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
         wanted = sampling_params.structured_outputs
-        request, text = self.input_processor.request(
+        request, processed = self.input_processor.request(
             request_id,
             prompt,
             sampling_params,
@@ -338,7 +346,7 @@ class AsyncLLMEngine:
         )
         mailbox = Mailbox(sampling_params.output_kind)
         try:
-            state = self._processor.add(request, text, mailbox.put)
+            state = self._processor.add(request, processed, mailbox.put)
         except ValueError as error:
             raise VLLMValidationError(str(error), "request_id") from None
         try:

@@ -29,6 +29,7 @@ from vllm.engine.messages import (
     StepOutputs,
     UtilityCall,
     UtilityResult,
+    from_wire,
 )
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
@@ -58,7 +59,7 @@ class CoreProcess:
         self._core = core
         self._inputs = inputs
         self._outputs = outputs
-        self._decoder = msgspec.msgpack.Decoder(EngineInput)
+        self._decoder = msgspec.msgpack.Decoder(EngineInput, dec_hook=from_wire)
         self._encoder = msgspec.msgpack.Encoder()
         self._results: list[UtilityResult] = []
         self._until_computed: list[tuple[int, PinnedPrompt]] = []
@@ -157,7 +158,7 @@ class CoreProcess:
         return self._core.pool.budget_tokens
 
     def _explain_request(self, call_id: int, request: dict[str, Any]) -> dict[str, Any]:
-        return self._core.explain_request(msgspec.convert(request, EngineRequest))
+        return self._core.explain_request(msgspec.convert(request, EngineRequest, dec_hook=from_wire))
 
     def _reset_prefix_cache(self, call_id: int) -> bool:
         self._core.reset_prefix_cache()

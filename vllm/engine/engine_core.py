@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -185,7 +185,7 @@ class EngineCore:
         sequences = [
             Sequence(
                 request.request_id,
-                list(request.prompt_token_ids),
+                request.prompt_token_ids,
                 params,
                 index=i,
                 priority=request.priority,
@@ -243,7 +243,7 @@ class EngineCore:
 
     def add_system_prompt(
         self,
-        token_ids: list[int],
+        token_ids: Iterable[int],
         name: str | None = None,
         ttl: float | None = None,
         pin: PinName = "hard",
@@ -269,7 +269,7 @@ class EngineCore:
         tenant, namespace = self._namespaces(request)
         seq = Sequence(
             request.request_id,
-            list(request.prompt_token_ids),
+            request.prompt_token_ids,
             request.sampling_params,
             tenant=tenant,
             namespace=namespace,

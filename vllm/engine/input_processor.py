@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any, NamedTuple
+from typing import NamedTuple, SupportsIndex, TypeVar
 
-import msgspec
+import numpy as np
 
 from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
@@ -15,16 +16,27 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
 from vllm.sampling_params import SamplingParams
 from vllm.structured_output.constraint import CompiledConstraint
+from vllm.token_ids import TokenIds, token_array
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 _MAX_CACHE_SALT_CHARS = 1024
 
 
+Ids = TypeVar("Ids", list[int], TokenIds)
+
+
 class ProcessedPrompt(NamedTuple):
-    """Token ids, and the text they came from if it was text."""
+    """A prompt for both sides of the engine.
+
+    Attributes:
+        token_ids: For whoever reads the outputs.
+        array: The same ids, for the engine core.
+        text: What they came from if it was text.
+    """
 
     token_ids: list[int]
+    array: TokenIds
     text: str | None
 
 
@@ -41,7 +53,6 @@ class InputProcessor:
         self.config = config
         self.tokenizer = tokenizer
         self.renderer = renderer
-        self._token_ids_type: Any = list[Annotated[int, msgspec.Meta(ge=0, lt=config.vocab_size)]]
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -72,11 +83,12 @@ class InputProcessor:
         if isinstance(prompt, dict):
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt:
-                return ProcessedPrompt(self._checked_ids(prompt.get("prompt_token_ids")), text)
+                return ProcessedPrompt(*self._checked_ids(prompt.get("prompt_token_ids")), text)
             prompt = text or ""
         if isinstance(prompt, str):
-            return ProcessedPrompt(self.encode(prompt), prompt)
-        return ProcessedPrompt(self._checked_ids(prompt), None)
+            token_ids = self.encode(prompt)
+            return ProcessedPrompt(token_ids, token_array(token_ids), prompt)
+        return ProcessedPrompt(*self._checked_ids(prompt), None)
 
     def request(
         self,
@@ -92,8 +104,8 @@ class InputProcessor:
         arrival_time: float | None = None,
         constraint: CompiledConstraint | None = None,
         search_step: int | None = None,
-    ) -> tuple[EngineRequest, str | None]:
-        """Returns the request as the engine core takes it, and the prompt's text if it was given as text.
+    ) -> tuple[EngineRequest, ProcessedPrompt]:
+        """Returns the request as the engine core takes it, and its prompt.
 
         `max_tokens` is cut to what the context leaves; None becomes all of it.
 
@@ -105,12 +117,18 @@ class InputProcessor:
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        token_ids, text = (prompt, None) if search_step and isinstance(prompt, list) else self.prompt(prompt)
+        if search_step and isinstance(prompt, list):
+            processed = ProcessedPrompt(prompt, token_array(prompt), None)
+        else:
+            processed = self.prompt(prompt)
         params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
-            token_ids = self.truncate(token_ids, params)
+            processed = ProcessedPrompt(
+                self.truncate(processed.token_ids, params), self.truncate(processed.array, params), processed.text
+            )
             num_system_tokens, marks = None, ()
+        token_ids = processed.array
         longest = self.config.max_model_len
         if not token_ids:
             raise VLLMValidationError("The prompt is empty; give at least one token.", "prompt")
@@ -145,7 +163,7 @@ class InputProcessor:
             tenant=tenant,
             search_step=search_step,
         )
-        return request, text
+        return request, processed
 
     def system_prompt(self, prompt: str | list[int] | list[dict]) -> list[int]:
         """Token ids of a system prompt.
@@ -170,7 +188,7 @@ class InputProcessor:
                 )
             token_ids = found
         else:
-            token_ids = self._checked_ids(prompt)
+            token_ids, _ = self._checked_ids(prompt)
         if not 0 < len(token_ids) < self.config.max_model_len - 1:
             raise VLLMValidationError(
                 f"The system prompt has {len(token_ids)} tokens; it must have from 1 to "
@@ -179,24 +197,36 @@ class InputProcessor:
             )
         return token_ids
 
-    def _checked_ids(self, token_ids: object) -> list[int]:
+    def _checked_ids(self, token_ids: object) -> tuple[list[int], TokenIds]:
+        """The ids as a list of its own and as an array."""
         if not isinstance(token_ids, list | tuple):
             raise VLLMValidationError(
                 f"The prompt must be text or a list of token ids, got {type(token_ids).__name__}.", "prompt"
             )
         size = self.config.vocab_size
-        # Prompts have tens of thousands of tokens: the good case must not loop in Python, and one pass is enough.
-        with suppress(msgspec.ValidationError):
-            return msgspec.convert(token_ids, self._token_ids_type)
-        for token_id in token_ids:
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < size:
-                raise VLLMValidationError(
-                    f"The prompt holds {token_id!r}; token ids of this model are integers from 0 to {size - 1}.",
-                    "prompt",
-                )
-        return list(token_ids)
+        token_ids = list(token_ids)
+        # Prompts have tens of thousands of tokens: the good case must not loop in Python, and reads each once.
+        with suppress(TypeError, OverflowError):
+            array = token_array(token_ids)
+            if self._are_tokens(array, token_ids):
+                return token_ids, array
+        wrong = next((token_id for token_id in token_ids if not _is_integer_below(size, token_id)), None)
+        raise VLLMValidationError(
+            f"The prompt holds {wrong!r}; token ids of this model are integers from 0 to {size - 1}.", "prompt"
+        )
 
-    def truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+    def _are_tokens(self, array: TokenIds, token_ids: list[int]) -> bool:
+        """Whether the array that was made of `token_ids` holds tokens of the model, and none of them was a bool."""
+        # With the numbers from 2 on moved to 0, what bools would be is at the far end, beyond the vocabulary.
+        moved = np.asarray(array) - np.uint32(2)
+        if not len(moved) or moved.max() < self.config.vocab_size - 2:
+            return True
+        low = np.flatnonzero(moved >= 2**32 - 2).tolist()
+        if any(isinstance(token_ids[i], bool) for i in low):
+            return False
+        return max(array) < self.config.vocab_size
+
+    def truncate(self, token_ids: Ids, params: SamplingParams) -> Ids:
         """The last tokens of a prompt, as many as `truncate_prompt_tokens` says; -1 for all that leave room for
         `max_tokens`.
 
@@ -222,3 +252,12 @@ class InputProcessor:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def _is_integer_below(size: int, value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return False
+    try:
+        return 0 <= operator.index(value) < size
+    except TypeError:
+        return False

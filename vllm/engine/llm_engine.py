@@ -72,7 +72,7 @@ class LLMEngine:
             VLLMValidationError: a value is not allowed.
         """
         wanted = params.structured_outputs
-        request, text = self.input_processor.request(
+        request, processed = self.input_processor.request(
             request_id,
             prompt,
             params,
@@ -84,7 +84,7 @@ class LLMEngine:
             search_step=search_step,
         )
         try:
-            self._processor.add(request, text, self._deliver)
+            self._processor.add(request, processed, self._deliver)
         except ValueError as error:
             raise VLLMValidationError(str(error), "request_id") from None
         self.core.add_request(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import msgspec
@@ -11,6 +12,23 @@ from vllm.outputs import VaryingSpanInfo
 from vllm.sampling_params import SamplingParams
 from vllm.step import PositionLogprobs
 from vllm.structured_output.constraint import CompiledConstraint
+from vllm.token_ids import TokenIds, from_bytes
+
+
+def to_wire(value: object) -> memoryview:
+    """Token ids travel as their memory; the `enc_hook` of whoever encodes messages.
+
+    Raises:
+        TypeError: it is something else, which no message holds.
+    """
+    if not isinstance(value, array):
+        raise TypeError(f"no message holds a {type(value).__name__}")
+    return memoryview(value).cast("B")
+
+
+def from_wire(kind: type, value: bytes) -> TokenIds:
+    """The other way, as `dec_hook`: token ids are the only type of messages that is not msgspec's own."""
+    return from_bytes(value)
 
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
@@ -27,7 +45,7 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
     """
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: TokenIds
     sampling_params: SamplingParams
     arrival_time: float
     num_system_tokens: int | None = None

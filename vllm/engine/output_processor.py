@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+from vllm.engine.input_processor import ProcessedPrompt
 from vllm.engine.messages import EngineOutput, EngineRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
@@ -121,7 +122,7 @@ class RequestState:
     def __init__(
         self,
         request: EngineRequest,
-        prompt: str | None,
+        prompt: ProcessedPrompt,
         tokenizer: Tokenizer,
         deliver: Callable[[RequestOutput | Exception], None],
         observer: RequestObserver,
@@ -129,8 +130,8 @@ class RequestState:
         params = request.sampling_params
         self.request_id = request.request_id
         self.params = params
-        self.prompt = prompt
-        self.prompt_token_ids = request.prompt_token_ids
+        self.prompt = prompt.text
+        self.prompt_token_ids = prompt.token_ids
         self.deliver = deliver
         self.observer = observer
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
@@ -139,7 +140,7 @@ class RequestState:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.outputs = [
             OutputState(
-                text=OutputText(tokenizer, request.prompt_token_ids, params),
+                text=OutputText(tokenizer, prompt.token_ids, params),
                 logprobs=None if params.logprobs is None else [],
             )
             for _ in range(params.n)
@@ -289,7 +290,7 @@ class OutputProcessor:
         self.requests: dict[str, RequestState] = {}
 
     def add(
-        self, request: EngineRequest, prompt: str | None, deliver: Callable[[RequestOutput | Exception], None]
+        self, request: EngineRequest, prompt: ProcessedPrompt, deliver: Callable[[RequestOutput | Exception], None]
     ) -> RequestState:
         """Registers a request before it goes to the engine core.
 

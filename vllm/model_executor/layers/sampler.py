@@ -194,7 +194,7 @@ class Sampler:
         boundary = seq.num_prompt_tokens - seq.num_skipped
         prompt, output = seq.token_ids[:boundary], seq.token_ids[boundary:]
         self._in_prompt[seq.row] = False
-        self._in_prompt[seq.row, torch.tensor(prompt, device=self.device)] = True
+        self._in_prompt[seq.row, torch.from_numpy(np.array(prompt, np.int64)).to(self.device)] = True
         counts = torch.zeros(self.vocab_size, dtype=torch.int32)
         for token, n in Counter(output).items():
             counts[token] = n
