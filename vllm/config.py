@@ -116,7 +116,7 @@ class SystemPromptConfig:
         snapshot_dir: Folder in which snapshots of pinned prompts outlive the server; None keeps none.
         snapshot_bytes: Most bytes that they take.
         host_bytes: Host memory for prompts that the budget has no room for.
-        copy_bytes: Bytes that a step copies between device and host while requests run.
+        copy_bytes: Bytes that a step copies between device and host.
     """
 
     mode: SystemPromptMode = "auto"

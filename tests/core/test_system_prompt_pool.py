@@ -528,7 +528,7 @@ def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_save
     bench.pool.note_prefill(prompt)
     bench.pool.remove(prompt.id)
     assert not bench.released
-    saved = [bench.pool.tiers.plan_rest(StepPlan(), False) for _ in range(prompt.num_blocks)]
+    saved = [bench.pool.tiers.plan_rest(StepPlan()) for _ in range(prompt.num_blocks)]
     assert saved == [[]] * (prompt.num_blocks - 1) + [[prompt]], "a block a step"
     bench.pool.end_save(prompt)
     assert bench.released and bench.pool.get(prompt.id) is None

@@ -99,16 +99,16 @@ class TieredMachine(Machine):
         host=st.sampled_from([0, 5, 12, 30]),
         keeps=st.booleans(),
         stored=st.sets(st.integers(0, len(PROMPTS) - 1)),
-        slices=st.sampled_from([(1, 2), (3, 3), (1, 100)]),
+        copied=st.sampled_from([1, 2, 3, 100]),
         seed=st.integers(0, 2**20),
     )
     def start(
-        self, extra, budget, caching, seqs, batched, mode, depth, markers, ttl, host, keeps, stored, slices, seed
+        self, extra, budget, caching, seqs, batched, mode, depth, markers, ttl, host, keeps, stored, copied, seed
     ):
         self.rng = random.Random(seed)
         found = [snapshot(list(PROMPTS[i])) for i in stored] if keeps else []
         self.disk = {record.prompt_id: content for record, content in found}
-        self.tiers = PromptTiers(host, keeps, [r for r, _ in found], *slices, clock=lambda: self.now)
+        self.tiers = PromptTiers(host, keeps, [r for r, _ in found], copied, clock=lambda: self.now)
         super().start(extra, budget, caching, seqs, batched, mode, 8, depth, False, markers, ttl)
 
     def make_tiers(self):

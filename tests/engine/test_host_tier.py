@@ -56,7 +56,7 @@ def test_a_herd_waits_for_one_load_and_nobody_waits_with_it(
     make_tiered: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_tiered(max_num_seqs=64)
-    engine.core.pool.tiers.busy_blocks = 1
+    engine.core.pool.tiers.copy_blocks = 1
     for system in SYSTEMS[:3]:
         run(engine, [asking(system, 7)], greedy(2))
     settle(engine)

@@ -68,8 +68,8 @@ class PromptTiers:
         host_blocks: Blocks of the host tier.
         keeps_snapshots: Whether there is a place for snapshots.
         stored: Snapshots that are there already.
-        busy_blocks: Blocks copied in a step while requests run: what their tokens may be late by.
-        idle_blocks: Blocks copied in a step otherwise.
+        copy_blocks: Blocks copied in a step: what the tokens of others may be late by, or a request that comes to an
+            idle engine. Memory that is used for the first time takes longer than a copy does.
         clock: Seconds; replaced in tests.
     """
 
@@ -78,14 +78,12 @@ class PromptTiers:
         host_blocks: int = 0,
         keeps_snapshots: bool = False,
         stored: Iterable[SnapshotRecord] = (),
-        busy_blocks: int = 1,
-        idle_blocks: int = 1,
+        copy_blocks: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.host = PinnedBlockPool(host_blocks, host_blocks, 0)
         self.keeps_snapshots = keeps_snapshots
-        self.busy_blocks = busy_blocks
-        self.idle_blocks = idle_blocks
+        self.copy_blocks = copy_blocks
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self._clock = clock
         self._stored = {record.prompt_id: record for record in stored}
@@ -133,7 +131,7 @@ class PromptTiers:
         if prompt.id not in self._images:
             self._begin_job("load", self._stored[prompt.id], self._make_image(prompt))
 
-    def plan_load(self, plan: StepPlan, is_busy: bool) -> LoadState:
+    def plan_load(self, plan: StepPlan) -> LoadState:
         """Plans the next slice of the load. DONE comes with the first plan whose batch may read the prompt."""
         prompt = self._loading
         if prompt is None or prompt.extent is None:
@@ -148,8 +146,7 @@ class PromptTiers:
             self._drop_unless_kept(image)
             return LoadState.DONE
         if image.filled:
-            most = self.busy_blocks if is_busy else self.idle_blocks
-            count = min(most, prompt.num_blocks - self._num_loaded)
+            count = min(self.copy_blocks, prompt.num_blocks - self._num_loaded)
             plan.transfers.append(ExtentCopy(image.place, prompt.extent.start, self._num_loaded, count, to_host=False))
             self._num_loaded += count
         return LoadState.GOING_ON
@@ -171,15 +168,14 @@ class PromptTiers:
         self._saves.append(prompt)
         return True
 
-    def plan_rest(self, plan: StepPlan, is_busy: bool) -> list[PinnedPrompt]:
+    def plan_rest(self, plan: StepPlan) -> list[PinnedPrompt]:
         """Adds slices of the saves, and all other orders for the tiers, to a plan whose other parts are settled.
 
         Returns the prompts whose extents need not stay any longer for a save.
         """
         # What this plan still copies is dropped by the next one.
         plan.dropped, self._dropped = self._dropped, []
-        left = self.busy_blocks if is_busy else self.idle_blocks
-        left -= sum(transfer.count for transfer in plan.transfers)
+        left = self.copy_blocks - sum(transfer.count for transfer in plan.transfers)
         saved: list[PinnedPrompt] = []
         while self._saves and left > 0:
             prompt = self._saves[0]

@@ -157,7 +157,7 @@ class Scheduler:
         plan.freed = self._freed
         self._freed = []
         self._fill_batch(plan)
-        for prompt in self.pool.tiers.plan_rest(plan, bool(self.running)):
+        for prompt in self.pool.tiers.plan_rest(plan):
             self.pool.end_save(prompt)
         if not plan.is_empty:
             self._in_flight.append(PlannedBatch([seq for seq, _ in self._scheduled], plan.starts, self._prefilled))
@@ -202,7 +202,7 @@ class Scheduler:
         return None
 
     def _plan_load(self, plan: StepPlan, prompt: PinnedPrompt) -> None:
-        state = self.pool.tiers.plan_load(plan, bool(self.running))
+        state = self.pool.tiers.plan_load(plan)
         if state == LoadState.DONE:
             for seq in self.pool.end_load(prompt):
                 heapq.heappush(self._waiting, seq)

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
-# What a step copies between device and host while no request runs: little enough for one that comes meanwhile.
-_IDLE_COPY_BYTES = 128 << 20
-
 # With nothing else to do, the engine waits so long for a constraint before it looks for other news.
 _CONSTRAINT_POLL_S = 0.005
 
@@ -111,8 +108,7 @@ class EngineCore:
             host_blocks=pool.host_blocks(self._bytes_per_block, self.config.parallel.tensor_parallel_size),
             keeps_snapshots=pool.snapshot_dir is not None,
             stored=self.executor.snapshots(),
-            busy_blocks=max(1, pool.copy_bytes // self._bytes_per_block),
-            idle_blocks=max(1, _IDLE_COPY_BYTES // self._bytes_per_block),
+            copy_blocks=max(1, pool.copy_bytes // self._bytes_per_block),
         )
 
     def _restore_snapshots(self) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -93,14 +93,14 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            there = slice(transfer.first, transfer.first + transfer.count)
-            here = slice(transfer.start_block + there.start, transfer.start_block + there.stop)
-            for on_host, cache in zip(image, self._caches, strict=True):
-                source, target = (cache[here], on_host[there]) if transfer.to_host else (on_host[there], cache[here])
+            for layer, there in _slice_of(transfer, len(self._caches)):
+                here = slice(transfer.start_block + there.start, transfer.start_block + there.stop)
+                on_host, on_device = image[layer, there], self._caches[layer][here]
+                source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
                 if self._on_gpu:
                     target.copy_(source, non_blocking=True)
                 else:
-                    # A layer's share of a slice is small: waking torch's threads for it costs more than copying it.
+                    # A slice is small: waking torch's threads for it costs more than copying it.
                     np.copyto(target.numpy(), source.numpy())
 
     def _image(self, image: HostImage) -> torch.Tensor:
@@ -149,6 +149,22 @@ class ExtentTransfers:
     def close(self) -> None:
         """Waits until every job has ended."""
         self._thread.shutdown(wait=True)
+
+
+def _slice_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice]]:
+    """What of an image a copy is of: layers, and blocks in them.
+
+    Copies carry whole layers one after the other, as many bytes as their blocks take in all layers. So each lies in one
+    piece in the image: where memory is used for the first time, that costs by the piece that the system hands out, and
+    some blocks of every layer at a time would touch all of these in the first copy.
+    """
+    num_blocks = transfer.image.num_blocks
+    row, end = transfer.first * num_layers, (transfer.first + transfer.count) * num_layers
+    while row < end:
+        layer, block = divmod(row, num_blocks)
+        stop = min(num_blocks, block + end - row)
+        yield layer, slice(block, stop)
+        row += stop - block
 
 
 def _give_way() -> None:
