@@ -141,7 +141,7 @@ def test_a_thousand_requests_with_clients_that_leave_leak_nothing(server_factory
                 await one(session, i, rng.random())
 
         await asyncio.gather(*(gated(i) for i in order))
-        for _ in range(100):
+        for _ in range(600):
             running = await metric(session, server, "vllm:num_requests_running")
             waiting = await metric(session, server, "vllm:num_requests_waiting")
             if running == waiting == 0:

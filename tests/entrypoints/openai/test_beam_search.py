@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +130,6 @@ def test_a_search_refuses_stop_tokens_that_the_model_has_not(client: httpx.Clien
     response = client.post("/v1/chat/completions", json=body)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["param"] == "stop_token_ids"
-
-
-def test_a_search_ends_when_its_client_leaves(client: httpx.Client):
-    body = {"prompt": PROMPT, "use_beam_search": True, "n": 8, "max_tokens": 1500, "ignore_eos": True}
-
-    with pytest.raises(httpx.ReadTimeout):
-        client.post("/v1/completions", json=body, timeout=2)
-    deadline = time.monotonic() + 60
-    quiet = 0
-    # Between two steps nothing runs either: it must stay so.
-    while quiet < 20:
-        assert time.monotonic() < deadline
-        quiet = 0 if client.get("/load").json()["server_load"] else quiet + 1
-        time.sleep(0.02)
 
 
 def test_best_of_returns_those_with_the_highest_logprob_per_token(client: httpx.Client):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from .test_endpoints import send, wait_for
 
 DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana-dashboard.json"
 
@@ -98,13 +98,6 @@ def url(server) -> str:
 
 def read(url: str) -> Metrics:
     return Metrics(httpx.get(f"{url}/metrics", timeout=60).text)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def settled(url: str) -> Metrics:
@@ -206,15 +199,18 @@ def test_a_beam_search_is_one_request(url):
 
 def test_a_beam_search_that_is_left_is_one_aborted_request(url):
     before = settled(url)
-    body = json.dumps(
-        {"prompt": "Once", "use_beam_search": True, "n": 2, "max_tokens": 1900, "ignore_eos": True}
-    ).encode()
-    address = urlsplit(url)
-    with socket.create_connection((address.hostname, address.port)) as client:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        wait_until(lambda: read(url).value("prompt_tokens_total") > before.value("prompt_tokens_total"))
-    wait_until(lambda: read(url).value("request_success_total") > before.value("request_success_total"))
+    body = {"prompt": "Once", "use_beam_search": True, "n": 2, "max_tokens": 1900, "ignore_eos": True}
+    with send(url, "/v1/completions", body):
+        wait_for(lambda: read(url).value("prompt_tokens_total") > before.value("prompt_tokens_total"))
+    wait_for(lambda: read(url).value("request_success_total") > before.value("request_success_total"))
+
+    def quiet() -> bool:
+        # Between two steps nothing runs either: it must stay so.
+        steps = read(url).value("iteration_tokens_total_count")
+        time.sleep(0.5)
+        return read(url).value("iteration_tokens_total_count") == steps
+
+    wait_for(quiet)
     after = settled(url)
     aborted = {"finished_reason": "abort"}
     assert after.value("request_success_total", **aborted) == before.value("request_success_total", **aborted) + 1
@@ -302,7 +298,7 @@ def test_http_requests_are_counted_by_route_and_never_by_what_clients_make_up(ur
     def grown(*key: str) -> float:
         return http_samples(url).get(key, 0.0) - before.get(key, 0.0)
 
-    wait_until(lambda: grown("http_request_duration_highr_seconds_count") >= 6)
+    wait_for(lambda: grown("http_request_duration_highr_seconds_count") >= 6)
     # Labels by name: handler, method, status.
     assert grown("http_requests_total", chat, "POST", "2xx") == 2
     assert grown("http_requests_total", chat, "POST", "4xx") == 1

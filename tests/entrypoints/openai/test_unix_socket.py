@@ -25,7 +25,8 @@ def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model_dir), *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(transport=transport, base_url="http://localhost", timeout=60) as client:
             for _ in range(600):
                 with contextlib.suppress(httpx.TransportError):
                     if client.get("/health").status_code == 200:
@@ -33,7 +34,7 @@ def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
                 assert process.poll() is None
                 time.sleep(0.1)
             assert client.get("/v1/models").json()["data"][0]["max_model_len"] == 77
-            answer = client.post("/v1/completions", json={"prompt": "One", "max_tokens": 2}, timeout=60)
+            answer = client.post("/v1/completions", json={"prompt": "One", "max_tokens": 2})
             assert answer.json()["usage"]["completion_tokens"] == 2
             refused = client.get("/v1/system_prompts")
             assert refused.status_code == 403
