@@ -12,6 +12,8 @@ from collections.abc import Callable
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -157,6 +159,9 @@ class CacheEngine:
     ) -> None:
         import torch
 
+        from vllm.host_staging import to_device, write
+
+        self._to_device, self._write = to_device, write
         self.block_size = block_size
         self.num_blocks = num_blocks
         shape = (num_blocks * block_size, num_kv_heads, head_dim)
@@ -201,16 +206,12 @@ class CacheEngine:
         """
         if not updates:
             return
-        import numpy as np
-
-        from vllm.host_staging import to_device, write
-
         for row, first, blocks in updates:
             if first > self._num_blocks_of_row[row]:
                 raise RuntimeError(f"row {row} has {self._num_blocks_of_row[row]} blocks, cannot add at {first}")
             self._num_blocks_of_row[row] = max(self._num_blocks_of_row[row], first + len(blocks))
         if len(updates) == 1:
-            write(self.block_tables[row, first : first + len(blocks)], np.array(blocks, np.int64))
+            self._write(self.block_tables[row, first : first + len(blocks)], np.array(blocks, np.int64))
             return
         lengths = np.array([len(blocks) for _, _, blocks in updates])
         rows = np.repeat([row for row, _, _ in updates], lengths)
@@ -220,7 +221,7 @@ class CacheEngine:
         # Of two that touch the same entry the later one counts, so entries are looked for from the end.
         _, kept = np.unique((rows * self.block_tables.shape[1] + columns)[::-1], return_index=True)
         rows, columns, values = (x[::-1][kept] for x in (rows, columns, values))
-        where_row, where_column, written = to_device(np.stack((rows, columns, values)), self._device)
+        where_row, where_column, written = self._to_device(np.stack((rows, columns, values)), self._device)
         self.block_tables[where_row, where_column] = written
 
     def copy(self, pairs: list[tuple[int, int]]) -> None:
