@@ -26,7 +26,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.core_process import CoreProcessArgs
 from vllm.engine.engine_core import PinName
-from vllm.engine.input_processor import InputProcessor
+from vllm.engine.input_processor import InputProcessor, ProcessedPrompt
 from vllm.engine.mailbox import Mailbox
 from vllm.engine.messages import (
     AbortRequests,
@@ -303,7 +303,7 @@ class AsyncLLMEngine:
 
     async def generate(
         self,
-        prompt: PromptType,
+        prompt: PromptType | ProcessedPrompt,
         sampling_params: SamplingParams,
         request_id: str,
         *,
@@ -319,7 +319,7 @@ class AsyncLLMEngine:
         Args:
             num_system_tokens, cache_salt, priority, marks: As in `LLMEngine.add_request`.
             arrival_time: When it came, in seconds of `time.time()`; None for now.
-            search_step: As of `InputProcessor.request`. Whoever runs the search counts it, with `count_search`.
+            search_step: As of `EngineRequest`. Whoever runs the search counts it, with `count_search`.
 
         Raises:
             VLLMValidationError: a value is not allowed; before the first item.

@@ -93,7 +93,7 @@ class InputProcessor:
     def request(
         self,
         request_id: str,
-        prompt: PromptType,
+        prompt: PromptType | ProcessedPrompt,
         params: SamplingParams,
         *,
         num_system_tokens: int | None = None,
@@ -110,17 +110,14 @@ class InputProcessor:
         `max_tokens` is cut to what the context leaves; None becomes all of it.
 
         Args:
+            prompt: One that is processed is not checked again.
             constraint: What the parameters' `structured_outputs` were compiled to.
-            search_step: As of `EngineRequest`; from step 1 on, the prompt must be token ids that step 0 has checked and
-                the model has drawn.
+            search_step: As of `EngineRequest`.
 
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        if search_step and isinstance(prompt, list):
-            processed = ProcessedPrompt(prompt, token_array(prompt), None)
-        else:
-            processed = self.prompt(prompt)
+        processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt)
         params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:

@@ -66,7 +66,7 @@ class LLMEngine:
             cache_salt: Namespace; suffix KV is shared only within it.
             priority: Smaller runs first.
             marks: Further prefixes to keep; each continues the one before it and shares its KV.
-            search_step: As of `InputProcessor.request`.
+            search_step: As of `EngineRequest`.
 
         Raises:
             VLLMValidationError: a value is not allowed.

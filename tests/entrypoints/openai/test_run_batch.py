@@ -95,6 +95,9 @@ def test_files_that_cannot_be_used_are_told_before_the_model_loads(tmp_path, mon
     with pytest.raises(StartupError, match=r"\.jsonl"):
         run_batch.run(args)
     assert (tmp_path / "in.jsonl").read_text()
+    args.enable_log_outputs = True
+    with pytest.raises(StartupError, match="--enable-log-outputs needs --enable-log-requests"):
+        run_batch.run(args)
 
 
 class EchoRunner:

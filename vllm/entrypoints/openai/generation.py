@@ -11,12 +11,14 @@ from typing import Any
 
 from vllm.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.input_processor import ProcessedPrompt
 from vllm.entrypoints.openai.protocol import GenerationRequest
 from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.sampling import num_choices
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from vllm.sampling_params import BeamSearchParams, SamplingParams
+from vllm.token_ids import token_array
 
 
 def generate(
@@ -106,6 +108,7 @@ async def _beam_search(
     counted = params.clone()
     counted.n, counted.max_tokens = n, search.max_tokens
     first: RequestOutput | None = None
+    prompts: list[list[int] | ProcessedPrompt] = [token_ids]
     with engine.count_search(token_ids, counted) as count:
         options |= {"arrival_time": count.metrics.arrival_time}
         while search.active:
@@ -115,14 +118,18 @@ async def _beam_search(
             options |= {"search_step": search.num_steps}
             items = await _answers(
                 [
-                    engine.generate(sequence.tokens, step, f"{request_id}-{len(sequence.tokens)}-{i}", **options)
-                    for i, sequence in enumerate(search.active)
+                    engine.generate(prompt, step, f"{request_id}-{search.num_steps}-{i}", **options)
+                    for i, prompt in enumerate(prompts)
                 ]
             )
             if first is None:
-                first = items[0]
+                first, checked = items[0], token_array(token_ids)
                 count.on_first_step(first)
             search.advance([item.outputs[0] for item in items])
+            prompts = [
+                ProcessedPrompt(tokens, checked + token_array(tokens[len(token_ids) :]), None)
+                for tokens in (sequence.tokens for sequence in search.active)
+            ]
         if first is None:
             raise RuntimeError(f"the search for {request_id} took no step")
         outputs = [

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.openai.cli_args import check_args, make_arg_parser
 from vllm.entrypoints.openai.errors import ApiError, describe, error_body
 from vllm.entrypoints.openai.json_body import MAX_BODY_BYTES, parse_json_object, parse_model, snippet
 from vllm.entrypoints.openai.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, random_id
@@ -172,8 +172,9 @@ def run(args: argparse.Namespace) -> int:
     """Answers the file; returns the exit code, 0 also when lines of it got errors.
 
     Raises:
-        StartupError: a file cannot be used, or the engine cannot start.
+        StartupError: flags do not fit each other, a file cannot be used, or the engine cannot start.
     """
+    check_args(args)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
             return loop.run(_run(args))
