@@ -23,7 +23,13 @@ class ServerBusyError(RuntimeError):
 
 
 class EngineDeadError(RuntimeError):
-    """The engine process has ended; no request can be served any more."""
+    """The engine process has ended; no request can be served any more, or not until it has started again.
 
-    def __init__(self, message: str = "The engine process has ended; restart the server.") -> None:
-        super().__init__(message)
+    Args:
+        restarts: Whether it is being started again.
+    """
+
+    def __init__(self, restarts: bool = False) -> None:
+        advice = "it is being started again, try again soon" if restarts else "restart the server"
+        super().__init__(f"The engine process has ended; {advice}.")
+        self.restarts = restarts

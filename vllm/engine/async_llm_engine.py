@@ -192,7 +192,7 @@ class AsyncLLMEngine:
 
     def _on_death(self, code: int) -> None:
         logger.error("The engine process ended unexpectedly (code %d).", code)
-        self._dead = EngineDeadError()
+        self._dead = EngineDeadError(restarts=self._restarts_left > 0)
         self._processor.fail_all(self._dead)
         for future in self._calls.values():
             if not future.done():
@@ -215,6 +215,7 @@ class AsyncLLMEngine:
             ready = await asyncio.get_running_loop().run_in_executor(None, self._wait_until_ready)
         except StartupError as error:
             logger.error("The engine could not be started again: %s", error)
+            self._dead = EngineDeadError()
             self._ended.set()
             return
         self.num_blocks = ready.num_blocks

@@ -248,8 +248,9 @@ def _explain(error: RuntimeError) -> str:
 
 
 def main() -> None:
-    # The parent decides when to stop; Ctrl-C reaches the whole group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The parent decides when to stop; signals to the whole group are its business.
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, signal.SIG_IGN)
     os.nice(_NICE)
     line = bytearray()
     while not line.endswith(b"\n"):

@@ -102,7 +102,7 @@ def describe(exc: BaseException) -> ApiError:
     if isinstance(exc, ServerBusyError):
         return ApiError(503, str(exc))
     if isinstance(exc, EngineDeadError):
-        return ApiError(500, str(exc))
+        return ApiError(503 if exc.restarts else 500, str(exc))
     logger.error("A request failed.", exc_info=exc)
     return ApiError(500, "The server failed to answer this request; its log says why.")
 
