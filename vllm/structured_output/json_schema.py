@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-_NEVER = ("not", "if", "dependentRequired", "dependentSchemas", "dependencies")
+_NEVER = ("not", "if", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _NEVER_OF_ARRAYS = ("contains", "minContains", "maxContains")
 # Kept only where the schema names the type beside them.
 _OF_TYPE = {
@@ -70,6 +70,9 @@ def _unenforced_here(node: dict[str, Any]) -> str | None:
     for key in _NEVER:
         if key in node:
             return key
+    ref = node.get("$ref")
+    if isinstance(ref, str) and not ref.startswith("#"):
+        return f"a $ref to another document, {ref[:_MAX_NAME_CHARS]!r}"
     given = node.get("type")
     types = given if isinstance(given, list) else [given]
     if node.get("uniqueItems"):

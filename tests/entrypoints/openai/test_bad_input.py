@@ -97,6 +97,14 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str, str]] = [
         "continue_final_message",
         "",
     ),
+    ("going on with the user's message", {"continue_final_message": True}, "continue_final_message", "role 'user'"),
+    ("unknown reasoning effort", {"reasoning_effort": "zzz"}, "reasoning_effort", "'minimal', 'low'"),
+    (
+        "schema in another document",
+        {"structured_outputs": {"json": {"properties": {"a": {"$ref": "http://x/y"}}}}},
+        "structured_outputs",
+        "another document, 'http://x/y'",
+    ),
     ("reserved template variable", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "messages"),
 ]
 

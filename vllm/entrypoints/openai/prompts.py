@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
@@ -49,13 +49,21 @@ class PromptReader:
         self._max_chars_per_token = max(1, engine.tokenizer.max_chars_per_token)
 
     async def chat(
-        self, messages: list[Any], options: ChatOptions, *, must_fit: bool = True, cache_salt: str | None = None
+        self,
+        messages: list[Any],
+        options: ChatOptions,
+        *,
+        must_fit: bool = True,
+        cache_salt: str | None = None,
+        cut_for: int | None = None,
     ) -> RenderedChat:
         """Token ids of messages, and how many of them are the system prompt.
 
         Args:
             must_fit: Refuse messages that leave no room for an answer, and unread those that cannot fit at all.
             cache_salt: Only chats with the same one may be answered sooner for what the breakpoints of this one mark.
+            cut_for: Leave out the oldest tokens after the system part where that is needed to leave so many for an
+                answer, instead of refusing the messages.
 
         Raises:
             VLLMValidationError: A field is wrong, the template refuses the messages, or they are too long.
@@ -70,12 +78,20 @@ class PromptReader:
         continue_final = bool(options.continue_final_message)
         add_generation_prompt = options.add_generation_prompt
         if add_generation_prompt is None:
+            # vLLM refuses this combination whoever wrote the message; an answer that goes on is what it can only mean.
+            if continue_final and checked[-1]["role"] != "assistant":
+                raise VLLMValidationError(
+                    f"continue_final_message goes on from an assistant's message, and the last one has role "
+                    f"{snippet(checked[-1]['role'])}; with add_generation_prompt false as well, that one is gone on "
+                    "with.",
+                    "continue_final_message",
+                )
             add_generation_prompt = not continue_final
         if continue_final and add_generation_prompt:
             raise VLLMValidationError(
                 "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
             )
-        self._check_chars(count_chars([m["content"] for m in checked]), "messages", must_fit)
+        self._check_chars(count_chars([m["content"] for m in checked]), "messages", must_fit and cut_for is None)
         self._check_chars(count_chars([checked, tools, kwargs]), "messages", must_fit=False)
         rendered = await self._engine.render_chat(
             messages=checked,
@@ -88,9 +104,28 @@ class PromptReader:
             breakpoints=breakpoints if must_fit else (),
             cache_salt=cache_salt,
         )
+        if cut_for is not None:
+            rendered = self._without_oldest(rendered, self._max_model_len - cut_for)
         if must_fit:
             self.check_tokens(len(rendered.prompt_token_ids), "messages")
         return rendered
+
+    def _without_oldest(self, chat: RenderedChat, num_tokens: int) -> RenderedChat:
+        """The chat in so many tokens at most: its system part, which stays what others share, and its end."""
+        token_ids, system = chat.prompt_token_ids, chat.num_system_tokens or 0
+        num_last = num_tokens - system
+        if len(token_ids) <= num_tokens:
+            return chat
+        if num_last < 1:
+            raise VLLMValidationError(
+                f"Nothing of the conversation can be kept: of the maximum context length of {self._max_model_len} "
+                f"tokens, the system part takes {system} and the answer {self._max_model_len - num_tokens}.",
+                "messages",
+            )
+        kept = token_ids[:system] + token_ids[-num_last:]
+        return replace(
+            chat, prompt_token_ids=kept, marks=tuple(mark for mark in chat.marks if mark.num_tokens <= system)
+        )
 
     def template_kwargs(self, options: ChatOptions) -> dict[str, Any]:
         """Variables of the chat template: the server's, the request's, and those that other fields of it set.

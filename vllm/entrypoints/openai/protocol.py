@@ -25,6 +25,7 @@ class _FirstErrorOnly(FailFast):
 
 _T = TypeVar("_T")
 _List = Annotated[list[_T], _FirstErrorOnly()]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class ApiModel(BaseModel):
@@ -112,7 +113,7 @@ class ChatCompletionRequest(GenerationRequest):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Any = None
     modalities: _List[str] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: ReasoningEffort | None = None
     include_reasoning: Any = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -194,7 +195,7 @@ class ExplainRequest(ApiModel):
     add_special_tokens: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: ReasoningEffort | None = None
     prompt: str | _List[int] | None = None
     prompt_logprobs: int | None = None
     cache_salt: str | None = None
