@@ -343,3 +343,26 @@ def test_input_tokens_are_those_that_a_response_counts(sdk, client):
     assert sdk.responses.input_tokens.count(**follow).input_tokens == create(client, **follow)["usage"]["input_tokens"]
     response = client.post("/v1/responses/input_tokens", json={})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "input")
+
+
+@pytest.mark.parametrize("mode", [{}, {"stream": True}], ids=["whole", "streamed"])
+def test_automatic_truncation_drops_the_oldest_and_keeps_the_instructions(client, mode):
+    long = [{"role": "user", "content": "word " * 5000}, {"role": "user", "content": "Name a colour."}]
+    fields = {"instructions": INSTRUCTIONS, "input": long, "max_output_tokens": 1800, "stop": list("aeiou"), **mode}
+    assert post(client, **fields, truncation="disabled").status_code == 400
+    fields["truncation"] = "auto"
+    response = stream(client, **fields)[-1]["response"] if mode else create(client, **fields)
+    usage = response["usage"]
+    assert usage["input_tokens"] == 2048 - 1800
+    again = create(client, **{**fields, "input": [*long, {"role": "user", "content": "Now a fruit."}], "stream": False})
+    details = again["usage"]["input_tokens_details"]
+    assert details["cached_tokens"] >= 16, "the pinned instructions are read, not computed"
+    whole = create(client, instructions=INSTRUCTIONS, truncation="auto")
+    assert whole["usage"] == create(client, instructions=INSTRUCTIONS)["usage"] | {
+        "input_tokens_details": whole["usage"]["input_tokens_details"]
+    }
+
+
+def test_automatic_truncation_needs_room_for_the_conversation(client):
+    error = post(client, truncation="auto", max_output_tokens=2048).json()["error"]
+    assert "Nothing of the conversation can be kept" in error["message"]

@@ -104,21 +104,24 @@ class ServingChat:
         self._log = log
         self._defaults = engine.vllm_config.model.generation_defaults
 
-    async def create(self, request: ChatCompletionRequest, request_id: str | None) -> dict[str, Any] | EventStream:
+    async def create(
+        self, request: ChatCompletionRequest, request_id: str | None, *, cut: bool = False
+    ) -> dict[str, Any] | EventStream:
         """The answer, or the stream of it once its first token is there.
 
         Args:
             request_id: What the client calls the request (`X-Request-Id`), or None.
+            cut: Leave out the oldest of a conversation that is too long, instead of refusing it.
 
         Raises:
             VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
         """
-        call = await self._start(request, request_id)
+        call = await self._start(request, request_id, cut)
         if request.stream:
             return await EventStream.start(self._events(call))
         return await self._answer(call)
 
-    async def _start(self, request: ChatCompletionRequest, request_id: str | None) -> _Call:
+    async def _start(self, request: ChatCompletionRequest, request_id: str | None, cut: bool) -> _Call:
         model = self._models.resolve(request.model)
         check_chat(request)
         if self._always_usage:
@@ -131,7 +134,13 @@ class ServingChat:
             params.skip_special_tokens = False
         options = self._options(request, answer_format)
         must_fit = request.truncate_prompt_tokens is None
-        rendered = await self._prompts.chat(request.messages, options, must_fit=must_fit, cache_salt=request.cache_salt)
+        rendered = await self._prompts.chat(
+            request.messages,
+            options,
+            must_fit=must_fit,
+            cache_salt=request.cache_salt,
+            cut_for=(max_tokens or 1) if cut else None,
+        )
         public_id = f"chatcmpl-{request_id or request.request_id or random_id()}"
         last = request.messages[-1]
         continues = request.continue_final_message or request.add_generation_prompt is False
@@ -250,16 +259,19 @@ class ServingChat:
         }
 
     async def chunks(
-        self, request: ChatCompletionRequest, request_id: str | None
+        self, request: ChatCompletionRequest, request_id: str | None, *, cut: bool = False
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The chunks of a streamed answer before they are encoded: the APIs of other dialects are made of them.
 
         What is left to go wrong once this returns, the first chunk raises.
 
+        Args:
+            cut: As of `create`.
+
         Raises:
             VLLMValidationError, ApiError: A field is wrong.
         """
-        return self._chunks(await self._start(request, request_id))
+        return self._chunks(await self._start(request, request_id, cut))
 
     async def _events(self, call: _Call) -> AsyncGenerator[bytes, None]:
         """The chunks as server-sent events."""

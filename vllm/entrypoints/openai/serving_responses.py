@@ -184,12 +184,13 @@ class ServingResponses:
         answer = _Answer(stored, wants_logprobs(request))
         chat = chat_request(request, stored.messages)
         engine_id = request_id or stored.id
+        cut = request.truncation == "auto"
         if request.background:
-            return await self._create_in_background(request, answer, await self._chat.chunks(chat, engine_id))
+            return await self._create_in_background(request, answer, await self._chat.chunks(chat, engine_id, cut=cut))
         if request.stream:
-            chunks = await self._chat.chunks(chat, engine_id)
+            chunks = await self._chat.chunks(chat, engine_id, cut=cut)
             return await EventStream.start(self._events(answer, chunks))
-        completion = await self._chat.create(chat, engine_id)
+        completion = await self._chat.create(chat, engine_id, cut=cut)
         if isinstance(completion, EventStream):
             raise RuntimeError(f"the chat answered {stored.id} with a stream")
         list(answer.take(completion))
