@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jinja2
+
 from vllm import envs
 from vllm.config import (
     CacheConfig,
@@ -282,11 +284,14 @@ class EngineArgs:
                 f"The tokenizer has {tokenizer.vocab_size} tokens, the model only {hf_config.vocab_size}; "
                 "they do not belong together (--tokenizer)."
             )
+        template = _read_template(self.chat_template, tokenizer)
         if self.dtype == "auto":
             dtype = platform.default_dtype(getattr(hf_config, "dtype", None), is_gguf)
         else:
             dtype = _DTYPE_NAMES.get(self.dtype, self.dtype)
-        names = self.served_model_name or display_name
+        names = display_name if self.served_model_name is None else self.served_model_name
+        if not all(names) or not names:
+            raise StartupError("--served-model-name must not be empty.")
         return ModelConfig(
             model=display_name,
             model_path=model_path,
@@ -298,13 +303,13 @@ class EngineArgs:
             load_format=load_format,
             quantization=_quantization(self.quantization),
             seed=self.seed,
-            chat_template=_read_template(self.chat_template),
+            chat_template=template,
             trust_request_chat_template=self.trust_request_chat_template,
             trust_remote_code=self.trust_remote_code,
             max_logprobs=self.max_logprobs,
             weights_digest=weights_digest(model_path, _quantization(self.quantization)),
             tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
-            chat_template_digest=_template_digest(_read_template(self.chat_template) or tokenizer.hf.chat_template),
+            chat_template_digest=_template_digest(template or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
             generation_defaults=self._generation_defaults(model_path),
         )
@@ -425,14 +430,24 @@ def _template_digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
-def _read_template(template: str | None) -> str | None:
+def _read_template(template: str | None, tokenizer: Tokenizer) -> str | None:
     """The template itself; `template` may also be the path of a file that holds it."""
-    if template is None or "{%" in template or "{{" in template:
-        return template
+    if template is None:
+        return None
+    if "{%" not in template and "{{" not in template:
+        try:
+            template = Path(template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise StartupError(
+                f"--chat-template: {template} is neither a template nor a readable file ({error})."
+            ) from None
     try:
-        with open(template, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
+        hello = [{"role": "user", "content": "Hello"}]
+        tokenizer.hf.apply_chat_template(hello, chat_template=template, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
         raise StartupError(
-            f"--chat-template: {template} is neither a template nor a readable file ({error})."
+            f"--chat-template: {error.message.rstrip('.')} (line {error.lineno} of the template)."
         ) from None
+    except Exception:  # a template is a program that may refuse a chat as it likes
+        logger.debug("The chat template refuses a chat of one user message.", exc_info=True)
+    return template

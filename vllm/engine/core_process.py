@@ -188,8 +188,8 @@ def _end_with_parent() -> None:
 def main() -> None:
     args = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoreProcessArgs)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
-    # The parent decides when to stop, so that it can let running requests finish. Ctrl-C reaches the whole group, and so
-    # does what a supervisor or `timeout` sends.
+    # The parent decides when to stop, so that it can let running requests finish. Ctrl-C reaches the whole group, and
+    # so does what a supervisor or `timeout` sends.
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, signal.SIG_IGN)
     context = zmq.Context()

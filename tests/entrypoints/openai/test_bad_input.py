@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -205,6 +206,9 @@ def test_a_prompt_over_the_context_is_told_both_lengths(client):
 def test_other_content_types_are_refused(client):
     error = refused(client.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}))
     assert "application/json" in error["message"]
+    packed = JSON | {"content-encoding": "gzip"}
+    error = refused(client.post("/v1/completions", content=gzip.compress(b'{"prompt": "a"}'), headers=packed), 415)
+    assert error["message"] == "Content-Encoding must be identity, got 'gzip'."
 
 
 def test_a_missing_field_is_named(client):

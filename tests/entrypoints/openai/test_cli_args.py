@@ -291,6 +291,26 @@ def test_names_of_other_attention_kernels_are_taken_but_not_made_up_ones(tiny_mo
         backend("FAST")
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"chat_template": "{%bad"}, r"--chat-template: Encountered unknown tag 'bad' \(line 1 of the template\)"),
+        ({"chat_template": "a\n{{ b"}, r"--chat-template: .* \(line 2 of the template\)"),
+        ({"chat_template": "/no/such"}, "neither a template nor a readable file"),
+        ({"served_model_name": ["m", ""]}, "--served-model-name must not be empty"),
+        ({"served_model_name": ""}, "--served-model-name must not be empty"),
+    ],
+)
+def test_what_no_request_could_use_ends_the_start(tiny_model_dir, args, words):
+    with pytest.raises(StartupError, match=words):
+        EngineArgs(model=str(tiny_model_dir), **args).create_engine_config()
+
+
+def test_a_template_may_refuse_some_chats(tiny_model_dir):
+    source = "{{ raise_exception('no') if messages|length < 2 else 'x' }}"
+    assert EngineArgs(model=str(tiny_model_dir), chat_template=source).create_engine_config().model.chat_template
+
+
 def test_the_kv_cache_has_the_dtype_of_the_model(tiny_model_dir):
     def make(dtype: str) -> None:
         EngineArgs(model=str(tiny_model_dir), dtype="bfloat16", kv_cache_dtype=dtype).create_engine_config()

@@ -26,11 +26,15 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     """Reads and parses the body.
 
     Raises:
-        ApiError: 413 as soon as more than `MAX_BODY_BYTES` have come; 400 unless the body is one JSON object.
+        ApiError: 413 as soon as more than `MAX_BODY_BYTES` have come; 415 for a compressed body; 400 unless it is one
+            JSON object.
     """
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(400, f"Content-Type must be application/json, got {content_type[:_SNIPPET_CHARS]!r}.")
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(415, f"Content-Encoding must be identity, got {coding[:_SNIPPET_CHARS]!r}.")
     return parse_json_object(await _read_body(request))
 
 
