@@ -202,6 +202,33 @@ def test_explanations(admin):
     assert after == before, "explaining changes nothing"
 
 
+def test_bodies_of_all_apis_are_explained_as_their_routes_read_them(server, admin):
+    user = {"role": "user", "content": "Is there a room?"}
+    marked = {
+        "role": "user",
+        "content": [{"type": "text", "text": "Map. " * 40, "cache_control": {"type": "ephemeral"}}],
+    }
+    chat_body = explain(admin, messages=[{"role": "system", "content": PORTER}, user])
+    assert explain(admin, system=PORTER, messages=[user], max_tokens=3) == chat_body
+    assert explain(admin, instructions=PORTER, input=user["content"]) == chat_body
+    explained = explain(admin, system=PORTER, messages=[marked, user], max_tokens=3)
+    assert explained["outcome"] == "created", "the mark reaches further than the pinned prompt"
+    tool = {"name": "book", "description": "Books a room.", "input_schema": {"type": "object"}}
+    body = {"messages": [user], "tools": [tool], "tool_choice": {"type": "none"}}
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    count = httpx.post(f"{server.url}/v1/messages/count_tokens", json=body, headers=headers, timeout=60)
+    assert explain(admin, **body)["prompt_tokens"] == count.json()["input_tokens"]
+    body = {"instructions": PORTER, "input": "word " * 5000, "max_output_tokens": 48}
+    assert admin.post("/v1/system_prompts?explain=1", json=body).status_code == 400, "the route refuses it too"
+    assert explain(admin, **body, truncation="auto")["prompt_tokens"] == 2000
+    for wrong in (
+        {"messages": [user], "input": "x"},
+        {"system": 5, "messages": [user]},
+        {"instructions": PORTER, "input": 5},
+    ):
+        assert admin.post("/v1/system_prompts?explain=1", json=wrong).status_code == 400
+
+
 def test_what_runs_unpinned_is_listed(server, admin):
     usage = [chat(server, "Be brief", "Hello?") for _ in range(3)]
     listed = admin.get("/v1/system_prompts").json()

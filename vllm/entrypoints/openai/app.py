@@ -43,6 +43,7 @@ from vllm.entrypoints.openai.protocol import (
 )
 from vllm.entrypoints.openai.responses_protocol import InputTokensRequest, PageRequest, ResponsesRequest
 from vllm.entrypoints.openai.services import Services
+from vllm.entrypoints.openai.serving_explanations import ServingExplanations
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.serving_responses import ServingResponses
 from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
@@ -76,7 +77,7 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     _add_model_routes(app, services.models)
     _add_tokenization_routes(app, services.tokenization)
     admin_key = args.admin_api_key or envs.admin_api_key()
-    _add_system_prompt_routes(app, services.system_prompts, AdminGuard(admin_key))
+    _add_system_prompt_routes(app, services.system_prompts, services.explanations, AdminGuard(admin_key))
     registry = CollectorRegistry()
     _add_status_routes(app, engine, registry)
     if envs.server_dev_mode():
@@ -242,19 +243,21 @@ def _add_tokenization_routes(app: FastAPI, tokenization: ServingTokenization) ->
         return await _answer_body(request, DetokenizeRequest, tokenization.detokenize)
 
 
-def _add_system_prompt_routes(app: FastAPI, system_prompts: ServingSystemPrompts, guard: AdminGuard) -> None:
+def _add_system_prompt_routes(
+    app: FastAPI, system_prompts: ServingSystemPrompts, explanations: ServingExplanations, guard: AdminGuard
+) -> None:
     router = APIRouter(prefix="/v1/system_prompts", dependencies=[Depends(guard)])
 
     @router.post("")
     async def create_system_prompt(request: Request) -> Response:
         if _asks_to_explain(request):
-            return await _answer_body(request, ExplainRequest, system_prompts.explain)
+            return await _answer_body(request, ExplainRequest, explanations.explain)
         return await _answer_body(request, SystemPromptRequest, system_prompts.create)
 
     @router.get("")
     async def list_system_prompts(request: Request) -> Response:
         if _asks_to_explain(request):
-            return await _answer_body(request, ExplainRequest, system_prompts.explain)
+            return await _answer_body(request, ExplainRequest, explanations.explain)
         return await _answer(system_prompts.list(), request)
 
     @router.patch("")

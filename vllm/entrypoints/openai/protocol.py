@@ -184,18 +184,14 @@ class SystemPromptPoolChange(ApiModel):
 
 
 class ExplainRequest(ApiModel):
-    """`POST /v1/system_prompts?explain=1`: the body of a chat or text completion, of which only what shapes the prompt
-    is read."""
+    """`POST /v1/system_prompts?explain=1`: the body of a chat, response, message (of the Anthropic API) or text
+    completion. What is not named here is read as the route of that body reads it."""
 
     messages: list[Any] | None = None
-    tools: _List[dict[str, Any]] | None = None
-    documents: _List[dict[str, Any]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
+    input: str | list[Any] | None = None
     add_special_tokens: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: ReasoningEffort | None = None
+    truncation: str | None = None
+    truncate_prompt_tokens: int | None = None
     prompt: str | _List[int] | None = None
     prompt_logprobs: int | None = None
     cache_salt: str | None = None

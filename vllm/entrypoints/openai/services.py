@@ -11,6 +11,7 @@ from vllm.entrypoints.openai.prompts import PromptReader
 from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.serving_chat import ServingChat
 from vllm.entrypoints.openai.serving_completion import ServingCompletion
+from vllm.entrypoints.openai.serving_explanations import ServingExplanations
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.serving_responses import ServingResponses
 from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
@@ -50,3 +51,4 @@ class Services:
         self.responses = ServingResponses(engine, self.models, self.chat)
         self.tokenization = ServingTokenization(engine, self.models, self.prompts)
         self.system_prompts = ServingSystemPrompts(engine, self.prompts)
+        self.explanations = ServingExplanations(engine, self.prompts, self.chat, self.responses)

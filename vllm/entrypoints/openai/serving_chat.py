@@ -36,6 +36,7 @@ from vllm.entrypoints.openai.streaming import DONE, EventStream, sse
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.transformers_utils.chat_template import RenderedChat
 
 
 @dataclass
@@ -133,14 +134,7 @@ class ServingChat:
         if answer_format.needs_special_tokens:
             params.skip_special_tokens = False
         options = self._options(request, answer_format)
-        must_fit = request.truncate_prompt_tokens is None
-        rendered = await self._prompts.chat(
-            request.messages,
-            options,
-            must_fit=must_fit,
-            cache_salt=request.cache_salt,
-            cut_for=(max_tokens or 1) if cut else None,
-        )
+        rendered = await self._render(request, options, max_tokens, cut)
         public_id = f"chatcmpl-{request_id or request.request_id or random_id()}"
         last = request.messages[-1]
         continues = request.continue_final_message or request.add_generation_prompt is False
@@ -191,6 +185,26 @@ class ServingChat:
             chat_template_kwargs=request.chat_template_kwargs,
             reasoning_effort=request.reasoning_effort,
         )
+
+    async def _render(
+        self, request: ChatCompletionRequest, options: ChatOptions, max_tokens: int | None, cut: bool
+    ) -> RenderedChat:
+        return await self._prompts.chat(
+            request.messages,
+            options,
+            must_fit=request.truncate_prompt_tokens is None,
+            cache_salt=request.cache_salt,
+            cut_for=(max_tokens or 1) if cut else None,
+        )
+
+    async def render(self, request: ChatCompletionRequest, *, cut: bool) -> RenderedChat:
+        """The prompt that `create` would answer.
+
+        Raises:
+            VLLMValidationError, ApiError: A field is wrong.
+        """
+        options = self._options(request, self._answers.format(request))
+        return await self._render(request, options, chat_max_tokens(request, self._defaults), cut)
 
     async def count_tokens(self, request: ChatCompletionRequest) -> int:
         """Tokens of the prompt that the request's messages make.

@@ -12,7 +12,7 @@ from vllm.engine.tenant import current_tenant
 from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
 from vllm.entrypoints.openai.errors import ApiError, describe
 from vllm.entrypoints.openai.json_body import snippet
-from vllm.entrypoints.openai.protocol import now, random_id
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, random_id
 from vllm.entrypoints.openai.responses_input import chat_request, input_items, input_messages, wants_logprobs
 from vllm.entrypoints.openai.responses_protocol import InputTokensRequest, PageRequest, ResponsesRequest
 from vllm.entrypoints.openai.responses_store import BackgroundRun, ResponseStore, StoredResponse
@@ -229,14 +229,22 @@ class ServingResponses:
         Raises:
             VLLMValidationError, ApiError: A field is wrong.
         """
+        count = await self._chat.count_tokens(self.chat_request(request))
+        return {"object": "response.input_tokens", "input_tokens": count}
+
+    def chat_request(self, request: InputTokensRequest) -> ChatCompletionRequest:
+        """The chat that a response with these fields is the answer of.
+
+        Raises:
+            VLLMValidationError, ApiError: A field is wrong.
+        """
         previous = self._previous(request)
         messages = [] if previous is None else previous.messages
         if request.input is not None:
             messages = [*messages, *input_messages(request.input)]
         if not messages and not request.instructions:
             raise VLLMValidationError("A request must have input, instructions or previous_response_id.", "input")
-        count = await self._chat.count_tokens(chat_request(request, messages))
-        return {"object": "response.input_tokens", "input_tokens": count}
+        return chat_request(request, messages)
 
     async def list_input_items(self, response_id: str, page: PageRequest) -> dict[str, Any]:
         """A page of the items that a response was made from.

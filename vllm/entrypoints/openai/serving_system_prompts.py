@@ -7,37 +7,25 @@ from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.varying_prompts import describe_varying
-from vllm.entrypoints.openai.cache_marks import cache_marks
 from vllm.entrypoints.openai.chat_messages import check_messages
 from vllm.entrypoints.openai.errors import ApiError
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
 from vllm.entrypoints.openai.protocol import (
-    ExplainRequest,
     SystemPromptChange,
     SystemPromptPoolChange,
     SystemPromptRequest,
 )
 from vllm.exceptions import VLLMValidationError
-from vllm.inputs import CacheMark
 from vllm.outputs import SystemPromptInfo
-from vllm.sampling_params import SamplingParams, check_float
-from vllm.transformers_utils.tokenizer import Tokenizer
+from vllm.sampling_params import check_float
 
 MAX_NAME_CHARS = 256
 MAX_TTL_SECONDS = 10 * 365 * 86400.0
 MAX_BUDGET_TOKENS = 2**40
-_SHOWN_TOKENS = 16
 _SYSTEM_ROLES = ("system", "developer")
 # The system part of a chat ends where the next turn's text begins, so a turn must follow it.
 _NEXT_TURN = {"role": "user", "content": "Hello"}
-_REASONS = {
-    "hit": "It starts with a pinned system prompt, which is read instead of computed.",
-    "created": "Its system prompt is not pinned yet: this request would have it computed once and pinned.",
-    "disabled": "The mode of the pool does not let requests pin anything (--system-prompt-cache).",
-    "prompt_logprobs": "It asks for prompt_logprobs, for which every token of the prompt is computed.",
-    None: "It has no system prompt, and starts with none that is pinned.",
-}
 
 
 class ServingSystemPrompts:
@@ -146,73 +134,6 @@ class ServingSystemPrompts:
         message = "Released." if gone else _why_deferred(info)
         answer = {"id": prompt_id, "object": "system_prompt", "deleted": gone, "state": info.state, "message": message}
         return answer | {"readers": info.readers, "children": info.children}
-
-    async def explain(self, request: ExplainRequest) -> dict[str, Any]:
-        """What the pool would do for a chat or text completion, and why; nothing is changed.
-
-        Raises:
-            VLLMValidationError: the request would be refused.
-        """
-        if (request.messages is None) == (request.prompt is None):
-            raise VLLMValidationError("Give the body of a request to explain: messages or prompt, and not both.")
-        system: int | None = None
-        marks: list[CacheMark] = []
-        if request.messages is not None:
-            options = ChatOptions(
-                tools=request.tools,
-                documents=request.documents,
-                add_generation_prompt=request.add_generation_prompt,
-                continue_final_message=request.continue_final_message,
-                add_special_tokens=request.add_special_tokens,
-                chat_template=request.chat_template,
-                chat_template_kwargs=request.chat_template_kwargs,
-                reasoning_effort=request.reasoning_effort,
-            )
-            rendered = await self._prompts.chat(request.messages, options)
-            token_ids, system = rendered.prompt_token_ids, rendered.num_system_tokens
-            marks = cache_marks(rendered, None)
-        elif isinstance(request.prompt, str):
-            special = request.add_special_tokens is not False
-            token_ids = await self._prompts.text(request.prompt, "prompt", add_special_tokens=special)
-        else:
-            token_ids = request.prompt or []
-        params = SamplingParams(prompt_logprobs=request.prompt_logprobs)
-        found = await self._engine.explain_request(
-            token_ids, params, num_system_tokens=system, cache_salt=request.cache_salt, marks=marks
-        )
-        return {
-            "object": "system_prompt.explanation",
-            "prompt_tokens": len(token_ids),
-            "system_tokens": system,
-            **found,
-            "nearest": _nearest_json(found["nearest"], token_ids, self._engine.tokenizer),
-            "reason": _reason(found),
-        }
-
-
-def _nearest_json(nearest: dict[str, Any] | None, token_ids: list[int], tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if nearest is None:
-        return None
-    position = nearest["position"]
-    shown = {key: nearest[key] for key in ("id", "name", "num_tokens", "position")}
-    for key in ("pinned_token", "request_token"):
-        token = nearest[key]
-        shown[key] = None if token is None else {"id": token, "text": tokenizer.token_text(token)}
-    return shown | {"before": tokenizer.decode(token_ids[max(0, position - _SHOWN_TOKENS) : position])}
-
-
-def _reason(found: dict[str, Any]) -> str:
-    refused = found["refused"]
-    reason = _REASONS.get(found["outcome"]) or refused[-1]["reason"]
-    if refused and found["outcome"] in ("hit", "created"):
-        reason += f" More of it cannot be pinned: {refused[-1]['reason']}"
-    nearest = found["nearest"]
-    if nearest is not None and nearest["position"] < nearest["num_tokens"]:
-        reason += (
-            f" It leaves the pinned prompt {nearest['id']} of {nearest['num_tokens']} tokens at token "
-            f"{nearest['position']}."
-        )
-    return reason
 
 
 def _why_deferred(info: SystemPromptInfo) -> str:
