@@ -195,10 +195,14 @@ class EngineCore:
             for i in range(params.n)
         ]
         if grammar is not None:
-            from vllm.structured_output.matcher import TokenMatcher
+            from vllm.structured_output.matcher import TokenMatcher, token_bits
 
+            model, allowed, stops = self.config.model, None, None
+            if params.allowed_token_ids is not None:
+                allowed = token_bits(params.allowed_token_ids, model.vocab_size)
+                stops = token_bits(model.eos_token_ids, model.vocab_size)
             for seq in sequences:
-                seq.matcher = TokenMatcher(grammar)
+                seq.matcher = TokenMatcher(grammar, allowed, stops)
         try:
             self.scheduler.add(sequences, request.num_system_tokens, request.marks)
         except ValueError as error:
@@ -342,7 +346,7 @@ class EngineCore:
         outputs = self._take_failed()
         for seq, token, stop_token in self.scheduler.postprocess(result.token_ids):
             if seq.matcher is not None and seq.matcher.error is not None:
-                self._fail(seq.request_id, f"structured_outputs {seq.matcher.error}.", "structured_outputs")
+                self._fail(seq.request_id, f"{seq.matcher.field} {seq.matcher.error}.", seq.matcher.field)
                 continue
             first = len(seq.token_ids) == seq.num_prompt_tokens + 1
             outputs.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import xgrammar
@@ -18,13 +19,22 @@ TOO_COSTLY = "takes too long to match: its grammar is too ambiguous or repeats t
 class TokenMatcher:
     """Follows the tokens of one output.
 
+    Args:
+        allowed: The only tokens that may come, as a row of a bitmask (see `fill`); None for all that it allows.
+        stops: Likewise, tokens that end the output; where the grammar allows one, it may come if no allowed token can.
+
     Attributes:
         ended: Nothing may follow: a stop token came where the grammar allows it, or matching failed.
         error: Why it failed, or None.
+        field: The request field that the error is about.
     """
 
-    def __init__(self, grammar: xgrammar.CompiledGrammar) -> None:
+    def __init__(
+        self, grammar: xgrammar.CompiledGrammar, allowed: np.ndarray | None = None, stops: np.ndarray | None = None
+    ) -> None:
         self._matcher = xgrammar.GrammarMatcher(grammar)
+        self._allowed = [bits for bits in (allowed, stops) if bits is not None]
+        self.field = "structured_outputs"
         self._cost_s = 0.0
         self._num_tokens = 0
         self.ended = False
@@ -56,9 +66,30 @@ class TokenMatcher:
         except RuntimeError as error:
             self.error = f"could not be followed: {error}"
             bitmask[row] = -1
+        if self._allowed:
+            self._intersect(bitmask[row])
         self._charge(started)
+
+    def _intersect(self, words: np.ndarray) -> None:
+        """Leaves the allowed tokens of a row; one that has none is left as it is, with an error."""
+        for tokens in self._allowed:
+            both = words & tokens
+            if both.any():
+                words[:] = both
+                return
+        self.field = "allowed_token_ids"
+        self.error = (
+            f"names none of the tokens that can follow in the structured outputs after {self._num_tokens} tokens"
+        )
 
     def _charge(self, started: float) -> None:
         self._cost_s += time.thread_time() - started
         if self._cost_s > _FREE_S + _PER_TOKEN_S * self._num_tokens:
             self.error = TOO_COSTLY
+
+
+def token_bits(token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+    """A row of a bitmask with these tokens; int32 [ceil(vocab_size / 32)]."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[np.fromiter(token_ids, np.int64)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)

@@ -258,3 +258,23 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_is_relied_on(sdk):
     tools: list[Any] = [{"type": "function", "function": function}]
     for name, arguments in ask(sdk, tools=tools, tool_choice="required", parallel_tool_calls=False)["calls"]:
         assert (name, json.loads(arguments)["tags"][0] in ("a", "b")) == ("tag", True)
+
+
+def test_allowed_token_ids_and_a_form_both_hold(url: str) -> None:
+    def ids(text: str) -> list[int]:
+        body = {"prompt": text, "add_special_tokens": False}
+        return httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
+
+    def complete(**fields: Any) -> httpx.Response:
+        return httpx.post(f"{url}/v1/completions", json={**form, **fields}, timeout=60)
+
+    form = {"structured_outputs": {"choice": ["red", "blue"]}, "prompt": "A colour:", "max_tokens": 8}
+    for choice in ("red", "blue"):
+        answer = complete(allowed_token_ids=ids(choice)).json()
+        assert answer["choices"][0]["text"] == choice
+        assert answer["choices"][0]["finish_reason"] == "stop"
+    for _ in range(2):
+        response = complete(allowed_token_ids=ids("seven"))
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "allowed_token_ids"), error
+    assert complete().json()["choices"][0]["text"] in ("red", "blue"), "others may ask for that form"
