@@ -155,9 +155,9 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             check_int("max_tokens", self.max_tokens, 1, _MAX_INT)
         check_min_tokens(self.min_tokens, self.max_tokens)
         if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, 0, _MAX_INT)
+            check_int("logprobs", self.logprobs, -1, _MAX_INT)
         if self.prompt_logprobs is not None:
-            check_int("prompt_logprobs", self.prompt_logprobs, 0, _MAX_INT)
+            check_int("prompt_logprobs", self.prompt_logprobs, -1, _MAX_INT)
         if self.truncate_prompt_tokens is not None:
             check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, _MAX_INT)
         self._verify_stops()
@@ -180,6 +180,13 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         if self.stop_strings and not self.detokenize:
             raise VLLMValidationError("stop strings need detokenize=True.", "stop")
         check_count("stop_token_ids", self.stop_token_ids or [], MAX_STOP_TOKEN_IDS)
+
+    def resolve_logprobs(self, vocab_size: int) -> None:
+        """Turns -1, which asks for the log-probabilities of all tokens, into their number."""
+        if self.logprobs == -1:
+            self.logprobs = vocab_size
+        if self.prompt_logprobs == -1:
+            self.prompt_logprobs = vocab_size
 
     def verify_for_model(self, vocab_size: int, max_logprobs: int) -> None:
         """Checks what depends on the model.

@@ -7,6 +7,7 @@ import re
 import time
 
 import aiohttp
+import httpx
 import pytest
 
 # 4,096 tokens of context: the floor is 256 blocks of 16. 640 blocks are 10,240 tokens, half of which may be pinned.
@@ -16,7 +17,7 @@ PINNED_TOKENS = 3000
 
 @pytest.fixture(scope="module")
 def tiny_server(server_factory, tiny_model_dir):
-    return server_factory("--model", str(tiny_model_dir), *ARGS)
+    return server_factory("--model", str(tiny_model_dir), *ARGS, "--max-logprobs", "-1")
 
 
 def words(seed, count):
@@ -170,3 +171,18 @@ def test_answers_do_not_depend_on_the_pool(tiny_server, server_factory, tiny_mod
         assert not await prompts(session, without)
 
     run(go)
+
+
+def test_log_probabilities_of_the_whole_vocabulary_where_the_operator_allows_them(tiny_server):
+    def post(path, **body):
+        answer = httpx.post(f"{tiny_server.url}/v1/{path}", json={"max_tokens": 1, **body}, timeout=60)
+        assert answer.status_code == 200, answer.text[:300]
+        return answer.json()["choices"][0]
+
+    fields = {"logprobs": -1, "prompt_logprobs": -1, "return_tokens_as_token_ids": True}
+    choice = post("completions", prompt="One two", **fields)
+    vocab_size = len(choice["logprobs"]["top_logprobs"][0])
+    assert vocab_size > 40_000
+    assert all(len(row) == vocab_size for row in choice["prompt_logprobs"][1:])
+    choice = post("chat/completions", messages=[{"role": "user", "content": "Hi"}], logprobs=True, top_logprobs=-1)
+    assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == vocab_size

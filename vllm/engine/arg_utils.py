@@ -170,7 +170,11 @@ class EngineArgs:
         add(
             "override_generation_config", "Sampling defaults that win over those, as a JSON object.", type=_json_numbers
         )
-        add("max_logprobs", "Most log-probabilities a request may ask for.", type=int)
+        add(
+            "max_logprobs",
+            "Most log-probabilities a token that a request may ask for; -1: all of the vocabulary, megabytes a token.",
+            type=int,
+        )
         add = adder("KV cache")
         add("block_size", "Tokens in a KV block.", type=int)
         add("num_gpu_blocks_override", "Blocks of the KV cache, on any device; overrides what was measured.", type=int)
@@ -306,13 +310,16 @@ class EngineArgs:
             chat_template=template,
             trust_request_chat_template=self.trust_request_chat_template,
             trust_remote_code=self.trust_remote_code,
-            max_logprobs=self.max_logprobs,
+            max_logprobs=self._max_logprobs(int(hf_config.vocab_size)),
             weights_digest=weights_digest(model_path, _quantization(self.quantization)),
             tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
             chat_template_digest=_template_digest(template or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
             generation_defaults=self._generation_defaults(model_path),
         )
+
+    def _max_logprobs(self, vocab_size: int) -> int:
+        return vocab_size if self.max_logprobs < 0 else min(self.max_logprobs, vocab_size)
 
     def _generation_defaults(self, model_path: str) -> dict[str, float]:
         source = model_path if self.generation_config == "auto" else self.generation_config
@@ -350,7 +357,7 @@ class EngineArgs:
             raise StartupError(f"--dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}.")
         limits: dict[str, tuple[float, float]] = {
             "max_model_len": (2, 2**31 - 1),
-            "max_logprobs": (0, 1000),
+            "max_logprobs": (-1, 2**31 - 1),
             "num_gpu_blocks_override": (1, 2**31 - 1),
             "kv_cache_memory_bytes": (1, 2**60),
             "max_num_seqs": (1, _MAX_SEQS),

@@ -135,6 +135,7 @@ class InputProcessor:
                 f"one must be left for the output; the prompt has {len(token_ids)}.",
                 "prompt",
             )
+        params.resolve_logprobs(self.config.vocab_size)
         params.verify_for_model(self.config.vocab_size, self.config.max_logprobs)
         room = longest - len(token_ids)
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)

@@ -59,6 +59,8 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str, str]] = [
     ("allowed_token_ids is empty", {"allowed_token_ids": []}, "allowed_token_ids", "at least one"),
     ("top_logprobs without logprobs", {"top_logprobs": 2}, "top_logprobs", "logprobs"),
     ("too many logprobs", {"logprobs": True, "top_logprobs": 10**6}, "logprobs", "at most"),
+    ("logprobs of the whole vocabulary", {"logprobs": True, "top_logprobs": -1}, "logprobs", "at most 20"),
+    ("top_logprobs -2", {"logprobs": True, "top_logprobs": -2}, "top_logprobs", "at least -1"),
     ("min_tokens above max_tokens", {"min_tokens": 9, "max_tokens": 4}, "min_tokens", "exceed"),
     ("prompt_logprobs in a stream", {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
     ("stream_options without stream", {"stream_options": {"include_usage": True}}, "stream_options", "stream"),
@@ -125,6 +127,7 @@ BAD_COMPLETIONS: list[tuple[str, dict[str, Any], str, str]] = [
     ("suffix", {"suffix": "the end"}, "suffix", "not supported"),
     ("max_tokens 0", {"max_tokens": 0}, "max_tokens", "at least 1"),
     ("too many logprobs", {"logprobs": 10**6}, "logprobs", "at most"),
+    ("logprobs of the whole vocabulary", {"logprobs": -1}, "logprobs", "at most 20"),
 ]
 
 # Bodies that never become a request, and words the message must have.

@@ -44,6 +44,7 @@ def generate(
         VLLMValidationError: a value is not allowed with beam search.
     """
     n = num_choices(request)
+    params.resolve_logprobs(engine.vllm_config.model.vocab_size)
     asked: SamplingParams | BeamSearchParams = params
     if request.use_beam_search:
         asked = beam_params = _beam_params(engine, request, params)

@@ -102,13 +102,15 @@ def chat_max_tokens(request: ChatCompletionRequest, defaults: Mapping[str, Any])
     return int(defaults["max_tokens"]) if "max_tokens" in defaults else None
 
 
-def chat_logprobs(request: ChatCompletionRequest) -> int | None:
-    """Number of most likely tokens to report; None for no log-probabilities."""
+def chat_logprobs(request: ChatCompletionRequest, vocab_size: int) -> int | None:
+    """Number of most likely tokens to report; None for no log-probabilities. -1 asks for the whole vocabulary."""
     if request.top_logprobs is not None:
-        check_int("top_logprobs", request.top_logprobs, 0, 2**31 - 1)
+        check_int("top_logprobs", request.top_logprobs, -1, 2**31 - 1)
         if request.top_logprobs and not request.logprobs:
             raise VLLMValidationError("top_logprobs needs logprobs to be true.", "top_logprobs")
-    return (request.top_logprobs or 0) if request.logprobs else None
+    if not request.logprobs:
+        return None
+    return vocab_size if request.top_logprobs == -1 else request.top_logprobs or 0
 
 
 def check_generation(request: GenerationRequest) -> None:
@@ -183,4 +185,4 @@ def check_completion(request: CompletionRequest) -> None:
     if request.prompt_embeds is not None:
         raise VLLMValidationError("prompt_embeds is not supported; send prompt.", "prompt_embeds")
     if request.logprobs is not None:
-        check_int("logprobs", request.logprobs, 0, 2**31 - 1)
+        check_int("logprobs", request.logprobs, -1, 2**31 - 1)

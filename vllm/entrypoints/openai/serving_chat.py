@@ -128,7 +128,7 @@ class ServingChat:
         if self._always_usage:
             include_usage(request)
         max_tokens = chat_max_tokens(request, self._defaults)
-        top_logprobs = chat_logprobs(request)
+        top_logprobs = chat_logprobs(request, self._engine.vllm_config.model.vocab_size)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
         answer_format = self._answers.format(request)
         if answer_format.needs_special_tokens:
