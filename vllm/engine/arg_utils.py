@@ -452,9 +452,8 @@ def _read_template(template: str | None, tokenizer: Tokenizer) -> str | None:
         hello = [{"role": "user", "content": "Hello"}]
         tokenizer.hf.apply_chat_template(hello, chat_template=template, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
-        raise StartupError(
-            f"--chat-template: {error.message.rstrip('.')} (line {error.lineno} of the template)."
-        ) from None
+        reason = str(error.message).rstrip(".")
+        raise StartupError(f"--chat-template: {reason} (line {error.lineno} of the template).") from None
     except Exception:  # a template is a program that may refuse a chat as it likes
         logger.debug("The chat template refuses a chat of one user message.", exc_info=True)
     return template
