@@ -216,13 +216,14 @@ class InputProcessor:
     def _are_tokens(self, array: TokenIds, token_ids: list[int]) -> bool:
         """Whether the array that was made of `token_ids` holds tokens of the model, and none of them was a bool."""
         # With the numbers from 2 on moved to 0, what bools would be is at the far end, beyond the vocabulary.
-        moved = np.asarray(array) - np.uint32(2)
+        values = np.asarray(array)
+        moved = values - np.uint32(2)
         if not len(moved) or moved.max() < self.config.vocab_size - 2:
             return True
         low = np.flatnonzero(moved >= 2**32 - 2).tolist()
         if any(isinstance(token_ids[i], bool) for i in low):
             return False
-        return max(array) < self.config.vocab_size
+        return bool(values.max() < self.config.vocab_size)
 
     def truncate(self, token_ids: Ids, params: SamplingParams) -> Ids:
         """The last tokens of a prompt, as many as `truncate_prompt_tokens` says; -1 for all that leave room for
