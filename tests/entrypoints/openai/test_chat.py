@@ -173,6 +173,15 @@ def test_prompt_logprobs_have_an_entry_for_each_prompt_token(client):
     assert all(entry for entry in answer["prompt_logprobs"][1:])
 
 
+def test_a_stream_that_asks_for_no_prompt_logprobs_by_number_reads_its_pinned_prompt(client):
+    messages = [{"role": "system", "content": "You count sheep, one by one. " * 10}, USER]
+    plain = chat(client, messages=messages)
+    chunks = stream(client, messages=messages, prompt_logprobs=0, stream_options={"include_usage": True})
+    assert chunks[-1]["usage"]["prompt_tokens_details"]["cached_tokens"] > 50
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-1])
+    assert text == plain["choices"][0]["message"]["content"]
+
+
 def test_text_parts_are_read_as_text(client):
     parts = [{"type": "text", "text": "Name a colour."}]
     assert (
@@ -189,6 +198,17 @@ def test_the_last_message_can_be_continued_and_echoed(client):
     messages = [USER, {"role": "assistant", "content": "A colour is"}]
     answer = chat(client, messages=messages, continue_final_message=True, add_generation_prompt=False, echo=True)
     assert answer["choices"][0]["message"]["content"].startswith("A colour is")
+    assert answer["prompt_logprobs"] is None
+    parts = [{"type": "text", "text": "A colour"}, {"type": "text", "text": "is"}]
+    messages = [USER, {"role": "assistant", "content": parts}]
+    going_on = {"messages": messages, "continue_final_message": True, "add_generation_prompt": False, "echo": True}
+    answer = chat(client, **going_on, logprobs=True, top_logprobs=2)
+    text = answer["choices"][0]["message"]["content"]
+    assert text.startswith("A colour\nis")
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert all(len(row) in (2, 3) for row in answer["prompt_logprobs"][1:])
+    chunks = stream(client, **going_on, logprobs=True, top_logprobs=2)
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == text
 
 
 def test_tools_are_shown_to_the_model_when_tool_choice_is_none(client):

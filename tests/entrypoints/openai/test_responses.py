@@ -157,6 +157,39 @@ def test_a_conversation_goes_on_from_a_response(client):
     assert third["previous_response_id"] == second["id"]
 
 
+def test_a_message_that_is_only_begun_is_gone_on_with(client):
+    asked = {"role": "user", "content": "Name a colour."}
+    begun: dict[str, Any] = {"type": "message", "role": "assistant", "status": "in_progress", "content": "A colour is"}
+    chat = {"messages": [asked, {"role": "assistant", "content": "A colour is"}], "temperature": 0, "max_tokens": 6}
+    goes_on = {"continue_final_message": True, "add_generation_prompt": False}
+    want = client.post("/v1/chat/completions", json=chat | goes_on).json()
+    parts = begun | {"status": "incomplete", "content": [{"type": "output_text", "text": "A colour is"}]}
+    for item in (begun, parts):
+        for response in (create(client, input=[asked, item]), stream(client, input=[asked, item])[-1]["response"]):
+            assert text_of(response) == want["choices"][0]["message"]["content"]
+            assert response["usage"]["input_tokens"] == want["usage"]["prompt_tokens"]
+        # What comes next reads the two as one message.
+        more = {"role": "user", "content": "And an animal?"}
+        told = begun | {"status": "completed", "content": "A colour is" + text_of(response)}
+        next_one = create(client, input=[more], previous_response_id=response["id"])
+        at_once = create(client, input=[asked, told, more])
+        assert next_one["usage"]["input_tokens"] == at_once["usage"]["input_tokens"]
+        assert text_of(next_one) == text_of(at_once)
+        given = client.get(f"/v1/responses/{response['id']}/input_items").json()["data"][0]
+        assert given["status"] == item["status"]
+    # Only the assistant's own last message, and only if it says so.
+    for last in (begun | {"status": "completed"}, asked | {"status": "incomplete"}):
+        assert create(client, input=[asked, last])["usage"]["input_tokens"] != want["usage"]["prompt_tokens"]
+
+
+def test_a_response_that_was_cut_off_can_be_sent_back_to_be_finished(client):
+    whole = create(client, max_output_tokens=6, ignore_eos=True)
+    first = create(client, max_output_tokens=3, ignore_eos=True)
+    items = [{"role": "user", "content": "Name a colour."}, *first["output"]]
+    second = create(client, input=items, max_output_tokens=3, ignore_eos=True)
+    assert text_of(first) + text_of(second) == text_of(whole)
+
+
 def test_a_streamed_response_can_be_gone_on_with_as_soon_as_it_is_told(client):
     end = stream(client)[-1]
     assert create(client, previous_response_id=end["response"]["id"])["status"] in ("completed", "incomplete")
@@ -266,6 +299,7 @@ def test_invocations_find_the_api_by_the_fields(client):
         ({"tool_choice": "maybe"}, "tool_choice"),
         ({"tool_choice": {"type": "hosted"}}, "tool_choice"),
         ({"text": {"format": 5}}, "text"),
+        ({"text": {"format": {"type": "json_object"}}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ({"metadata": {"a": 5}}, "metadata"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"truncation": "sometimes"}, "truncation"),

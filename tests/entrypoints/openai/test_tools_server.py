@@ -226,6 +226,16 @@ def test_the_form_begins_after_the_reasoning(sdk: openai.OpenAI, url: str) -> No
     assert hidden == answer | {"reasoning": ""}
 
 
+@pytest.mark.parametrize(
+    ("effort", "kwargs", "thinks"),
+    [("none", {}, False), ("low", {}, True), ("high", {"enable_thinking": False}, False)],
+)
+def test_an_effort_of_none_turns_reasoning_off_where_nothing_else_is_said(url, effort, kwargs, thinks):
+    body = {"messages": MESSAGES, "max_tokens": 4, "reasoning_effort": effort, "chat_template_kwargs": kwargs}
+    message = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]
+    assert (bool(message.get("reasoning")), bool(message["content"])) == (thinks, not thinks)
+
+
 def test_costly_forms_hold_up_nobody(sdk: openai.OpenAI) -> None:
     """Answers come while many costly forms are refused, each with a 400."""
 

@@ -133,11 +133,13 @@ class PromptReader:
         Raises:
             VLLMValidationError: they are too many or too large.
         """
-        kwargs = self._default_kwargs | check_template_kwargs(options.chat_template_kwargs)
+        own = check_template_kwargs(options.chat_template_kwargs)
+        kwargs = self._default_kwargs | own
         if options.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", options.reasoning_effort)
-        if options.reasoning_effort == "none":
-            kwargs.setdefault("enable_thinking", False)
+            kwargs["reasoning_effort"] = options.reasoning_effort
+            # Some templates think only when they are told to. One that knows no such variable does not read it.
+            if "enable_thinking" not in own:
+                kwargs["enable_thinking"] = options.reasoning_effort != "none"
         if options.documents is not None:
             kwargs["documents"] = options.documents
         return kwargs

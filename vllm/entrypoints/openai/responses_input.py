@@ -16,6 +16,7 @@ MAX_METADATA_ENTRIES = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 _ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+_OPEN_STATUSES = ("in_progress", "incomplete")
 _ROLES = ("user", "assistant", "system", "developer")
 _LOGPROBS = "message.output_text.logprobs"
 _SAME_NAME = (
@@ -71,7 +72,7 @@ def chat_request(request: ResponsesRequest, messages: list[dict[str, Any]]) -> C
         "messages": messages,
         "tools": _tools(request.tools),
         "tool_choice": _tool_choice(request.tool_choice),
-        "response_format": _response_format(request.text),
+        "response_format": _response_format(request),
     }
     if request.max_output_tokens is not None:
         if request.max_output_tokens < 1:
@@ -82,11 +83,35 @@ def chat_request(request: ResponsesRequest, messages: list[dict[str, Any]]) -> C
     effort = (request.reasoning or {}).get("effort")
     if effort is not None:
         fields["reasoning_effort"] = effort
+    if continues(request.input):
+        fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if wants_logprobs(request):
         fields |= {"logprobs": True, "top_logprobs": request.top_logprobs}
     if request.stream or request.background:
         fields |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     return parse_model(ChatCompletionRequest, fields)
+
+
+def continues(given: str | list[Any] | None) -> bool:
+    """Whether the answer goes on with the last of a request's items: the assistant's, said to be only begun."""
+    last = given[-1] if isinstance(given, list) and given else None
+    if not isinstance(last, dict) or last.get("role") != "assistant" or last.get("type", "message") != "message":
+        return False
+    return last.get("status") in _OPEN_STATUSES
+
+
+def with_more(message: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+    """One message of the assistant's that says what `message`, of which it was only the beginning, and `answer` say."""
+    content, more = message["content"], answer["content"]
+    if isinstance(content, str):
+        return message | answer | {"content": content + more}
+    *before, last = content or [""]
+    if isinstance(last, str):
+        last += more
+    else:
+        key = "refusal" if last["type"] == "refusal" else "text"
+        last = last | {key: last[key] + more}
+    return message | answer | {"content": [*before, last]}
 
 
 def wants_logprobs(request: ResponsesRequest) -> bool:
@@ -178,7 +203,8 @@ def _shown(item: dict[str, Any]) -> dict[str, Any]:
     kind = item.get("type", "message")
     given_id = item.get("id")
     shown = item | {"id": given_id if isinstance(given_id, str) else f"{_ID_PREFIXES[kind]}_{random_id()}"}
-    shown |= {"type": kind, "status": "completed"}
+    given_status = item.get("status")
+    shown |= {"type": kind, "status": given_status if given_status in _OPEN_STATUSES else "completed"}
     if kind == "message":
         part = {"type": "output_text", "annotations": []} if item["role"] == "assistant" else {"type": "input_text"}
         content = item["content"]
@@ -263,12 +289,17 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | 
     return choice
 
 
-def _response_format(text: dict[str, Any] | None) -> dict[str, Any] | None:
-    wanted = (text or {}).get("format")
+def _response_format(request: ResponsesRequest) -> dict[str, Any] | None:
+    wanted = (request.text or {}).get("format")
     if wanted is None:
         return None
     if not isinstance(wanted, dict):
         raise VLLMValidationError(f"text.format must be an object, got {snippet(wanted)}.", "text")
+    if request.structured_outputs is not None and wanted.get("type") != "text":
+        raise VLLMValidationError(
+            "text.format and structured_outputs cannot both be set: the output can have one form only.",
+            "structured_outputs",
+        )
     if wanted.get("type") == "json_schema":
         names = ("name", "description", "schema", "strict")
         schema = {name: wanted[name] for name in names if wanted.get(name) is not None}

@@ -65,7 +65,8 @@ def sampling_params(
         logit_bias=_logit_bias(request.logit_bias),
         max_tokens=max_tokens,
         logprobs=logprobs,
-        prompt_logprobs=request.prompt_logprobs,
+        # A stream shows none, and a request with any has its whole prompt computed.
+        prompt_logprobs=None if request.stream else request.prompt_logprobs,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         structured_outputs=output_form(request),
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
@@ -121,7 +122,7 @@ def check_generation(request: GenerationRequest) -> None:
     """
     if request.stream_options is not None and not request.stream:
         raise VLLMValidationError("stream_options may only be set when stream is true.", "stream_options")
-    if request.stream and request.prompt_logprobs is not None:
+    if request.stream and request.prompt_logprobs:  # 0 is what some clients always send; vLLM takes it too
         raise VLLMValidationError("prompt_logprobs are not available when stream is true.", "prompt_logprobs")
     if request.use_beam_search:
         _check_beam_search(request)

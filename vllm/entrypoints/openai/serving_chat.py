@@ -18,6 +18,7 @@ from vllm.entrypoints.openai.answers import (
     whole_calls_json,
 )
 from vllm.entrypoints.openai.cache_marks import cache_marks
+from vllm.entrypoints.openai.chat_messages import check_messages
 from vllm.entrypoints.openai.generation import generate
 from vllm.entrypoints.openai.logprobs import chat_logprobs_json
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
@@ -130,6 +131,8 @@ class ServingChat:
         max_tokens = chat_max_tokens(request, self._defaults)
         top_logprobs = chat_logprobs(request, self._engine.vllm_config.model.vocab_size)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
+        if request.echo and not request.stream and params.prompt_logprobs is None:
+            params.prompt_logprobs = top_logprobs
         answer_format = self._answers.format(request)
         if answer_format.needs_special_tokens:
             params.skip_special_tokens = False
@@ -391,5 +394,5 @@ def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last_text(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else ""
+    content = check_messages([message])[0]["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -13,7 +13,14 @@ from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
 from vllm.entrypoints.openai.errors import ApiError, describe
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, random_id
-from vllm.entrypoints.openai.responses_input import chat_request, input_items, input_messages, wants_logprobs
+from vllm.entrypoints.openai.responses_input import (
+    chat_request,
+    continues,
+    input_items,
+    input_messages,
+    wants_logprobs,
+    with_more,
+)
 from vllm.entrypoints.openai.responses_protocol import InputTokensRequest, PageRequest, ResponsesRequest
 from vllm.entrypoints.openai.responses_store import BackgroundRun, ResponseStore, StoredResponse
 from vllm.entrypoints.openai.serving_chat import ServingChat
@@ -37,9 +44,10 @@ class _Answer:
         stored: The response and its conversation.
     """
 
-    def __init__(self, stored: StoredResponse, with_logprobs: bool) -> None:
+    def __init__(self, stored: StoredResponse, request: ResponsesRequest) -> None:
         self.stored = stored
-        self._with_logprobs = with_logprobs
+        self._with_logprobs = wants_logprobs(request)
+        self._continues = continues(request.input)
         self._reader = BlockReader()
         self._sequence_number = 0
         self._item_ids: list[str] = []
@@ -72,7 +80,7 @@ class _Answer:
             if self.response["output"]:
                 self.response["output"][-1]["status"] = "incomplete"
         self.response["completed_at"] = now()
-        self.stored.messages.append(self._message())
+        self._add_message()
         yield {"type": f"response.{self.response['status']}", "response": self.response}
 
     def fail(self, exc: Exception) -> dict[str, Any]:
@@ -91,8 +99,8 @@ class _Answer:
         self._sequence_number += 1
         return typed_sse(numbered)
 
-    def _message(self) -> dict[str, Any]:
-        """The answer as the chat message that a next request goes on from."""
+    def _add_message(self) -> None:
+        """Adds the answer to the conversation, as the chat message that a next request goes on from."""
         message: dict[str, Any] = {"role": "assistant", "content": self._text("text")}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
@@ -102,7 +110,10 @@ class _Answer:
                 {"id": block.call_id, "type": "function", "function": {"name": block.name, "arguments": block.text}}
                 for block in calls
             ]
-        return message
+        messages = self.stored.messages
+        if self._continues:
+            message = with_more(messages.pop(), message)
+        messages.append(message)
 
     def _text(self, kind: str) -> str:
         return "".join(block.text for block in self._reader.blocks if block.kind == kind)
@@ -181,7 +192,7 @@ class ServingResponses:
             VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
         """
         stored = self._start(request)
-        answer = _Answer(stored, wants_logprobs(request))
+        answer = _Answer(stored, request)
         chat = chat_request(request, stored.messages)
         engine_id = request_id or stored.id
         cut = request.truncation == "auto"
