@@ -107,6 +107,10 @@ def test_the_fingerprint_is_the_same_in_answers_and_at_the_end_of_streams(client
     assert {chunk["system_fingerprint"] for chunk in marked} == {mark}
 
 
+def test_empty_stream_options_ask_for_nothing(client):
+    assert chat(client, stream_options={})["choices"]
+
+
 def test_usage_comes_with_every_chunk_that_asks_for_it(client):
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = stream(client, messages=[USER], stream_options=options, ignore_eos=True)

@@ -119,6 +119,14 @@ def test_streamed_echo_with_logprobs_covers_the_prompt(client):
         assert streamed == pytest.approx(choice["logprobs"]["token_logprobs"], abs=1e-3)
 
 
+def test_streamed_offsets_are_those_of_the_tokens_while_text_waits_for_a_stop(client):
+    asked = {"prompt": "One, two, three,", "stop": ["never this"], "logprobs": 1, "max_tokens": 8, "ignore_eos": True}
+    chunks = stream(client, "/v1/completions", **asked, return_token_ids=True)
+    parts = [part for chunk in chunks if (part := chunk["choices"][0]["logprobs"])]
+    whole = complete(client, **asked)["choices"][0]["logprobs"]
+    assert [offset for part in parts for offset in part["text_offset"]] == whole["text_offset"]
+
+
 def test_prompt_logprobs_are_right_over_cached_positions(client):
     prompt = "The lighthouse keeper writes down every ship that passes by. " * 8
 

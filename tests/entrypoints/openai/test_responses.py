@@ -316,6 +316,19 @@ def test_wrong_requests_are_400(client, fields, param, mode):
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"text": {"format": {"type": "xml"}}}, "text.format", "text.format must have type"),
+        ({"reasoning": {"effort": "zzz"}}, "reasoning.effort", "reasoning.effort must be 'none'"),
+        ({"top_logprobs": 100}, "top_logprobs", "top_logprobs may be at most 20 (--max-logprobs)"),
+    ],
+)
+def test_errors_name_the_fields_of_this_api(client, fields, param, words):
+    error = post(client, **fields).json()["error"]
+    assert (error["param"], error["message"][: len(words)]) == (param, words)
+
+
 def test_deep_nesting_is_refused(client):
     deep: Any = "x"
     for _ in range(400):

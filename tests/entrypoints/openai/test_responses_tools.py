@@ -96,3 +96,4 @@ def test_reasoning_is_an_item_of_its_own(sdk, asked):
     with sdk.responses.stream(**thinking) as events:
         text = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     assert text == item.content[0].text
+    assert sdk.responses.create(**thinking | {"extra_body": {"include_reasoning": False}}).output == []

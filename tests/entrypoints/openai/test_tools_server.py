@@ -224,6 +224,19 @@ def test_the_form_begins_after_the_reasoning(sdk: openai.OpenAI, url: str) -> No
     assert ask(sdk, stream=True, extra_body=extra, **fields) == answer
     hidden = ask(sdk, extra_body=extra | {"include_reasoning": False}, **fields)
     assert hidden == answer | {"reasoning": ""}
+    # Its tokens would tell it too.
+    body = {
+        "messages": MESSAGES,
+        "max_tokens": 3,
+        "include_reasoning": False,
+        "logprobs": True,
+        "return_token_ids": True,
+    }
+    choice = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
+    assert (choice["logprobs"], choice["token_ids"]) == (None, None)
+    lines = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": True}, timeout=60).text.splitlines()
+    choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    assert not any(choice["logprobs"] or "token_ids" in choice for choice in choices)
 
 
 @pytest.mark.parametrize(

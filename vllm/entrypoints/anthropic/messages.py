@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import orjson
 
 from vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from vllm.entrypoints.openai.json_body import parse_model, snippet
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, ReasoningEffort
 from vllm.exceptions import VLLMValidationError
 
 MAX_MESSAGES = 100_000
 MAX_STOP_SEQUENCES = 1024
 MAX_CACHE_BREAKPOINTS = 4
 _CACHE_TTLS = ("5m", "1h")
+_EFFORTS: tuple[str, ...] = get_args(ReasoningEffort)
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _SAME_NAME = (
     "model",
@@ -324,10 +325,24 @@ def _thinking(thinking: dict[str, Any] | None) -> dict[str, Any]:
     return {"enable_thinking": kind != "disabled"}
 
 
+def reasoning_effort(config: dict[str, Any] | None) -> str | None:
+    """The effort that `output_config` asks for; None if it asks for none.
+
+    Raises:
+        VLLMValidationError: It is none of those that chats know, two more than Anthropic's.
+    """
+    effort = (config or {}).get("effort")
+    if effort is not None and effort not in _EFFORTS:
+        raise VLLMValidationError(
+            f"output_config.effort must be one of {', '.join(_EFFORTS)}, got {snippet(effort)}.", "output_config"
+        )
+    return effort
+
+
 def _output_config(config: dict[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if config.get("effort") is not None:
-        fields["reasoning_effort"] = _string("output_config.effort", config["effort"])
+        fields["reasoning_effort"] = reasoning_effort(config)
     output_format = config.get("format")
     if output_format is not None:
         if not isinstance(output_format, dict) or output_format.get("type") != "json_schema":

@@ -9,16 +9,17 @@ from typing import Any
 
 import orjson
 
-from vllm.entrypoints.anthropic.messages import chat_request, read_conversation
+from vllm.entrypoints.anthropic.messages import chat_request, read_conversation, reasoning_effort
 from vllm.entrypoints.anthropic.protocol import CountTokensRequest, MessagesRequest
 from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
-from vllm.entrypoints.openai.errors import anthropic_error_body, describe
+from vllm.entrypoints.openai.errors import anthropic_error_body, describe, naming_fields
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
 from vllm.entrypoints.openai.protocol import random_id
 from vllm.entrypoints.openai.serving_chat import ServingChat
 from vllm.entrypoints.openai.serving_models import ServingModels
 from vllm.entrypoints.openai.streaming import EventStream, typed_sse
 
+_NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
 _DELTA_FIELDS = {"reasoning": "thinking", "text": "text", "tool_call": "partial_json"}
 _DELTA_TYPES = {"reasoning": "thinking_delta", "text": "text_delta", "tool_call": "input_json_delta"}
 
@@ -97,6 +98,10 @@ class ServingMessages:
         Raises:
             VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
         """
+        with naming_fields(_NAMES):
+            return await self._create(request, request_id)
+
+    async def _create(self, request: MessagesRequest, request_id: str | None) -> dict[str, Any] | MessageStream:
         chat = chat_request(request)
         message_id = f"msg_{request_id or random_id()}"
         call = _Call(message_id, self._models.resolve(request.model), silent=request.max_tokens == 0)
@@ -120,6 +125,7 @@ class ServingMessages:
             add_generation_prompt=not conversation.continues,
             continue_final_message=conversation.continues,
             chat_template_kwargs=conversation.template_kwargs,
+            reasoning_effort=reasoning_effort(request.output_config),
         )
         rendered = await self._prompts.chat(conversation.messages, options, must_fit=False)
         return {"input_tokens": len(rendered.prompt_token_ids)}

@@ -5,6 +5,9 @@ Paths of the Anthropic API answer in that API's shape: `{"type": "error", "error
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
@@ -105,6 +108,24 @@ def describe(exc: BaseException) -> ApiError:
         return ApiError(503 if exc.restarts else 500, str(exc))
     logger.error("A request failed.", exc_info=exc)
     return ApiError(500, "The server failed to answer this request; its log says why.")
+
+
+@contextmanager
+def naming_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Tells errors about fields of a chat, which a request of another API has become, by that API's names for them.
+
+    Args:
+        names: A chat's field → what the client called it.
+    """
+    try:
+        yield
+    except (ApiError, VLLMValidationError) as exc:
+        error = describe(exc)
+        name = names.get(error.param or "")
+        if name is None:
+            raise
+        message = re.sub(rf"(?<![\w-]){error.param}\b", name, error.message)
+        raise ApiError(error.status, message, name, error.headers) from None
 
 
 async def handle_exception(request: Request, exc: Exception) -> Response:

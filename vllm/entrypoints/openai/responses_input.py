@@ -40,6 +40,7 @@ _SAME_NAME = (
     "logit_bias",
     "skip_special_tokens",
     "chat_template_kwargs",
+    "include_reasoning",
     "structured_outputs",
     "cache_salt",
     "priority",

@@ -60,6 +60,7 @@ class ResponsesRequest(ApiModel):
     logit_bias: Any = None
     skip_special_tokens: Any = None
     chat_template_kwargs: Any = None
+    include_reasoning: Any = None
     structured_outputs: Any = None
     cache_salt: Any = None
     priority: Any = None

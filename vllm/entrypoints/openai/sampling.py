@@ -120,7 +120,7 @@ def check_generation(request: GenerationRequest) -> None:
     Raises:
         VLLMValidationError: naming the field.
     """
-    if request.stream_options is not None and not request.stream:
+    if request.stream_options is not None and request.stream_options.model_fields_set and not request.stream:
         raise VLLMValidationError("stream_options may only be set when stream is true.", "stream_options")
     if request.stream and request.prompt_logprobs:  # 0 is what some clients always send; vLLM takes it too
         raise VLLMValidationError("prompt_logprobs are not available when stream is true.", "prompt_logprobs")

@@ -67,6 +67,15 @@ class _Call:
     def shows_reasoning(self) -> bool:
         return self.request.include_reasoning is not False
 
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether the answer's tokens may be told one by one: they would tell of reasoning that is left out."""
+        return self.shows_reasoning or self.format.reasoning is None
+
+    @property
+    def returns_token_ids(self) -> bool:
+        return bool(self.request.return_token_ids) and self.shows_tokens
+
     def head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
@@ -220,7 +229,7 @@ class ServingChat:
         return len((await self._prompts.chat(request.messages, options, must_fit=False)).prompt_token_ids)
 
     def _logprobs(self, call: _Call, output: CompletionOutput) -> dict[str, Any] | None:
-        if call.top_logprobs is None or not output.token_ids:
+        if call.top_logprobs is None or not output.token_ids or not call.shows_tokens:
             return None
         return chat_logprobs_json(
             output.token_ids, output.logprobs, call.top_logprobs, self._engine.tokenizer, call.as_token_ids
@@ -272,7 +281,7 @@ class ServingChat:
             "logprobs": self._logprobs(call, output),
             "finish_reason": call.format.finish_reason(output.finish_reason, parser.num_calls if parser else 0),
             "stop_reason": output.stop_reason,
-            "token_ids": list(output.token_ids) if call.request.return_token_ids else None,
+            "token_ids": list(output.token_ids) if call.returns_token_ids else None,
         }
 
     async def chunks(
@@ -351,11 +360,11 @@ class ServingChat:
         else:
             delta = _answer_json(parser.feed(output.text, finished), call.shows_reasoning)
             is_empty = not delta
-        if is_empty and logprobs is None and not finished and not call.request.return_token_ids:
+        if is_empty and logprobs is None and not finished and not call.returns_token_ids:
             return None
         choice = _delta(output.index, delta)
         choice["logprobs"] = logprobs
-        if call.request.return_token_ids:
+        if call.returns_token_ids:
             choice["token_ids"] = list(output.token_ids)
         if finished:
             num_calls = parser.num_calls if parser is not None else 0

@@ -210,7 +210,7 @@ class ServingCompletion:
         head = call.head()
         prompts: dict[int, RequestOutput] = {}
         generated = [0] * (len(call.streams) * call.n)
-        told = [0] * len(generated)
+        offsets = [0] * len(generated)
         async with aclosing(merge(call.streams)) as items:
             async for prompt_index, item in items:
                 choices = []
@@ -218,13 +218,13 @@ class ServingCompletion:
                     prompts[prompt_index] = item
                     if call.request.echo or call.request.return_token_ids:
                         choices += [self._first_choice(call, prompt_index * call.n + i, item) for i in range(call.n)]
-                        told[prompt_index * call.n : (prompt_index + 1) * call.n] = [len(choices[0]["text"])] * call.n
+                        offsets[prompt_index * call.n : (prompt_index + 1) * call.n] = [_end(choices[0], 0)] * call.n
                 for output in item.outputs:
                     index = prompt_index * call.n + output.index
                     generated[index] += len(output.token_ids)
-                    choice = self._delta_choice(call, index, output, told[index])
-                    told[index] += len(output.text)
+                    choice = self._delta_choice(call, index, output, offsets[index])
                     if choice is not None:
+                        offsets[index] = _end(choice, offsets[index])
                         choices.append(choice)
                 for choice in choices:
                     chunk = head | {"choices": [choice]}
@@ -268,6 +268,12 @@ class ServingCompletion:
         if request.return_token_ids:
             choice["token_ids"] = list(output.token_ids)
         return choice
+
+
+def _end(choice: dict[str, Any], offset: int) -> int:
+    """Where in the text the tokens end that a choice tells of; the text itself may wait, for it may become a stop."""
+    logprobs = choice["logprobs"]
+    return logprobs["text_offset"][-1] + len(logprobs["tokens"][-1]) if logprobs and logprobs["tokens"] else offset
 
 
 def _usage(prompts: Collection[RequestOutput], completion_tokens: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.tenant import current_tenant
 from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
-from vllm.entrypoints.openai.errors import ApiError, describe
+from vllm.entrypoints.openai.errors import ApiError, describe, naming_fields
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, random_id
 from vllm.entrypoints.openai.responses_input import (
@@ -29,6 +29,12 @@ from vllm.entrypoints.openai.streaming import EventStream, typed_sse
 from vllm.exceptions import VLLMValidationError
 
 MAX_BACKGROUND = 1024
+_NAMES = {
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "max_completion_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+}
 _ID_PREFIXES = {"reasoning": "rs", "text": "msg", "tool_call": "fc"}
 _DELTA_EVENTS = {
     "reasoning": "response.reasoning_text",
@@ -191,6 +197,10 @@ class ServingResponses:
         Raises:
             VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
         """
+        with naming_fields(_NAMES):
+            return await self._create(request, request_id)
+
+    async def _create(self, request: ResponsesRequest, request_id: str | None) -> dict[str, Any] | EventStream:
         stored = self._start(request)
         answer = _Answer(stored, request)
         chat = chat_request(request, stored.messages)
@@ -240,7 +250,8 @@ class ServingResponses:
         Raises:
             VLLMValidationError, ApiError: A field is wrong.
         """
-        count = await self._chat.count_tokens(self.chat_request(request))
+        with naming_fields(_NAMES):
+            count = await self._chat.count_tokens(self.chat_request(request))
         return {"object": "response.input_tokens", "input_tokens": count}
 
     def chat_request(self, request: InputTokensRequest) -> ChatCompletionRequest:
