@@ -195,7 +195,14 @@ def test_explanations(admin):
     assert admin.patch("/v1/system_prompts", json={"budget_tokens": 3200}).json() == {"budget_tokens": 3200}
 
     assert explain(admin, prompt="Hello")["outcome"] is None
-    assert explain(admin, messages=[user], prompt_logprobs=1)["outcome"] is None
+    assert explain(admin, messages=[user])["outcome"] is None
+    chat = {"messages": [{"role": "system", "content": PORTER}, user]}
+    for fields in ({"prompt_logprobs": 0}, {"echo": True, "logprobs": True}):
+        assert explain(admin, **chat, **fields)["outcome"] == "prompt_logprobs"
+        assert explain(admin, **chat, **fields, stream=True)["outcome"] == "hit"
+    ids = admin.post("/tokenize", json=chat).json()["tokens"]
+    for fields, outcome in (({}, "hit"), ({"logprobs": 0}, "hit"), ({"logprobs": 0, "echo": True}, None)):
+        assert explain(admin, prompt=ids, **fields, stream=True)["outcome"] == outcome
     for wrong in ({}, {"messages": [user], "prompt": "x"}, {"prompt": 5}):
         assert admin.post("/v1/system_prompts?explain=1", json=wrong).status_code == 400
     after = admin.get("/v1/system_prompts").json()["pool"]

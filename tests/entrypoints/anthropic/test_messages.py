@@ -205,7 +205,11 @@ def test_tool_turns_are_read(client):
         ({"tool_choice": {"type": "maybe"}}, "tool_choice"),
         ({"thinking": {}}, "thinking"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format must have a schema"),
+        (
+            {"output_config": {"format": {"type": "json_schema", "schema": {"type": "objekt"}}}},
+            "output_config.format is not valid",
+        ),
         ({"output_config": {"effort": "zzz"}}, "output_config.effort"),
         ({"stop_sequences": ["x"] * 300}, "stop_sequences"),
         ({"system": [{"type": "text", "text": "a", "cache_control": {"type": "eternal"}}]}, "system[0].cache_control"),

@@ -320,6 +320,11 @@ def test_wrong_requests_are_400(client, fields, param, mode):
     ("fields", "param", "words"),
     [
         ({"text": {"format": {"type": "xml"}}}, "text.format", "text.format must have type"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a"}}},
+            "text.format",
+            'text.format of type "json_schema" must',
+        ),
         ({"reasoning": {"effort": "zzz"}}, "reasoning.effort", "reasoning.effort must be 'none'"),
         ({"top_logprobs": 100}, "top_logprobs", "top_logprobs may be at most 20 (--max-logprobs)"),
     ],

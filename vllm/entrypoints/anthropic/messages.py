@@ -349,7 +349,11 @@ def _output_config(config: dict[str, Any]) -> dict[str, Any]:
             raise VLLMValidationError(
                 f"output_config.format must have type 'json_schema', got {snippet(output_format)}.", "output_config"
             )
-        schema = {"name": "output", "schema": output_format.get("schema")}
+        if not isinstance(output_format.get("schema"), dict):
+            raise VLLMValidationError(
+                f"output_config.format must have a schema, an object, got {snippet(output_format)}.", "output_config"
+            )
+        schema = {"name": "output", "schema": output_format["schema"]}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 

@@ -193,7 +193,6 @@ class ExplainRequest(ApiModel):
     truncation: str | None = None
     truncate_prompt_tokens: int | None = None
     prompt: str | _List[int] | None = None
-    prompt_logprobs: int | None = None
     cache_salt: str | None = None
 
 

@@ -302,6 +302,11 @@ def _response_format(request: ResponsesRequest) -> dict[str, Any] | None:
             "structured_outputs",
         )
     if wanted.get("type") == "json_schema":
+        if not isinstance(wanted.get("schema"), dict):
+            raise VLLMValidationError(
+                f'text.format of type "json_schema" must have a schema, an object, got {snippet(wanted)}.',
+                "text.format",
+            )
         names = ("name", "description", "schema", "strict")
         schema = {name: wanted[name] for name in names if wanted.get(name) is not None}
         return {"type": "json_schema", "json_schema": schema}

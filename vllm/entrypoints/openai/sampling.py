@@ -56,6 +56,7 @@ def sampling_params(
         value = getattr(request, name)
         if value is not None:
             values[name] = value
+    of_prompt = prompt_logprobs(request, logprobs)
     if request.best_of is not None:
         values["n"] = request.best_of
         if request.best_of > num_choices(request) and logprobs is None:
@@ -65,12 +66,21 @@ def sampling_params(
         logit_bias=_logit_bias(request.logit_bias),
         max_tokens=max_tokens,
         logprobs=logprobs,
-        # A stream shows none, and a request with any has its whole prompt computed.
-        prompt_logprobs=None if request.stream else request.prompt_logprobs,
+        prompt_logprobs=of_prompt,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
         structured_outputs=output_form(request),
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )
+
+
+def prompt_logprobs(request: GenerationRequest, logprobs: int | None) -> int | None:
+    """Most likely tokens to report at each position of the prompt; None where none are shown, since a request with any
+    has its whole prompt computed. An echoed prompt has as many as the answer, which `logprobs` says."""
+    asked = request.prompt_logprobs
+    if asked is None and request.echo:
+        asked = logprobs
+    in_text = isinstance(request, CompletionRequest) and request.echo and logprobs is not None
+    return asked if in_text or not request.stream else None
 
 
 def num_choices(request: GenerationRequest) -> int:

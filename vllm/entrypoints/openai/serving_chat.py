@@ -140,8 +140,6 @@ class ServingChat:
         max_tokens = chat_max_tokens(request, self._defaults)
         top_logprobs = chat_logprobs(request, self._engine.vllm_config.model.vocab_size)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
-        if request.echo and not request.stream and params.prompt_logprobs is None:
-            params.prompt_logprobs = top_logprobs
         answer_format = self._answers.format(request)
         if answer_format.needs_special_tokens:
             params.skip_special_tokens = False

@@ -104,8 +104,6 @@ class ServingCompletion:
         else:
             max_tokens = request.max_tokens
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=request.logprobs)
-        if request.echo and request.logprobs is not None and params.prompt_logprobs is None:
-            params.prompt_logprobs = request.logprobs
         prompts = split_prompts(request.prompt, params.n)
         token_ids = [await self._token_ids(request, prompt) for prompt in prompts]
         public_id = f"cmpl-{request_id or request.request_id or random_id()}"
@@ -198,7 +196,7 @@ class ServingCompletion:
             "finish_reason": generated.finish_reason,
             "stop_reason": generated.stop_reason,
             "token_ids": list(generated.token_ids) if request.return_token_ids else None,
-            "prompt_logprobs": None if request.prompt_logprobs is None else prompt_logprobs_json(item.prompt_logprobs),
+            "prompt_logprobs": prompt_logprobs_json(item.prompt_logprobs),
             "prompt_token_ids": item.prompt_token_ids if request.return_token_ids else None,
         }
 

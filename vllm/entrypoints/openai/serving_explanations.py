@@ -10,8 +10,9 @@ from vllm.entrypoints.anthropic.protocol import MessagesRequest
 from vllm.entrypoints.openai.cache_marks import cache_marks
 from vllm.entrypoints.openai.json_body import parse_model
 from vllm.entrypoints.openai.prompts import PromptReader
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest, ExplainRequest
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, ExplainRequest
 from vllm.entrypoints.openai.responses_protocol import InputTokensRequest
+from vllm.entrypoints.openai.sampling import prompt_logprobs
 from vllm.entrypoints.openai.serving_chat import ServingChat
 from vllm.entrypoints.openai.serving_responses import ServingResponses
 from vllm.exceptions import VLLMValidationError
@@ -62,8 +63,10 @@ class ServingExplanations:
             token_ids = await self._prompts.text(request.prompt, "prompt", add_special_tokens=special)
         else:
             token_ids = request.prompt or []
+        asked = chat or parse_model(CompletionRequest, request.model_dump(exclude_unset=True))
+        logprobs = None if asked.logprobs is None or asked.logprobs is False else 0
         params = SamplingParams(
-            prompt_logprobs=request.prompt_logprobs, truncate_prompt_tokens=request.truncate_prompt_tokens
+            prompt_logprobs=prompt_logprobs(asked, logprobs), truncate_prompt_tokens=request.truncate_prompt_tokens
         )
         found = await self._engine.explain_request(
             token_ids, params, num_system_tokens=system, cache_salt=request.cache_salt, marks=marks
