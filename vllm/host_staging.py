@@ -33,30 +33,40 @@ class HostStaging:
         self._turn = 0
         self._used = 0
 
-    def stage(self, values: np.ndarray) -> torch.Tensor:
-        """The array in page-locked memory, to be copied from on the current stream before anything else is staged."""
-        if values.nbytes > self._num_bytes:
-            return torch.from_numpy(values).pin_memory()
-        if self._used + values.nbytes > self._num_bytes:
+    def reserve(self, size: int, dtype: np.dtype) -> tuple[np.ndarray, torch.Tensor]:
+        """Page-locked memory for so many numbers, to numpy and to torch: to be written, and copied from on the current
+        stream, before any other is reserved. What it holds is undefined; it begins at a multiple of 64 bytes."""
+        num_bytes = size * dtype.itemsize
+        if num_bytes > self._num_bytes:
+            tensor = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+            return _as_numbers(tensor, dtype)
+        if self._used + num_bytes > self._num_bytes:
             self._copied[self._turn].record()
             self._turn ^= 1
             self._used = 0
             self._copied[self._turn].synchronize()
-        array, tensor = self._views[self._turn].get(values.dtype) or self._view(values.dtype)
-        first = self._used // values.itemsize
-        end = first + values.size
-        self._used += -(-values.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if values.ndim == 1:
-            array[first:end] = values
-            return tensor[first:end]
-        array[first:end].reshape(values.shape)[...] = values
-        return tensor[first:end].view(values.shape)
+        views = self._views[self._turn]
+        if dtype not in views:
+            views[dtype] = _as_numbers(self._halves[self._turn], dtype)
+        array, tensor = views[dtype]
+        first = self._used // dtype.itemsize
+        end = first + size
+        self._used += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return array[first:end], tensor[first:end]
 
-    def _view(self, dtype: np.dtype) -> tuple[np.ndarray, torch.Tensor]:
-        half = self._halves[self._turn]
-        found = half.numpy().view(dtype), half.view(torch.from_numpy(np.empty(0, dtype)).dtype)
-        self._views[self._turn][dtype] = found
-        return found
+    def stage(self, values: np.ndarray) -> torch.Tensor:
+        """The array in page-locked memory, to be copied from as `reserve` says."""
+        array, tensor = self.reserve(values.size, values.dtype)
+        if values.ndim == 1:
+            array[:] = values
+            return tensor
+        array.reshape(values.shape)[...] = values
+        return tensor.view(values.shape)
+
+
+def _as_numbers(memory: torch.Tensor, dtype: np.dtype) -> tuple[np.ndarray, torch.Tensor]:
+    """The same bytes as numbers, to numpy and to torch."""
+    return memory.numpy().view(dtype), memory.view(torch.from_numpy(np.empty(0, dtype)).dtype)
 
 
 class _OfThread(threading.local):
@@ -72,6 +82,14 @@ def _staging() -> HostStaging:
     if _own.staging is None:
         _own.staging = HostStaging()
     return _own.staging
+
+
+def reserve(size: int, dtype: type[np.generic], device: torch.device) -> tuple[np.ndarray, torch.Tensor]:
+    """Memory that copies to a device do not wait for; see `HostStaging.reserve`."""
+    if device.type == "cuda":
+        return _staging().reserve(size, np.dtype(dtype))
+    array = np.empty(size, dtype)
+    return array, torch.from_numpy(array)
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

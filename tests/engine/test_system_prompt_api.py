@@ -166,6 +166,14 @@ def test_what_is_no_token_is_named(llm: LLM, before: list[int], wrong: object) -
         llm.generate({"prompt_token_ids": prompt}, greedy(1), use_tqdm=False)  # type: ignore[typeddict-item]
 
 
+def test_what_is_no_token_is_named_behind_a_known_system_prompt(make_tiny: MakeEngine) -> None:
+    engine, head = make_tiny(), [5] * 40
+    first, second = (run(engine, [Request([*head, 9], len(head))], greedy(2))[0] for _ in range(2))
+    assert tokens([first]) == tokens([second]) and second.prompt_token_ids == [*head, 9]
+    with pytest.raises(VLLMValidationError, match="The prompt holds -1; token ids of this"):
+        run(engine, [Request([*head, -1], len(head))], greedy(2))
+
+
 def test_every_token_of_the_vocabulary_may_be_in_a_prompt(llm: LLM) -> None:
     last = llm.llm_engine.vllm_config.model.vocab_size - 1
     prompt = [0, 1, 2, last, 0]

@@ -83,6 +83,11 @@ def decodes(context_lens: np.ndarray) -> np.ndarray:
     return np.stack((index, np.ones_like(index), context_lens, index), axis=1)
 
 
+def inputs(size: int) -> np.ndarray:
+    """Numbers that a step of this size carries for its tokens."""
+    return np.arange(3 * size).reshape(3, size) + 2**40
+
+
 def place(batch: Batch, tables: torch.Tensor, size: int, rng: random.Random) -> list[int]:
     """Puts the batch's block tables into random rows, which it returns, and pads its queries to `size` tokens."""
     rows = rng.sample(range(len(tables)), len(batch.members))
@@ -113,8 +118,9 @@ def test_decode_buffers_are_replayed_over_changing_batches(dtype: torch.dtype) -
         batch, n = make(members, 4, 2, 64, dtype, seed=i)[0], len(members)
         want = batch.reference(0.125)
         rows = place(batch, tables, size, rng)
-        plain = buffers.fill(size, sequences_of(batch, rows), decode_groups(batch), decode=True)
+        plain = buffers.fill(inputs(size), sequences_of(batch, rows), decode_groups(batch), decode=True)
         assert not (plain and decode_groups(batch))
+        assert buffers.inputs[:, :size].tolist() == inputs(size).tolist()
         out = forward(batch, backend, replayed[False])
         assert_near(out[:n], want, TOLERANCE[dtype])
         assert not out[n:].any()
@@ -141,7 +147,7 @@ def test_mixed_steps_are_replayed_over_changing_batches(dtype: torch.dtype) -> N
         batch = make(members, 4, 2, 64, dtype, seed=i)[0]
         n, want = len(batch.q), batch.reference(0.125)
         rows = place(batch, tables, size, rng)
-        assert not buffers.fill(size, sequences_of(batch, rows), decode_groups(batch), decode=False)
+        assert not buffers.fill(inputs(size), sequences_of(batch, rows), decode_groups(batch), decode=False)
         out = forward(batch, backend, replayed)
         assert_near(out[:n], want, TOLERANCE[dtype])
         assert not out[n:].any()
@@ -154,12 +160,12 @@ def test_plain_batches_are_split_where_they_are_few_and_unsplit_where_many_are_a
     alike, odd = np.full(300, 300), np.full(300, 100)
     odd[7] = 600
     assert buffers.splits_alike(1) and not buffers.splits_alike(300)
-    assert buffers.fill(300, decodes(alike), [], decode=True)
-    assert not buffers.fill(300, decodes(odd), [], decode=True)
-    assert not buffers.fill(300, decodes(alike[:1]), [], decode=True)
-    assert buffers.fill(1, decodes(alike[:1]), [], decode=True)
-    assert not buffers.fill(300, decodes(alike), [PrefixGroup(0, 3, 0, 16)], decode=True)
-    assert not buffers.fill(1, decodes(alike[:1]), [PrefixGroup(0, 1, 0, 16)], decode=True)
+    assert buffers.fill(inputs(300), decodes(alike), [], decode=True)
+    assert not buffers.fill(inputs(300), decodes(odd), [], decode=True)
+    assert not buffers.fill(inputs(300), decodes(alike[:1]), [], decode=True)
+    assert buffers.fill(inputs(1), decodes(alike[:1]), [], decode=True)
+    assert not buffers.fill(inputs(300), decodes(alike), [PrefixGroup(0, 3, 0, 16)], decode=True)
+    assert not buffers.fill(inputs(1), decodes(alike[:1]), [PrefixGroup(0, 1, 0, 16)], decode=True)
 
 
 def test_chain_longer_than_the_buffers_hold() -> None:
@@ -167,7 +173,7 @@ def test_chain_longer_than_the_buffers_hold() -> None:
     buffers = ReplayBuffers(backend, 4, torch.zeros(4, 4, dtype=torch.int64, device=DEVICE), 16)
     groups = [PrefixGroup(0, 1, 0, 16)] * 60
     with pytest.raises(ValueError, match="a chain of 60 extents"):
-        buffers.fill(4, decodes(np.ones(1, np.int64)), groups, decode=True)
+        buffers.fill(inputs(4), decodes(np.ones(1, np.int64)), groups, decode=True)
     assert buffers.max_chain == MAX_CHAIN
 
 
@@ -183,7 +189,7 @@ def test_captured_graph(size: int) -> None:
     k, v = (torch.zeros(num_slots, 8, 128, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     q = torch.zeros(size, 32, 128, dtype=torch.bfloat16, device=DEVICE)
     prepared = buffers.prepared(size, decode=True, plain=False)
-    buffers.fill(size, np.zeros((0, 4), np.int64), [], decode=True)
+    buffers.fill(inputs(size), np.zeros((0, 4), np.int64), [], decode=True)
     backend.forward(q, k, v, 128**-0.5, prepared)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -196,6 +202,6 @@ def test_captured_graph(size: int) -> None:
         for row, table in enumerate(batch.tables):
             tables[row, : len(table)] = torch.tensor(table, device=DEVICE)
         k[: len(batch.k)], v[: len(batch.v)], q[:] = batch.k, batch.v, batch.q
-        buffers.fill(size, decodes(np.array([m.context for m in members])), decode_groups(batch), decode=True)
+        buffers.fill(inputs(size), decodes(np.array([m.context for m in members])), decode_groups(batch), decode=True)
         graph.replay()
         assert_near(out.cpu(), batch.reference(128**-0.5), TOLERANCE[torch.bfloat16])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.host_staging import HostStaging, to_device, write
+from vllm.host_staging import HostStaging, reserve, to_device, write
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -25,6 +25,16 @@ def test_an_array_is_written_into_a_part_of_a_row(device: str) -> None:
     table = torch.full((3, 5), -1, device=device)
     write(table[1, 2:4], np.array([8, 9]))
     assert table.tolist() == [[-1] * 5, [-1, -1, 8, 9, -1], [-1] * 5]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_that_was_reserved_holds_what_is_written_to_it(device: str) -> None:
+    array, tensor = reserve(6, np.int32, torch.device(device))
+    array[:] = [1, 0, 2, 0, 3, 0]
+    assert tensor.tolist() == [1, 0, 2, 0, 3, 0]
+    # Numbers of twice the size fit in it as well.
+    assert array.view(np.int64).tolist() == [1, 2, 3]
+    assert tensor.to(device).view(torch.int64).tolist() == [1, 2, 3]
 
 
 @pytest.mark.gpu

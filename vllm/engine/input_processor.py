@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
 from vllm.sampling_params import SamplingParams
 from vllm.structured_output.constraint import CompiledConstraint
-from vllm.token_ids import TokenIds, token_array
+from vllm.token_ids import KnownPrefixes, TokenIds, token_array
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -53,6 +53,7 @@ class InputProcessor:
         self.config = config
         self.tokenizer = tokenizer
         self.renderer = renderer
+        self._known_prefixes = KnownPrefixes()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -74,8 +75,11 @@ class InputProcessor:
                 param,
             )
 
-    def prompt(self, prompt: PromptType) -> ProcessedPrompt:
+    def prompt(self, prompt: PromptType, num_system_tokens: int | None = None) -> ProcessedPrompt:
         """Token ids of a prompt given as text, token ids, or a dict with either.
+
+        Args:
+            num_system_tokens: How many at its head other prompts are likely to begin with as well.
 
         Raises:
             VLLMValidationError: it is none of these, or holds ids that are no tokens.
@@ -83,12 +87,12 @@ class InputProcessor:
         if isinstance(prompt, dict):
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt:
-                return ProcessedPrompt(*self._checked_ids(prompt.get("prompt_token_ids")), text)
+                return ProcessedPrompt(*self._checked_ids(prompt.get("prompt_token_ids"), num_system_tokens), text)
             prompt = text or ""
         if isinstance(prompt, str):
             token_ids = self.encode(prompt)
             return ProcessedPrompt(token_ids, token_array(token_ids), prompt)
-        return ProcessedPrompt(*self._checked_ids(prompt), None)
+        return ProcessedPrompt(*self._checked_ids(prompt, num_system_tokens), None)
 
     def request(
         self,
@@ -117,7 +121,7 @@ class InputProcessor:
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt)
+        processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt, num_system_tokens)
         params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
@@ -195,8 +199,12 @@ class InputProcessor:
             )
         return token_ids
 
-    def _checked_ids(self, token_ids: object) -> tuple[list[int], TokenIds]:
-        """The ids as a list of its own and as an array."""
+    def _checked_ids(self, token_ids: object, num_shared: int | None = None) -> tuple[list[int], TokenIds]:
+        """The ids as a list of its own and as an array.
+
+        Args:
+            num_shared: How many at their head other prompts are likely to begin with as well.
+        """
         if not isinstance(token_ids, list | tuple):
             raise VLLMValidationError(
                 f"The prompt must be text or a list of token ids, got {type(token_ids).__name__}.", "prompt"
@@ -205,8 +213,15 @@ class InputProcessor:
         token_ids = list(token_ids)
         # Prompts have tens of thousands of tokens: the good case must not loop in Python, and reads each once.
         with suppress(TypeError, OverflowError):
-            array = token_array(token_ids)
-            if self._are_tokens(array, token_ids):
+            shared = num_shared if num_shared is not None and 0 < num_shared <= len(token_ids) else 0
+            head = self._known_prefixes.find(token_ids, shared) if shared else None
+            rest = token_ids if head is None else token_ids[shared:]
+            array = token_array(rest)
+            if self._are_tokens(array, rest):
+                if head is not None:
+                    return token_ids, head + array
+                if shared:
+                    self._known_prefixes.keep(token_ids[:shared], array[:shared])
                 return token_ids, array
         wrong = next((token_id for token_id in token_ids if not _is_integer_below(size, token_id)), None)
         raise VLLMValidationError(

@@ -85,18 +85,12 @@ class GraphRunner:
         most = max(max_num_seqs, self.max_mixed_tokens)
         self._buffers = ReplayBuffers(backend, most, cache.block_tables, cache.block_size)
         device = token_ids.device
-        # Of each query token: its row, its position, its position among the own tokens (-1: padding).
-        self._inputs = torch.zeros((3, most), dtype=torch.int64, device=device)
-        # Two host buffers in turn: the copy of the step before may still be under way.
-        self._hosts = [torch.zeros((3, most), dtype=torch.int64, pin_memory=True) for _ in range(2)]
-        self._copied = [torch.cuda.Event(), torch.cuda.Event()]
-        self._turn = 0
         self._logits = torch.empty((max_num_seqs, vocab_size), dtype=backend.dtype, device=device)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._decode: dict[int, CapturedDecode] = {}
         self._mixed: dict[int, CapturedMixed] = {}
-        self._fill_inputs(most, *np.zeros((3, 0), np.int64))
-        self._buffers.fill(most, np.zeros((0, 4), np.int64), [], decode=False)
+        nothing = self._inputs(most, *np.zeros((3, 0), np.int64))
+        self._buffers.fill(nothing, np.zeros((0, 4), np.int64), [], decode=False)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -136,7 +130,7 @@ class GraphRunner:
 
     def _decode_step(self, batch: int, plain: bool) -> None:
         logits = self._model.logits(self._forward(batch, decode=True, plain=plain))
-        rows, positions, _ = self._inputs[:, :batch]
+        rows, positions, _ = self._buffers.inputs[:, :batch]
         self._logits[:batch] = logits
         drawn = logits.argmax(dim=-1)
         self._drawn[:batch] = drawn
@@ -146,7 +140,7 @@ class GraphRunner:
         return self._forward(tokens, decode=False, plain=False)
 
     def _forward(self, tokens: int, *, decode: bool, plain: bool) -> torch.Tensor:
-        rows, positions, own = self._inputs[:, :tokens]
+        rows, positions, own = self._buffers.inputs[:, :tokens]
         block_size = self._cache.block_size
         inside = own.clamp(min=0)
         tables = self._cache.block_tables
@@ -161,15 +155,12 @@ class GraphRunner:
         )
         return self._model(self._token_ids[rows, positions], context)
 
-    def _fill_inputs(self, tokens: int, rows: np.ndarray, positions: np.ndarray, own: np.ndarray) -> None:
-        self._copied[self._turn].synchronize()
-        host = self._hosts[self._turn]
-        values, count = host.numpy(), len(rows)
+    def _inputs(self, tokens: int, rows: np.ndarray, positions: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Of each query token its row, its position, and its position among the own tokens (-1: padding)."""
+        values, count = np.empty((3, tokens), np.int64), len(rows)
         values[0, :count], values[1, :count], values[2, :count] = rows, positions, own
-        values[0, count:tokens], values[1, count:tokens], values[2, count:tokens] = self._padding_row, 0, -1
-        self._inputs.copy_(host, non_blocking=True)
-        self._copied[self._turn].record()
-        self._turn ^= 1
+        values[0, count:], values[1, count:], values[2, count:] = self._padding_row, 0, -1
+        return values
 
     def decode(
         self, rows: np.ndarray, positions: np.ndarray, own: np.ndarray, groups: list[PrefixGroup]
@@ -186,13 +177,13 @@ class GraphRunner:
         """
         count = len(rows)
         batch = next(b for b in self._sizes if b >= count)
-        self._fill_inputs(batch, rows, positions, own)
         sequences = np.empty((count, 4), np.int64)
         sequences[:, 0] = np.arange(count)
         sequences[:, 1] = 1
         sequences[:, 2] = own + 1
         sequences[:, 3] = rows
-        plain = self._buffers.fill(batch, sequences, groups, decode=True)
+        inputs = self._inputs(batch, rows, positions, own)
+        plain = self._buffers.fill(inputs, sequences, groups, decode=True)
         step = self._decode[batch]
         (step.plain if plain else step.general).replay()
         return self._logits[:count], self._drawn[:count]
@@ -214,8 +205,7 @@ class GraphRunner:
         Returns hidden states [n, hidden_size]; overwritten by the next call.
         """
         tokens = next(n for n in self._mixed_sizes if n >= len(rows))
-        self._fill_inputs(tokens, rows, positions, own)
-        self._buffers.fill(tokens, sequences, groups, decode=False)
+        self._buffers.fill(self._inputs(tokens, rows, positions, own), sequences, groups, decode=False)
         step = self._mixed[tokens]
         step.graph.replay()
         return step.hidden[: len(rows)]

@@ -53,6 +53,7 @@ class ExtentTransfers:
         self._store = store
         self._stream: torch.cuda.Stream | None = None
         self._copied: torch.cuda.Event | None = None
+        self._to_follow = False
         if self._on_gpu:
             self._stream, self._copied = torch.cuda.Stream(), torch.cuda.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots", initializer=_give_way)
@@ -70,9 +71,10 @@ class ExtentTransfers:
 
     def begin(self, plan: StepPlan) -> None:
         """Starts what a plan says; the blocks that it moves are in their places already."""
-        if self._stream is not None:
+        if self._copied is not None and self._to_follow:
             # From here on, steps see what the copies of the step before have written.
-            torch.cuda.current_stream().wait_stream(self._stream)
+            self._copied.wait()
+            self._to_follow = False
         for image in plan.dropped:
             self._own.pop(image.prompt_id, None)
         if plan.transfers:
@@ -89,6 +91,7 @@ class ExtentTransfers:
         with torch.cuda.stream(self._stream):
             self._copy_blocks(transfers)
             self._copied.record()
+        self._to_follow = True
 
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:

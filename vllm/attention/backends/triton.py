@@ -2,7 +2,7 @@
 
 A batch is described by work lists in device memory (see `plan_prefix`, `plan_suffix`). For a batch that is run once
 they are made by `TritonAttentionBackend.prepare`; for steps that are replayed as graphs `ReplayBuffers` owns them at
-fixed addresses and refills them with one copy a step.
+fixed addresses, with all else that such a step reads, and refills them with one copy a step.
 
 What reads a pinned extent for more than 64 query rows, measured on an H100 (TFLOP/s; 8 KV heads of 128, 4 query heads
 each, bfloat16; cuDNN and flash attention as torch 2.11 calls them):
@@ -14,8 +14,13 @@ each, bfloat16; cuDNN and flash attention as torch 2.11 calls them):
     256 × 8,192                       563       355
     256 × 2,048                       329       265
     8,192 × 24,576 (long prefill)     617       457      656      347
-So the Gluon kernel does it where it runs. A chunk of a system prompt's own prefill, whose keys lie one after the other,
-is one launch of it too, causal at its end, instead of prefix, suffix and merge.
+So the Gluon kernel does it where it runs. Own blocks are read beside it; a prompt of 128 tokens, µs for a layer:
+
+    extent / own tokens before it       0 / 0    0 / 4,096    0 / 16,384    32,768 / 0    32,768 / 1,024
+    Gluon, 128 rows of 128 keys          16.7         78.6         160.3         125.3             152.6
+    Triton, 64 rows of 64 keys           14.0         76.0         176.0         115.8             143.7
+From 256 tokens on Gluon is faster, by up to 30 %. A chunk of a system prompt's own prefill, whose keys lie one after
+the other, is one launch of it too, causal at its end, instead of prefix, suffix and merge.
 """
 
 from __future__ import annotations
@@ -31,11 +36,14 @@ from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
 from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
 from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
-from vllm.host_staging import to_device
+from vllm.host_staging import reserve, to_device
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
+# Query rows up to which the kernel for Hopper does not read own blocks: its programs take 11 µs for their first tile,
+# and few fit beside the prefix kernel.
+_FEW_ROWS = 512
 # Parts × tokens up to which a batch that is run once may be split further than its chain of extents asks for.
 _WORKSPACE_TOKENS = 2048
 # Plans of pinned reads that are kept for steps with the same ones.
@@ -133,7 +141,10 @@ class TritonAttentionBackend(AttentionBackend):
 
     def suffix_tiles(self, max_tokens: int) -> TileConfig:
         """Tiles for sequences of at most `max_tokens` query tokens."""
-        return self._for_device(suffix_tiles(max_tokens * self.group_size, self.head_dim, self.dtype))
+        max_rows = max_tokens * self.group_size
+        if self.use_gluon and max_rows <= _FEW_ROWS:
+            max_rows = min(max_rows, 64)
+        return self._for_device(suffix_tiles(max_rows, self.head_dim, self.dtype))
 
     def _for_device(self, tiles: TileConfig) -> TileConfig:
         if self.use_gluon and tiles.block_m > 64:
@@ -278,8 +289,10 @@ class TritonAttentionBackend(AttentionBackend):
         target = out.unsqueeze(0) if partial is None else partial
         if prepared.prefix is not None:
             self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
+        beside = prepared.prefix is not None
         for run in prepared.suffixes:
-            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared)
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared, beside)
+            beside = True
         if partial is not None and lse is not None:
             merge_partials(partial, lse, prepared.counts, out)
         return out
@@ -315,6 +328,7 @@ class TritonAttentionBackend(AttentionBackend):
         out: torch.Tensor,
         lse: torch.Tensor | None,
         prepared: PreparedBatch,
+        beside: bool,
     ) -> None:
         tables, block_size = prepared.block_tables, prepared.block_size
         if self.use_gluon and run.tiles.block_m > 64:
@@ -333,6 +347,7 @@ class TritonAttentionBackend(AttentionBackend):
                 block_tables=tables,
                 block_size=block_size,
                 causal=True,
+                beside=beside,
             )
         else:
             suffix_attention(
@@ -348,6 +363,7 @@ class TritonAttentionBackend(AttentionBackend):
                 lse,
                 run.tiles,
                 run.num_programs,
+                beside,
             )
 
 
@@ -373,6 +389,9 @@ class ReplayBuffers:
         max_tokens: Most query tokens of a step, padding included.
         block_tables: All rows of the KV cache's block tables; int32 or int64 [rows, W].
         block_size: Slots in a block.
+
+    Attributes:
+        inputs: What `fill` was given of each query token; int64 [3, max_tokens].
     """
 
     # Extents that a sequence may read one after the other; system prompts nest no deeper.
@@ -390,15 +409,12 @@ class ReplayBuffers:
         self._max_prefix_work = max_tokens * self.max_chain + extra
         self._max_suffix_work = max_tokens + extra
         suffix = self._max_suffix_work * SUFFIX_FIELDS
-        sizes = (3, max_tokens, self._max_prefix_work * PREFIX_FIELDS, suffix, suffix)
+        # Three int64 of each token take six places.
+        sizes = (6 * max_tokens, 3, max_tokens, self._max_prefix_work * PREFIX_FIELDS, suffix, suffix)
         self._ends = np.cumsum(sizes).tolist()
-        pinned = backend.device.type == "cuda"
-        # Two host buffers in turn: the copy of the step before may still be under way.
-        self._hosts = [torch.zeros(self._ends[-1], dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
-        self._turn = 0
         self._plans: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         self._flat = torch.zeros(self._ends[-1], dtype=torch.int32, device=backend.device)
+        self.inputs = self._flat[: self._ends[0]].view(torch.int64).view(3, max_tokens)
         most = max(self.max_partials(n) * n for n in range(1, max_tokens + 1))
         self._partial, self._lse = backend.workspace(1, most)
 
@@ -420,19 +436,18 @@ class ReplayBuffers:
         backend, parts, e = self.backend, self.max_partials(tokens), self._ends
         direct = plain and not self.splits_alike(tokens)
         tiles = backend.prefix_tiles(tokens)
-        prefix = Launch(
-            self._flat[e[1] : e[2]].view(-1, PREFIX_FIELDS), self._flat[0:1], tiles, backend.programs(tiles)
-        )
+        num_work = self._flat[e[0] : e[1]]
+        prefix = Launch(self._flat[e[2] : e[3]].view(-1, PREFIX_FIELDS), num_work[:1], tiles, backend.programs(tiles))
         suffixes = []
         for i, tiles in enumerate(self._suffix_tiles(tokens, decode)):
-            work = self._flat[e[2 + i] : e[3 + i]].view(-1, SUFFIX_FIELDS)
-            suffixes.append(Launch(work, self._flat[1 + i : 2 + i], tiles, backend.programs(tiles)))
+            work = self._flat[e[3 + i] : e[4 + i]].view(-1, SUFFIX_FIELDS)
+            suffixes.append(Launch(work, num_work[1 + i : 2 + i], tiles, backend.programs(tiles)))
         shape = (parts, tokens, backend.num_heads)
         partial = self._partial.view(-1)[: parts * tokens * backend.num_heads * backend.head_dim]
         return PreparedBatch(
             prefix=None if plain else prefix,
             suffixes=tuple(suffixes),
-            counts=self._flat[e[0] : e[0] + tokens],
+            counts=self._flat[e[1] : e[1] + tokens],
             partial=None if direct else partial.view(*shape, backend.head_dim),
             lse=None if direct else self._lse.view(-1)[: parts * tokens * backend.num_heads].view(shape),
             block_tables=self._block_tables,
@@ -458,13 +473,15 @@ class ReplayBuffers:
         return work, counts.copy()
 
     def fill(
-        self, tokens: int, sequences: np.ndarray, groups: list[PrefixGroup], *, decode: bool, plain: bool = True
+        self, inputs: np.ndarray, sequences: np.ndarray, groups: list[PrefixGroup], *, decode: bool, plain: bool = True
     ) -> bool:
-        """Plans a step and sends the plan to the device, in one copy on the current stream.
+        """Plans a step and sends the plan to the device, with what else the step reads, in one copy on the current
+        stream.
 
         Args:
-            tokens: Size that is replayed, at least the number of query tokens; what is beyond them is padding, whose
-                attention is 0 (undefined in a plain step without merge).
+            inputs: Three numbers of each query token, for whoever captures; int64 [3, size that is replayed]. What is
+                beyond the sequences' query tokens is padding, whose attention is 0 (undefined in a plain step without
+                merge).
             sequences: (first query token, query tokens, own tokens with the query tokens, row of the block tables) of
                 each sequence; int [n, 4].
             groups: Reads of pinned extents.
@@ -476,6 +493,7 @@ class ReplayBuffers:
         Raises:
             ValueError: a chain of extents is longer than `max_chain`.
         """
+        tokens = inputs.shape[1]
         backend, e, parts = self.backend, self._ends, self.max_partials(tokens)
         prefix_work, counts = self._plan_groups(groups, tokens, parts - parts // 4)
         tiles = self._suffix_tiles(tokens, decode)
@@ -495,20 +513,18 @@ class ReplayBuffers:
             backend.plan_sequences(some, counts, shape, 1 if direct else parts, self._max_suffix_work)
             for some, shape in zip(picked, tiles, strict=True)
         ]
-        if self._copied:
-            self._copied[self._turn].synchronize()
-        host = self._hosts[self._turn]
-        flat = host.numpy()
-        flat[0] = len(prefix_work)
-        flat[e[0] : e[0] + tokens] = counts
-        flat[e[1] : e[1] + prefix_work.size] = prefix_work.ravel()
-        used = e[1] + prefix_work.size
+        used = e[2] + prefix_work.size
         for i, work in enumerate(suffix_work):
-            flat[1 + i] = len(work)
-            flat[e[2 + i] : e[2 + i] + work.size] = work.ravel()
-            used = e[2 + i] + work.size
-        self._flat[:used].copy_(host[:used], non_blocking=True)
-        if self._copied:
-            self._copied[self._turn].record()
-        self._turn ^= 1
+            if len(work):
+                used = e[3 + i] + work.size
+        # What lies between the lists is sent as it is; nobody reads it.
+        flat, staged = reserve(used, np.int32, backend.device)
+        flat[: e[0]].view(np.int64).reshape(3, -1)[:, :tokens] = inputs
+        flat[e[0]] = len(prefix_work)
+        flat[e[1] : e[1] + tokens] = counts
+        flat[e[2] : e[2] + prefix_work.size] = prefix_work.ravel()
+        for i, work in enumerate(suffix_work):
+            flat[e[0] + 1 + i] = len(work)
+            flat[e[3 + i] : e[3 + i] + work.size] = work.ravel()
+        self._flat[:used].copy_(staged, non_blocking=True)
         return plain

@@ -213,7 +213,13 @@ def _attend(
 
         row = WHICH * HALF + load_row
         at = ((first_token + row // G).to(gl.int64) * NUM_HEADS + kv_head * G + row % G) * D
-        q = gl.load(q_ptr + at[:, None] + load_column[None, :], mask=(row < num_rows)[:, None], other=0.0)
+        # Past the first-level cache, as in the suffix kernel.
+        q = gl.load(
+            q_ptr + at[:, None] + load_column[None, :],
+            mask=(row < num_rows)[:, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
         # The products of the item before have been waited for, so nobody reads the old rows any more.
         q_tile.store(q)
         fence_async_shared()
@@ -317,6 +323,7 @@ def _kernel(
     CAUSAL: gl.constexpr,
     PAGE: gl.constexpr,
     WITH_LSE: gl.constexpr,
+    BESIDE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     dtype: gl.constexpr = k_desc.dtype
@@ -335,8 +342,10 @@ def _kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     mbarrier.init(wiped, count=2)
+    # As `follow`, or `go_beside` and `meet`.
     if PDL:
-        gdc_wait()
+        if not BESIDE:
+            gdc_wait()
         gdc_launch_dependents()
     rings = (q_ptr, q_tiles, k_tiles, v_tiles, (k_full, k_empty, v_full, v_empty, wiped))
     results = (work_ptr, num_work_ptr, out_ptr, lse_ptr, split_stride, scale_log2)
@@ -349,6 +358,9 @@ def _kernel(
         [4, 1],
         [240, 24],
     )
+    if PDL and BESIDE:  # noqa: SIM102 - the first is settled when the kernel is compiled
+        if gl.program_id(0) == 0:
+            gdc_wait()
 
 
 def hopper_attention(
@@ -365,6 +377,7 @@ def hopper_attention(
     block_tables: torch.Tensor | None = None,
     block_size: int = 0,
     causal: bool = False,
+    beside: bool = False,
 ) -> None:
     """Does the items of a work list and writes the partial results at their split indexes.
 
@@ -374,6 +387,7 @@ def hopper_attention(
         lse: None where every token has one part, which is then final.
         block_tables, block_size: Where the work is `plan_suffix`'s; as for `suffix_attention`.
         causal: Items say at which position their query tokens begin, and see keys up to their own.
+        beside: As for `suffix_attention`.
     """
     num_heads, num_kv_heads, head_dim = head_shape(q, k_cache, v_cache)
     page = block_size if block_tables is not None else 0
@@ -404,6 +418,7 @@ def hopper_attention(
         CAUSAL=causal,
         PAGE=page,
         WITH_LSE=lse is not None,
+        BESIDE=beside,
         num_warps=TILES.num_warps,
         # 12 warps share 65,536 registers; the loading warp's group gives most of its own to the others.
         maxnreg=168,

@@ -65,16 +65,24 @@ def row_offsets(first_token, kv_head, NUM_HEADS: tl.constexpr, G: tl.constexpr, 
 
 
 @triton.jit
-def load_tile(base, row_offset, row_mask, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tile(
+    base,
+    row_offset,
+    row_mask,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CACHE: tl.constexpr = tl.constexpr(""),  # noqa: B008 - what Triton takes for a default
+):
     """Rows of D elements at `base + row_offset`, padded with 0 to [rows, BLOCK_D]; `row_mask` counts only if MASKED."""
     columns = tl.arange(0, BLOCK_D)
     pointers = base + row_offset[:, None] + columns[None, :]
     if MASKED:
-        return tl.load(pointers, mask=row_mask[:, None] & (columns < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=row_mask[:, None] & (columns < D)[None, :], other=0.0, cache_modifier=CACHE)
     elif BLOCK_D != D:
-        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0, cache_modifier=CACHE)
     else:
-        return tl.load(pointers)
+        return tl.load(pointers, cache_modifier=CACHE)
 
 
 @triton.jit

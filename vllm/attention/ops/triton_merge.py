@@ -72,9 +72,11 @@ def merge_partials(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tenso
         out: [T, H, D], contiguous; written.
     """
     num_parts, num_tokens, num_heads, head_dim = partial.shape
-    # Many tokens have few parts each; few tokens have many, which are read side by side, by small programs.
+    # Many tokens have few parts each; few tokens have many, which are read side by side, by small programs. On an H100
+    # 128 tokens of up to 5 parts take 2 µs less by 2 parts at a time than by 4, 64 tokens of up to 48 take 2 µs more.
     many = num_tokens >= 64
-    block_p = min(4 if many else 16, triton.next_power_of_2(num_parts))
+    at_once = 2 if num_tokens >= 128 else 4 if many else 16
+    block_p = min(at_once, triton.next_power_of_2(num_parts))
     columns = num_heads * head_dim
     block = min(_TILE // block_p if many else 128, triton.next_power_of_2(columns))
     launch(

@@ -23,7 +23,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
-from vllm.kernel_launch import follow, launch
+from vllm.kernel_launch import follow, go_beside, launch, meet
 
 # first_token, num_tokens, table_row, begin, end (own keys), position (own position of the first query token), split
 SUFFIX_FIELDS = 7
@@ -42,7 +42,7 @@ def suffix_tiles(max_rows: int, head_dim: int, dtype: torch.dtype) -> TileConfig
         # 256 sequences of 1,152 keys on an H100: 422 µs (2.87 TB/s); 435 µs by steps of 64 keys, three programs each.
         return TileConfig(16, 32 if wide else 128, 4, 3, 2)
     if max_rows <= 64 or wide:
-        return TileConfig(64, 64, 4, 2 if wide else 3, 1 if wide else 2)
+        return TileConfig(64, 64, 4, 2, 1 if wide else 2)
     return TileConfig(128, 64, 8, 3, 1)
 
 
@@ -60,7 +60,7 @@ def plan_suffix(
     max_partials: int,
     max_work: int,
 ) -> np.ndarray:
-    """Cuts sequences into work items: tiles of query tokens × ranges of keys, longest first.
+    """Cuts sequences into work items: tiles of query tokens × ranges of keys, longest first unless all fit at once.
 
     Args:
         first_token, query_lens, context_lens, table_rows: Of each sequence: its first query token in the batch, query
@@ -77,24 +77,24 @@ def plan_suffix(
     Raises:
         ValueError: no part is left for a token, or more than `max_work` items are needed.
     """
+    if not len(query_lens):
+        return np.empty((0, SUFFIX_FIELDS), np.int32)
     real = (query_lens > 0) & (context_lens > 0)
     if not real.all():
         first_token, query_lens, context_lens, table_rows = (
             x[real] for x in (first_token, query_lens, context_lens, table_rows)
         )
-    if not len(query_lens):
-        return np.empty((0, SUFFIX_FIELDS), np.int32)
+        if not len(query_lens):
+            return np.empty((0, SUFFIX_FIELDS), np.int32)
+    token, tokens, rows, num_keys = first_token, query_lens, table_rows, context_lens
+    position = num_keys - tokens
     per_tile = tiles.tokens(group_size)
-    num_tiles = -(-query_lens // per_tile)
-    if len(query_lens) == num_tiles.sum():
-        token, tokens, rows, position = first_token, query_lens, table_rows, context_lens - query_lens
-    else:
+    if tokens.max() > per_tile:
+        num_tiles = -(-tokens // per_tile)
         seq = np.repeat(np.arange(len(num_tiles)), num_tiles)
         start = (np.arange(len(seq)) - (num_tiles.cumsum() - num_tiles)[seq]) * per_tile
-        token, rows = first_token[seq] + start, table_rows[seq]
-        tokens = np.minimum(query_lens[seq] - start, per_tile)
-        position = (context_lens - query_lens)[seq] + start
-    num_keys = position + tokens
+        token, tokens, position = token[seq] + start, np.minimum(tokens[seq] - start, per_tile), position[seq] + start
+        rows, num_keys = rows[seq], position + tokens
     num_blocks = -(-num_keys // tiles.block_n)
     base = counts[token]
     left = max_partials - base
@@ -102,27 +102,35 @@ def plan_suffix(
         raise ValueError(f"a token has {base.max()} parts already; at most {max_partials} fit the workspace")
     even = -(-int(num_blocks.sum()) * num_kv_heads // (_ROUNDS * num_programs))
     target = max(even, _MIN_SPLIT // tiles.block_n, 1)
-    splits = np.minimum(-(-num_blocks // target), left)
-    if splits.sum() > max_work:
-        splits = np.ones_like(splits)
-    per_split = -(-num_blocks // splits)
-    splits = -(-num_blocks // per_split)
-    ends = splits.cumsum()
-    if ends[-1] > max_work:
-        raise ValueError(f"{len(query_lens)} sequences need {ends[-1]} work items, not {max_work}")
-    for_tokens = splits if tokens.max() == 1 else np.repeat(splits, tokens)
-    counts[_members(token, tokens)] += for_tokens.astype(counts.dtype)
-    tile = np.repeat(np.arange(len(splits)), splits)
-    split = np.arange(ends[-1]) - (ends - splits)[tile]
-    length = per_split[tile] * tiles.block_n
-    work = np.empty((len(tile), SUFFIX_FIELDS), np.int32)
-    work[:, 0] = token[tile]
-    work[:, 1] = tokens[tile]
-    work[:, 2] = rows[tile]
-    work[:, 3] = split * length
-    work[:, 4] = np.minimum(work[:, 3] + length, num_keys[tile])
-    work[:, 5] = position[tile]
-    work[:, 6] = base[tile] + split
+    num_items = len(token)
+    if num_items > max_work:
+        raise ValueError(f"{len(query_lens)} sequences need {num_items} work items, not {max_work}")
+    splits: np.ndarray | None = None
+    if num_blocks.max() > target:
+        splits = np.minimum(-(-num_blocks // target), left)
+        per_split = -(-num_blocks // splits)
+        splits = -(-num_blocks // per_split)
+        num_items = int(splits.sum())
+        if num_items > max_work:
+            splits, num_items = None, len(token)
+    members = token if tokens.max() == 1 else _members(token, tokens)
+    work = np.empty((num_items, SUFFIX_FIELDS), np.int32)
+    if splits is None:
+        counts[members] += 1
+        work[:, 3], work[:, 4], work[:, 6] = 0, num_keys, base
+    else:
+        counts[members] += np.repeat(splits, tokens).astype(counts.dtype)
+        tile = np.repeat(np.arange(len(splits)), splits)
+        split = np.arange(num_items) - (splits.cumsum() - splits)[tile]
+        length = per_split[tile] * tiles.block_n
+        token, tokens, rows, position = token[tile], tokens[tile], rows[tile], position[tile]
+        work[:, 3] = split * length
+        work[:, 4] = np.minimum(work[:, 3] + length, num_keys[tile])
+        work[:, 6] = base[tile] + split
+    work[:, 0], work[:, 1], work[:, 2], work[:, 5] = token, tokens, rows, position
+    if num_items * num_kv_heads <= num_programs:
+        # All are done at once, whatever their order.
+        return work
     return work[np.argsort(work[:, 3] - work[:, 4], kind="stable")]
 
 
@@ -144,8 +152,6 @@ def plan_chunk(first_slot: int, start: int, count: int, tokens_of_tile: int) -> 
 
 def _members(first: np.ndarray, size: np.ndarray) -> np.ndarray:
     """All tokens of the ranges, range by range."""
-    if size.max() == 1:
-        return first
     return np.repeat(first - (size.cumsum() - size), size) + np.arange(size.sum())
 
 
@@ -175,9 +181,13 @@ def _suffix_kernel(
     BLOCK_D: tl.constexpr,
     FIELDS: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    follow(PDL)
+    if BESIDE:
+        go_beside(PDL)
+    else:
+        follow(PDL)
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     SLOT: tl.constexpr = NUM_KV_HEADS * D
     keys = tl.arange(0, BLOCK_N)
@@ -194,7 +204,8 @@ def _suffix_kernel(
         position = tl.load(fields + 5)
         split = tl.load(fields + 6)
         rows_at = row_offsets(first_token, kv_head, NUM_HEADS, G, BLOCK_M)
-        q = load_tile(q_ptr, rows_at * D, rows < num_rows, True, D, BLOCK_D)
+        # Past the first-level cache: a kernel that goes beside another has not waited for what may be old in there.
+        q = load_tile(q_ptr, rows_at * D, rows < num_rows, True, D, BLOCK_D, ".cg")
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -220,6 +231,8 @@ def _suffix_kernel(
         store_partial(
             out_ptr, lse_ptr, split, split_stride, num_rows, rows_at, peak, total, acc, WITH_LSE, D, BLOCK_M, BLOCK_D
         )
+    if BESIDE:
+        meet(PDL)
 
 
 def suffix_attention(
@@ -235,6 +248,7 @@ def suffix_attention(
     lse: torch.Tensor | None,
     tiles: TileConfig,
     num_programs: int,
+    beside: bool = False,
 ) -> None:
     """Does the items of a work list and writes the partial results at their split indexes.
 
@@ -244,6 +258,7 @@ def suffix_attention(
         work: int32 [capacity, SUFFIX_FIELDS] from `plan_suffix` with the same `tiles`.
         out: [P, T, H, D], contiguous; where every token has one part, P = 1 and this may be the final result.
         lse: float32 [P, T, H], or None where there is nothing to merge.
+        beside: The launch before this one is of this batch's attention too; they run at the same time.
     """
     num_heads, num_kv_heads, head_dim = head_shape(q, k_cache, v_cache)
     launch(
@@ -269,6 +284,7 @@ def suffix_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         FIELDS=SUFFIX_FIELDS,
         WITH_LSE=lse is not None,
+        BESIDE=beside,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
