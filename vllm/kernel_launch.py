@@ -4,8 +4,9 @@ Every kernel takes a constexpr `PDL` and begins with `follow(PDL)`: on Hopper an
 before it still runs (programmatic dependent launch), and touches what others write only after that one has finished. In
 a decode step of one sequence, ten kernels a layer, that takes a microsecond or two off each boundary.
 
-A kernel that reads nothing of the one before it may run beside it: it begins with `go_beside(PDL)` and ends with
-`meet(PDL)`, so that whoever follows it follows both. What the one before it waited for is done when it begins.
+A kernel that reads nothing of the one before it may run beside it: it begins with `follow_or_pass(beside, PDL)` and
+ends with `meet(beside, PDL)`, so that whoever follows it follows both. What the one before it waited for is done when
+it begins.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -37,18 +38,20 @@ def follow(PDL: tl.constexpr):
 
 
 @triton.jit
-def go_beside(PDL: tl.constexpr):
-    """Lets the kernel behind this one get ready; this one may run at once."""
+def follow_or_pass(beside, PDL: tl.constexpr):
+    """As `follow`, but waits for nothing if `beside` is not 0."""
     if PDL:
+        if beside == 0:
+            gdc_wait()
         gdc_launch_dependents()
 
 
 @triton.jit
-def meet(PDL: tl.constexpr):
-    """Ends a kernel that began with `go_beside`: it has not finished before the kernel before it has."""
-    if PDL:  # noqa: SIM102 - the first is settled when the kernel is compiled
+def meet(beside, PDL: tl.constexpr):
+    """Ends a kernel that has not waited: it has not finished before the kernel before it has."""
+    if PDL:  # noqa: SIM102 - settled when the kernel is compiled
         # One program is enough, and the others leave room for those of the kernel behind.
-        if tl.program_id(0) == 0:
+        if beside != 0 and tl.program_id(0) == 0:
             gdc_wait()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.helpers import Request, greedy, make_engine, run, tokens
+from tests.engine.helpers import Request, add, finish, greedy, make_engine, run, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -133,3 +133,55 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path: Path) 
     # 1,536 tokens: the two estimates differ by chance alone.
     assert figures[0][0] <= 1.1 * figures[1][0]
     assert figures[0][1] <= 1.15 * figures[1][1]
+
+
+def test_no_kernel_is_compiled_while_requests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that batches of any kind launch was compiled at start; a kernel that was not would hold all requests up."""
+    import triton
+
+    make_llama(tmp_path, 2, 1024)
+    engine = make_engine(
+        tmp_path,
+        dtype="bfloat16",
+        max_model_len=8000,
+        num_gpu_blocks_override=8000,
+        max_num_seqs=64,
+        max_num_batched_tokens=4096,
+        device="cuda",
+    )
+    compiled: list[str] = []
+
+    def note(*, fn: object, **_: object) -> None:
+        compiled.append(str(getattr(fn, "name", fn)))
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    rng = random.Random(0)
+
+    def prompts(count: int, own: int, system: list[int] | None = None) -> list[Request]:
+        head = system or []
+        tails = ([rng.randrange(10, VOCABULARY) for _ in range(own)] for _ in range(count))
+        return [Request(head + tail, len(head) or None) for tail in tails]
+
+    systems = [[rng.randrange(10, VOCABULARY) for _ in range(n)] for n in (600, 3000)]
+    for i, requests in enumerate(
+        (
+            prompts(1, 1),
+            prompts(1, 3000),
+            prompts(60, 3),
+            prompts(60, 100),
+            prompts(30, 100) + prompts(30, 300),
+            prompts(3, 7000) + prompts(20, 1),
+            prompts(60, 100, systems[0]),
+            prompts(1, 100, systems[1]),
+            prompts(20, 300, systems[1]) + prompts(20, 1, systems[0]) + prompts(20, 200),
+        )
+    ):
+        for j, request in enumerate(prompts(3, 40, systems[0]) + requests):
+            add(engine, f"{i}-{j}", request, greedy(20 + j % 7))
+            if j == 2:
+                # Some are past their prompts when the others come.
+                for _ in range(4):
+                    engine.step()
+        finish(engine)
+    engine.shutdown()
+    assert compiled == []

@@ -108,11 +108,14 @@ class ModelRunner:
     def _run_typical_batches(self, num_tokens: int) -> None:
         """Launches what batches launch that are no replays; they compute nothing of use."""
         mixed, extent = [1, max(1, num_tokens - 20)], 4096
+        short = [min(100, num_tokens)] * max(1, num_tokens // 100)
         for lens, groups, contiguous_from in (
             ([num_tokens], [], None),
             ([num_tokens], [], 0),
             (mixed, [], None),
             (mixed, [PrefixGroup(0, sum(mixed), 0, extent)], None),
+            (short, [], None),
+            (short, [PrefixGroup(0, sum(short), 0, extent)], None),
         ):
             tokens = torch.zeros(sum(lens), dtype=torch.int64, device=self.device)
             columns = -(-max(lens) // self.cache.block_size)

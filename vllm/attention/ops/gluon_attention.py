@@ -298,7 +298,7 @@ def _attend(
 
 
 @gluon.jit(
-    do_not_specialize=["split_stride", "table_stride"],
+    do_not_specialize=["split_stride", "table_stride", "beside"],
     do_not_specialize_on_alignment=["work_ptr", "num_work_ptr", "tables_ptr"],
 )
 def _kernel(
@@ -313,6 +313,7 @@ def _kernel(
     lse_ptr,
     split_stride,
     scale_log2,
+    beside,
     NUM_HEADS: gl.constexpr,
     KV_HEADS: gl.constexpr,
     D: gl.constexpr,
@@ -323,7 +324,6 @@ def _kernel(
     CAUSAL: gl.constexpr,
     PAGE: gl.constexpr,
     WITH_LSE: gl.constexpr,
-    BESIDE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     dtype: gl.constexpr = k_desc.dtype
@@ -342,9 +342,9 @@ def _kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_empty.index(i), count=2)
     mbarrier.init(wiped, count=2)
-    # As `follow`, or `go_beside` and `meet`.
+    # As `follow_or_pass` and `meet`.
     if PDL:
-        if not BESIDE:
+        if beside == 0:
             gdc_wait()
         gdc_launch_dependents()
     rings = (q_ptr, q_tiles, k_tiles, v_tiles, (k_full, k_empty, v_full, v_empty, wiped))
@@ -358,8 +358,8 @@ def _kernel(
         [4, 1],
         [240, 24],
     )
-    if PDL and BESIDE:  # noqa: SIM102 - the first is settled when the kernel is compiled
-        if gl.program_id(0) == 0:
+    if PDL:  # noqa: SIM102 - settled when the kernel is compiled
+        if beside != 0 and gl.program_id(0) == 0:
             gdc_wait()
 
 
@@ -408,6 +408,7 @@ def hopper_attention(
         out if lse is None else lse,
         out.shape[-3] * num_heads,
         scale * LOG2E,
+        int(beside),
         NUM_HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         D=head_dim,
@@ -418,7 +419,6 @@ def hopper_attention(
         CAUSAL=causal,
         PAGE=page,
         WITH_LSE=lse is not None,
-        BESIDE=beside,
         num_warps=TILES.num_warps,
         # 12 warps share 65,536 registers; the loading warp's group gives most of its own to the others.
         maxnreg=168,

@@ -23,7 +23,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
-from vllm.kernel_launch import follow, go_beside, launch, meet
+from vllm.kernel_launch import follow_or_pass, launch, meet
 
 # first_token, num_tokens, table_row, begin, end (own keys), position (own position of the first query token), split
 SUFFIX_FIELDS = 7
@@ -157,7 +157,7 @@ def _members(first: np.ndarray, size: np.ndarray) -> np.ndarray:
 
 # As for the prefix kernel: nothing that changes from batch to batch may have the kernel compiled again.
 @triton.jit(
-    do_not_specialize=["table_stride", "split_stride"],
+    do_not_specialize=["table_stride", "split_stride", "beside"],
     do_not_specialize_on_alignment=["tables_ptr", "work_ptr", "num_work_ptr"],
 )
 def _suffix_kernel(
@@ -172,6 +172,7 @@ def _suffix_kernel(
     lse_ptr,
     split_stride,
     scale_log2,
+    beside,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -181,13 +182,9 @@ def _suffix_kernel(
     BLOCK_D: tl.constexpr,
     FIELDS: tl.constexpr,
     WITH_LSE: tl.constexpr,
-    BESIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if BESIDE:
-        go_beside(PDL)
-    else:
-        follow(PDL)
+    follow_or_pass(beside, PDL)
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     SLOT: tl.constexpr = NUM_KV_HEADS * D
     keys = tl.arange(0, BLOCK_N)
@@ -231,8 +228,7 @@ def _suffix_kernel(
         store_partial(
             out_ptr, lse_ptr, split, split_stride, num_rows, rows_at, peak, total, acc, WITH_LSE, D, BLOCK_M, BLOCK_D
         )
-    if BESIDE:
-        meet(PDL)
+    meet(beside, PDL)
 
 
 def suffix_attention(
@@ -275,6 +271,7 @@ def suffix_attention(
         out if lse is None else lse,
         out.shape[1] * num_heads,
         scale * LOG2E,
+        int(beside),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         D=head_dim,
@@ -284,7 +281,6 @@ def suffix_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         FIELDS=SUFFIX_FIELDS,
         WITH_LSE=lse is not None,
-        BESIDE=beside,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
