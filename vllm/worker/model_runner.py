@@ -96,7 +96,7 @@ class ModelRunner:
         from vllm.kernel_launch import compiling_ahead
 
         graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
-        with compiling_ahead():
+        with compiling_ahead(), self.model.only_outer_layers():
             self._run_typical_batches(num_tokens)
             if graphs is not None:
                 graphs.run_all()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -221,6 +222,17 @@ class LlamaForCausalLM(nn.Module):
         for i, layer in enumerate(self.layers):
             residual = layer(residual, self.rotary.cos_sin, context, wanted if i == last else None)
         return self.norm(residual)
+
+    @contextmanager
+    def only_outer_layers(self) -> Iterator[None]:
+        """Within it, the network is its first and its last layer: for trials, since those between launch the same
+        kernels over the same sizes."""
+        layers = self.layers
+        self.layers = layers[:: max(1, len(layers) - 1)]
+        try:
+            yield
+        finally:
+            self.layers = layers
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → [R, vocab_size]."""
