@@ -49,6 +49,7 @@ from vllm.entrypoints.openai.serving_responses import ServingResponses
 from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
 from vllm.entrypoints.openai.serving_tokenization import ServingTokenization
 from vllm.entrypoints.openai.streaming import ClientGoneError, EventStream, unless_disconnected
+from vllm.entrypoints.openai.turns import Turns
 from vllm.exceptions import EngineDeadError
 from vllm.version import __version__
 
@@ -100,6 +101,7 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
         allow_credentials=args.allow_credentials,
     )
     app.add_middleware(HttpMetricsMiddleware, registry=registry)
+    app.state.turns = Turns()
     return app
 
 

@@ -35,7 +35,9 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding != "identity":
         raise ApiError(415, f"Content-Encoding must be identity, got {coding[:_SNIPPET_CHARS]!r}.")
-    return parse_json_object(await _read_body(request))
+    body = await _read_body(request)
+    await request.app.state.turns.take()
+    return parse_json_object(body)
 
 
 async def _read_body(request: Request) -> bytes:
