@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -48,24 +48,28 @@ class KnownPrefixes:
 
     def __init__(self, most: int = 16) -> None:
         self._most = most
-        self._kept: OrderedDict[tuple[int, ...], tuple[list[int], TokenIds]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Hashable, ...], tuple[list[int], TokenIds]] = OrderedDict()
 
-    def find(self, token_ids: list[int], length: int) -> TokenIds | None:
-        """The array of the first `length` ids if they are known."""
-        key = self._key(token_ids, length)
+    def find(self, token_ids: list[int], length: int, scope: Hashable = None) -> TokenIds | None:
+        """The array of the first `length` ids if they are known.
+
+        Args:
+            scope: Who may notice, by the time it takes, that they are.
+        """
+        key = self._key(token_ids, length, scope)
         kept = self._kept.get(key)
         if kept is None or kept[0] != token_ids[:length]:
             return None
         self._kept.move_to_end(key)
         return kept[1]
 
-    def keep(self, token_ids: list[int], array: TokenIds) -> None:
+    def keep(self, token_ids: list[int], array: TokenIds, scope: Hashable = None) -> None:
         """Remembers that this is the array of these ids."""
-        self._kept[self._key(token_ids, len(token_ids))] = (token_ids, array)
+        self._kept[self._key(token_ids, len(token_ids), scope)] = (token_ids, array)
         if len(self._kept) > self._most:
             self._kept.popitem(last=False)
 
     @staticmethod
-    def _key(token_ids: list[int], length: int) -> tuple[int, ...]:
+    def _key(token_ids: list[int], length: int, scope: Hashable) -> tuple[Hashable, ...]:
         """Some of the ids: prompts that differ mostly differ in these."""
-        return (length, *token_ids[: length : length // 16 + 1])
+        return (scope, length, *token_ids[: length : length // 16 + 1])

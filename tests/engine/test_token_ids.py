@@ -28,3 +28,10 @@ def test_those_not_used_for_longest_are_forgotten() -> None:
     assert known.find(heads[0], 2) is not None
     known.keep(heads[2], token_array(heads[2]))
     assert [known.find(head, 2) is not None for head in heads] == [True, False, True]
+
+
+def test_a_scope_does_not_notice_what_another_one_has_sent() -> None:
+    known = KnownPrefixes()
+    known.keep([1, 2], token_array([1, 2]), "a")
+    assert known.find([1, 2, 3], 2, "a") == token_array([1, 2])
+    assert known.find([1, 2, 3], 2, "b") is None and known.find([1, 2, 3], 2) is None

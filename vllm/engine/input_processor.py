@@ -75,11 +75,13 @@ class InputProcessor:
                 param,
             )
 
-    def prompt(self, prompt: PromptType, num_system_tokens: int | None = None) -> ProcessedPrompt:
+    def prompt(
+        self, prompt: PromptType, num_system_tokens: int | None = None, tenant: str | None = None
+    ) -> ProcessedPrompt:
         """Token ids of a prompt given as text, token ids, or a dict with either.
 
         Args:
-            num_system_tokens: How many at its head other prompts are likely to begin with as well.
+            num_system_tokens: How many at its head other prompts of the tenant are likely to begin with as well.
 
         Raises:
             VLLMValidationError: it is none of these, or holds ids that are no tokens.
@@ -87,12 +89,13 @@ class InputProcessor:
         if isinstance(prompt, dict):
             text = prompt.get("prompt")
             if "prompt_token_ids" in prompt:
-                return ProcessedPrompt(*self._checked_ids(prompt.get("prompt_token_ids"), num_system_tokens), text)
+                ids = self._checked_ids(prompt.get("prompt_token_ids"), num_system_tokens, tenant)
+                return ProcessedPrompt(*ids, text)
             prompt = text or ""
         if isinstance(prompt, str):
             token_ids = self.encode(prompt)
             return ProcessedPrompt(token_ids, token_array(token_ids), prompt)
-        return ProcessedPrompt(*self._checked_ids(prompt, num_system_tokens), None)
+        return ProcessedPrompt(*self._checked_ids(prompt, num_system_tokens, tenant), None)
 
     def request(
         self,
@@ -121,7 +124,7 @@ class InputProcessor:
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt, num_system_tokens)
+        processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt, num_system_tokens, tenant)
         params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
@@ -199,11 +202,13 @@ class InputProcessor:
             )
         return token_ids
 
-    def _checked_ids(self, token_ids: object, num_shared: int | None = None) -> tuple[list[int], TokenIds]:
+    def _checked_ids(
+        self, token_ids: object, num_shared: int | None = None, tenant: str | None = None
+    ) -> tuple[list[int], TokenIds]:
         """The ids as a list of its own and as an array.
 
         Args:
-            num_shared: How many at their head other prompts are likely to begin with as well.
+            num_shared: How many at their head other prompts of the tenant are likely to begin with as well.
         """
         if not isinstance(token_ids, list | tuple):
             raise VLLMValidationError(
@@ -214,14 +219,14 @@ class InputProcessor:
         # Prompts have tens of thousands of tokens: the good case must not loop in Python, and reads each once.
         with suppress(TypeError, OverflowError):
             shared = num_shared if num_shared is not None and 0 < num_shared <= len(token_ids) else 0
-            head = self._known_prefixes.find(token_ids, shared) if shared else None
+            head = self._known_prefixes.find(token_ids, shared, tenant) if shared else None
             rest = token_ids if head is None else token_ids[shared:]
             array = token_array(rest)
             if self._are_tokens(array, rest):
                 if head is not None:
                     return token_ids, head + array
                 if shared:
-                    self._known_prefixes.keep(token_ids[:shared], array[:shared])
+                    self._known_prefixes.keep(token_ids[:shared], array[:shared], tenant)
                 return token_ids, array
         wrong = next((token_id for token_id in token_ids if not _is_integer_below(size, token_id)), None)
         raise VLLMValidationError(
