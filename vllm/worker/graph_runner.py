@@ -96,7 +96,8 @@ class GraphRunner:
     def capture(self) -> None:
         started = time.perf_counter()
         # Whatever is set up by a first launch must not fall into a capture.
-        self.run_all()
+        with self._model.only_outer_layers():
+            self.run_all()
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
         for tokens in reversed(self._mixed_sizes):
@@ -121,13 +122,12 @@ class GraphRunner:
 
     @torch.inference_mode()
     def run_all(self) -> None:
-        """Launches what every captured step launches, on padding alone."""
-        with self._model.only_outer_layers():
-            for tokens in self._mixed_sizes:
-                self._mixed_step(tokens)
-            for batch in self._sizes:
-                for plain in (False, True):
-                    self._decode_step(batch, plain)
+        """Launches every step that is captured, on padding alone."""
+        for tokens in self._mixed_sizes:
+            self._mixed_step(tokens)
+        for batch in self._sizes:
+            for plain in (False, True):
+                self._decode_step(batch, plain)
 
     def _decode_step(self, batch: int, plain: bool) -> None:
         logits = self._model.logits(self._forward(batch, decode=True, plain=plain))

@@ -77,15 +77,13 @@ def plan_suffix(
     Raises:
         ValueError: no part is left for a token, or more than `max_work` items are needed.
     """
-    if not len(query_lens):
-        return np.empty((0, SUFFIX_FIELDS), np.int32)
     real = (query_lens > 0) & (context_lens > 0)
     if not real.all():
         first_token, query_lens, context_lens, table_rows = (
             x[real] for x in (first_token, query_lens, context_lens, table_rows)
         )
-        if not len(query_lens):
-            return np.empty((0, SUFFIX_FIELDS), np.int32)
+    if not len(query_lens):
+        return np.empty((0, SUFFIX_FIELDS), np.int32)
     token, tokens, rows, num_keys = first_token, query_lens, table_rows, context_lens
     position = num_keys - tokens
     per_tile = tiles.tokens(group_size)
