@@ -12,6 +12,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.token_ids import TokenIds
 
+PROMPT_ROWS = 64
+"""Rows of the ranks' buffers for prefills of system prompts, behind those of requests: so many may be under way."""
+
 
 @dataclass(frozen=True)
 class PrefixExtent:
@@ -30,6 +33,7 @@ class SequenceStart:
         prefix: The pinned extents it reads, in order of position; together they hold its first tokens.
         seed: 64-bit seed of its draws.
         stop_token_ids: Tokens that may not come before `min_tokens`.
+        is_system_prompt: It is the prefill of a system prompt: `block_table` is its extent, `prefix` its parents'.
     """
 
     row: int
@@ -41,6 +45,7 @@ class SequenceStart:
     seed: int
     stop_token_ids: tuple[int, ...]
     num_skipped: int = 0
+    is_system_prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,21 +54,6 @@ class FreedSequence:
 
     row: int
     is_system_prompt: bool
-
-
-@dataclass(frozen=True)
-class SystemPromptChunk:
-    """The next tokens of a system prompt's own prefill: positions `start …`, into its extent at `start_block`.
-
-    Attributes:
-        prefix: The pinned extents that it continues; the first token of its own extent follows them.
-    """
-
-    prompt_id: str
-    start_block: int
-    start: int
-    token_ids: TokenIds
-    prefix: tuple[PrefixExtent, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,8 +104,7 @@ class EndedJob:
 
 @dataclass
 class StepPlan:
-    """What the ranks do in one step, in this order: moves, copies, cleared, freed, new_blocks, started, chunk, then the
-    batch.
+    """What the ranks do in one step, in this order: moves, copies, cleared, freed, new_blocks, started, then the batch.
 
     Between tiers: dropped, transfers (after moves and copies, at the same time as the rest; done before the next step
     begins), jobs.
@@ -123,6 +112,8 @@ class StepPlan:
     The batch is one entry a sequence, sequences that read the same extents side by side:
         rows, starts (first position to compute), counts (tokens to compute), samples (whether a token is drawn),
         wants_prompt_logprobs.
+    Every layer writes K and V of all tokens of the batch before any of them attends, so that a sequence may read an
+    extent whose last tokens are computed in the same batch.
 
     Attributes:
         moves: Blocks that make room for an extent, (source, destination).
@@ -144,7 +135,6 @@ class StepPlan:
     freed: list[FreedSequence] = field(default_factory=list)
     started: list[SequenceStart] = field(default_factory=list)
     new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    chunk: SystemPromptChunk | None = None
     dropped: list[HostImage] = field(default_factory=list)
     transfers: list[ExtentCopy] = field(default_factory=list)
     jobs: list[SnapshotJob] = field(default_factory=list)
@@ -159,14 +149,14 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        batch = self.rows or self.chunk or self.moves or self.copies or self.cleared or self.freed
+        batch = self.rows or self.moves or self.copies or self.cleared or self.freed
         tiers = self.dropped or self.transfers or self.jobs or self.job_patience_s is not None
         return not (batch or tiers)
 
     @property
     def num_tokens(self) -> int:
         """Tokens computed in the step."""
-        return sum(self.counts) + (len(self.chunk.token_ids) if self.chunk else 0)
+        return sum(self.counts)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vllm.core.prompt_tiers import LoadState
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.inputs import CacheMark
 from vllm.sequence import Sequence, SequenceStatus
-from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan, SystemPromptChunk
+from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan
 
 
 class PlannedBatch(NamedTuple):
@@ -149,8 +149,7 @@ class Scheduler:
         self.pool.expire()
         budget = self.config.max_num_batched_tokens
         held_up_from = self._plan_system_prompt(plan)
-        if plan.chunk is not None:
-            budget -= len(plan.chunk.token_ids)
+        budget -= sum(count for _, count in self._scheduled)
         budget, preempted = self._plan_running(plan, budget)
         if not preempted:
             self._plan_waiting(plan, budget, held_up_from)
@@ -180,6 +179,7 @@ class Scheduler:
             if moves:
                 plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
             prompt = self.pool.begin_prefill(start)
+            prompt.sequence.row = self.config.max_num_seqs
             if self.pool.tiers.keeps_snapshots and prompt.num_own_tokens % self.blocks.block_size:
                 # Slots that the prompt leaves unused would take what a request has left there to disk.
                 plan.cleared.append(start + prompt.num_blocks - 1)
@@ -187,16 +187,30 @@ class Scheduler:
             self._plan_load(plan, prompt)
         if prompt is None or prompt is not self.pool.computing or prompt.state == PromptState.LOADING:
             return None
-        done = prompt.sequence.num_computed_tokens
-        token_ids = prompt.token_ids[done : done + self.pool.config.chunk_tokens]
+        seq = prompt.sequence
         if prompt.extent is None:
             raise RuntimeError(f"system prompt {prompt.id} is being computed without an extent")
-        plan.chunk = SystemPromptChunk(prompt.id, prompt.extent.start, done, token_ids, prompt.prefix[:-1])
-        prompt.sequence.num_computed_tokens += len(token_ids)
-        if prompt.sequence.num_computed_tokens == prompt.num_tokens:
-            self._freed.append(FreedSequence(row=-1, is_system_prompt=True))
+        if seq.num_computed_tokens == prompt.start:
+            plan.started.append(
+                SequenceStart(
+                    row=seq.row,
+                    token_ids=seq.token_ids[prompt.start :],
+                    num_skipped=prompt.start,
+                    num_prompt_tokens=prompt.num_tokens,
+                    block_table=list(seq.block_table),
+                    prefix=prompt.prefix[:-1],
+                    sampling_params=seq.sampling_params,
+                    seed=0,
+                    stop_token_ids=(),
+                    is_system_prompt=True,
+                )
+            )
+        count = min(self.pool.config.chunk_tokens, prompt.num_tokens - seq.num_computed_tokens)
+        self._scheduled.append((seq, count))
+        if seq.num_computed_tokens + count == prompt.num_tokens:
+            self._freed.append(FreedSequence(seq.row, is_system_prompt=True))
             self._prefilled = prompt
-            # A step computes the chunk before its batch, so the waiters may run in this very step.
+            # What a layer writes is there before any token of the batch attends, so the waiters may run in this step.
             for seq in self.pool.end_prefill():
                 heapq.heappush(self._waiting, seq)
         return None
@@ -309,7 +323,7 @@ class Scheduler:
         """Writes the batch, sequences of one group side by side so that its extent is read once."""
         self._scheduled.sort(key=_order_key)
         for seq, count in self._scheduled:
-            samples = seq.num_computed_tokens + count == seq.num_tokens
+            samples = not seq.is_system_prompt and seq.num_computed_tokens + count == seq.num_tokens
             plan.rows.append(seq.row)
             plan.starts.append(seq.num_computed_tokens)
             plan.counts.append(count)

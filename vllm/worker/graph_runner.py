@@ -55,7 +55,7 @@ class GraphRunner:
     """Captures steps once, and replays them.
 
     Args:
-        token_ids: Tokens of all rows, and one row more that padding reads and writes; int64 [max_num_seqs + 1, n].
+        token_ids: Tokens of all rows, and one row more that padding reads and writes; int64 [rows + 1, n].
         vocab_size: Columns of the logits.
         max_num_seqs: Largest decode batch.
         max_num_batched_tokens: Most tokens of a step.
@@ -78,7 +78,7 @@ class GraphRunner:
         self._cache = cache
         self._backend = backend
         self._token_ids = token_ids
-        self._padding_row = max_num_seqs
+        self._padding_row = len(token_ids) - 1
         self._sizes = batch_sizes(max_num_seqs)
         self._mixed_sizes = [n for n in _MIXED_SIZES if n <= max_num_batched_tokens]
         self.max_mixed_tokens = max(self._mixed_sizes, default=0)

@@ -16,7 +16,7 @@ from vllm.host_staging import to_device, write
 from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.step import PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, SystemPromptChunk
+from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 # Log-softmax over the vocabulary is done for so many prompt positions at a time, to bound its memory.
 _PROMPT_LOGPROB_ROWS = 64
+# From so many tokens on, what a system prompt has in its extent already is read as an extent, not block by block: it
+# lies in few pieces, and the kernels for extents are faster by a fifth and more.
+_DENSE_FROM = 1024
 
 
 class ModelRunner:
@@ -35,7 +38,7 @@ class ModelRunner:
         model: The network, weights loaded.
         cache: KV memory.
         backend: Attention.
-        max_num_seqs: Rows.
+        max_num_seqs: Rows of requests; those of system prompts follow them.
         max_model_len: Columns of `token_ids`.
     """
 
@@ -54,11 +57,14 @@ class ModelRunner:
         self.backend = backend
         self.device = device
         self.sampler = Sampler(max_num_seqs, vocab_size, device)
+        num_rows = max_num_seqs + PROMPT_ROWS
         # One row more than sequences, for the padding of captured steps.
-        self.token_ids = torch.zeros((max_num_seqs + 1, max_model_len + 1), dtype=torch.int64, device=device)
-        self._prefix: list[tuple[PrefixExtent, ...]] = [()] * max_num_seqs
-        self._prefix_len = np.zeros(max_num_seqs, np.int64)
-        self._num_prompt_logprobs = np.zeros(max_num_seqs, np.int64)
+        self.token_ids = torch.zeros((num_rows + 1, max_model_len + 1), dtype=torch.int64, device=device)
+        self._prefix: list[tuple[PrefixExtent, ...]] = [()] * num_rows
+        self._prefix_len = np.zeros(num_rows, np.int64)
+        # Of rows that are prefills of system prompts: the pieces that their own tokens go into.
+        self._own_extents: list[tuple[PrefixExtent, ...]] = [()] * num_rows
+        self._num_prompt_logprobs = np.zeros(num_rows, np.int64)
         self.graphs: GraphRunner | None = None
         self._compiled: CompiledSteps | None = None
         if model.packed is not None:
@@ -124,22 +130,19 @@ class ModelRunner:
             self._forward(tokens, tokens, metadata)
 
     @torch.inference_mode()
-    def submit(self, plan: StepPlan, after_moves: Callable[[StepPlan], None]) -> Callable[[], StepResult]:
-        """Starts one step; see `StepPlan` for the order of things. Returns a function that waits for its tokens.
-
-        Args:
-            after_moves: Is called when blocks are in the places that the rest of the plan speaks of.
-        """
+    def apply(self, plan: StepPlan) -> None:
+        """Brings blocks and rows into the state that the batch of a plan speaks of; see `StepPlan` for the order."""
         self.cache.copy(plan.moves)
         self.cache.copy(plan.copies)
         self.cache.clear(plan.cleared)
-        after_moves(plan)
         for freed in plan.freed:
             self.cache.free(freed)
         self.cache.set_blocks([*plan.new_blocks, *((seq.row, 0, seq.block_table) for seq in plan.started)])
         self._start(plan.started)
-        if plan.chunk is not None:
-            self._run_chunk(plan.chunk)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Starts the batch of a plan that has been applied. Returns a function that waits for its tokens."""
         if not plan.rows:
             return lambda: StepResult([], [], [])
         if self._compiled is not None:
@@ -157,8 +160,10 @@ class ModelRunner:
         for seq in sequences:
             self._prefix[seq.row] = seq.prefix
             self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
+            self._own_extents[seq.row] = self._pieces(seq.block_table) if seq.is_system_prompt else ()
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
-            self.sampler.start(seq)
+            if not seq.is_system_prompt:
+                self.sampler.start(seq)
         known = [np.array(seq.token_ids[self._prefix_len[seq.row] - seq.num_skipped :], np.int64) for seq in sequences]
         ends = [seq.num_skipped + len(seq.token_ids) for seq in sequences]
         if len(known) == 1:
@@ -170,29 +175,13 @@ class ModelRunner:
         where_row, where_column, values = self._to_device(np.stack((rows, columns, tokens)))
         self.token_ids[where_row, where_column] = values
 
-    def _run_chunk(self, chunk: SystemPromptChunk) -> None:
-        """Computes the next tokens of a system prompt into its extent, in a pass of their own: the shapes depend on the
-        prompt alone, so its KV is the same bits whoever else is served."""
-        count = len(chunk.token_ids)
-        positions = torch.arange(chunk.start, chunk.start + count, device=self.device)
-        block_size = self.cache.block_size
-        # What lies in the extents that the prompt continues, and what is in its own already.
-        above = sum(extent.num_tokens for extent in chunk.prefix)
-        done = chunk.start - above
-        num_blocks = -(-count // block_size)
-        first_block = chunk.start_block + done // block_size
-        extents = [*chunk.prefix, PrefixExtent(chunk.start_block, done)]
-        metadata = AttentionMetadata(
-            slot_mapping=chunk.start_block * block_size + positions - above,
-            block_tables=torch.arange(first_block, first_block + num_blocks, device=self.device).unsqueeze(0),
-            query_lens=[count],
-            context_lens=[count],
-            groups=[PrefixGroup(0, count, e.start_block * block_size, e.num_tokens) for e in extents if e.num_tokens],
-            block_size=block_size,
-            contiguous_from=None if chunk.prefix else chunk.start_block * block_size,
+    def _pieces(self, blocks: list[int]) -> tuple[PrefixExtent, ...]:
+        """The runs of neighbouring blocks, as extents that are full."""
+        ends = [i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1] + 1] + [len(blocks)]
+        starts = [0, *ends[:-1]]
+        return tuple(
+            PrefixExtent(blocks[a], (b - a) * self.cache.block_size) for a, b in zip(starts, ends, strict=True)
         )
-        nothing = torch.empty(0, dtype=torch.int64, device=self.device)
-        self._forward(self._to_device(np.array(chunk.token_ids, np.int64)), positions, metadata, nothing)
 
     def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Callable[[], StepResult]:
         """A batch as one call into the compiled CPU kernels."""
@@ -228,14 +217,18 @@ class ModelRunner:
             return self._sample(plan, hidden, rows, starts + counts, ends)
         row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
-        num_columns = -(-int(context_lens.max()) // block_size)
+        dense = np.array(
+            [n if self._own_extents[r] else 0 for r, n in zip(plan.rows, context_lens - counts, strict=True)]
+        )
+        dense[dense < _DENSE_FROM] = 0
         metadata = AttentionMetadata(
             slot_mapping=self.cache.block_tables[row_index, own // block_size] * block_size + own % block_size,
-            block_tables=self.cache.block_tables[self._to_device(rows), :num_columns],
+            block_tables=self._block_tables(rows, dense // block_size, context_lens),
             query_lens=plan.counts,
-            context_lens=context_lens.tolist(),
-            groups=self._groups(plan.rows, plan.counts),
+            context_lens=(context_lens - dense).tolist(),
+            groups=self._groups(plan.rows, plan.counts, dense.tolist()),
             block_size=block_size,
+            contiguous_from=self._contiguous_from(plan, dense),
         )
         wanted = None
         last = ends[plan.samples] - 1
@@ -256,16 +249,43 @@ class ModelRunner:
             self.token_ids[self._to_device(rows), self._to_device(starts + 1)] = drawn
         return self._results(plan, np.arange(len(rows)), drawn, logprobs, {})
 
-    def _groups(self, rows: list[int], counts: list[int]) -> list[PrefixGroup]:
-        """Runs of neighbouring tokens that read the same extent; a chain of extents puts a token into several."""
+    def _block_tables(self, rows: np.ndarray, skipped: np.ndarray, context_lens: np.ndarray) -> torch.Tensor:
+        """Block tables of some rows, without the first `skipped` blocks of each; int64 [R, most blocks of any]."""
+        columns = -(-context_lens // self.cache.block_size) - skipped
+        tables = self.cache.block_tables
+        if not skipped.any():
+            return tables[self._to_device(rows), : int(columns.max())]
+        wanted = np.minimum(skipped[:, None] + np.arange(columns.max()), tables.shape[1] - 1)
+        return tables[self._to_device(rows).unsqueeze(-1), self._to_device(wanted)]
+
+    def _contiguous_from(self, plan: StepPlan, dense: np.ndarray) -> int | None:
+        """See `AttentionMetadata`: a system prompt that is alone in the batch and continues no other one."""
+        row = plan.rows[0]
+        if len(plan.rows) > 1 or len(self._own_extents[row]) != 1 or self._prefix[row]:
+            return None
+        if dense[0] != plan.starts[0]:
+            return None
+        return self._own_extents[row][0].start_block * self.cache.block_size
+
+    def _groups(self, rows: list[int], counts: list[int], dense: list[int] | None = None) -> list[PrefixGroup]:
+        """Runs of neighbouring tokens that read the same extent; a chain of extents puts a token into several.
+
+        Args:
+            dense: Own tokens of each row that are read as extents too.
+        """
         groups: list[PrefixGroup] = []
         latest: dict[int, int] = {}  # By start block: the last group that reads the extent.
         token = 0
-        for row, count in zip(rows, counts, strict=True):
-            for extent in self._prefix[row]:
+        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            extents = self._prefix[row]
+            if dense is not None and dense[i]:
+                extents = (*extents, *_head(self._own_extents[row], dense[i]))
+            for extent in extents:
                 at = latest.get(extent.start_block)
                 last = groups[at] if at is not None else None
-                if at is not None and last is not None and last.first_token + last.num_tokens == token:
+                joins = last is not None and last.first_token + last.num_tokens == token
+                # One that is still being computed is read to different lengths.
+                if at is not None and last is not None and joins and last.length == extent.num_tokens:
                     groups[at] = replace(last, num_tokens=last.num_tokens + count)
                 else:
                     latest[extent.start_block] = len(groups)
@@ -388,6 +408,17 @@ class ModelRunner:
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return to_device(values, self.device)
+
+
+def _head(extents: tuple[PrefixExtent, ...], num_tokens: int) -> list[PrefixExtent]:
+    """The extents that hold the first tokens of these, the last one perhaps not to its end."""
+    head = []
+    for extent in extents:
+        if num_tokens <= 0:
+            break
+        head.append(PrefixExtent(extent.start_block, min(num_tokens, extent.num_tokens)))
+        num_tokens -= extent.num_tokens
+    return head
 
 
 def _joined(parts: list[LogprobTensors]) -> PositionLogprobs:

@@ -16,7 +16,7 @@ from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.load import load_model
 from vllm.platforms import current_platform
-from vllm.step import StepPlan, StepResult
+from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.model_runner import ModelRunner
@@ -123,7 +123,7 @@ class Worker:
             block_size=self.config.cache.block_size,
             num_kv_heads=self.tp.divide(model.num_kv_heads, "KV heads"),
             head_dim=model.head_dim,
-            max_num_seqs=scheduler.max_num_seqs,
+            max_num_seqs=scheduler.max_num_seqs + PROMPT_ROWS,
             max_blocks_per_seq=-(-model.max_model_len // self.config.cache.block_size) + 1,
             dtype=self.dtype,
             device=self.device,
@@ -203,7 +203,9 @@ class Worker:
         if self.runner is None or self.transfers is None:
             raise RuntimeError("initialize_cache() has not been called")
         transfers, patience = self.transfers, plan.job_patience_s
-        wait = self.runner.submit(plan, transfers.begin)
+        self.runner.apply(plan)
+        transfers.begin(plan)
+        wait = self.runner.run(plan)
         if patience is None:
             return wait
 
