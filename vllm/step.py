@@ -124,8 +124,7 @@ class StepPlan:
         transfers: Copies between extents and the host.
         jobs: Work on snapshots to begin.
         job_patience_s: Asks which of that work has ended, waiting so long for the first of it; None does not ask.
-        masked: Entries of the batch whose next token is constrained.
-        token_masks: Which tokens may be drawn for each of them: bits, int32 [len(masked), ceil(vocab_size / 32)].
+        masked: Entries of the batch whose next token is constrained; which tokens may be drawn is told later.
         new_blocks: (row, first column, block ids) to write into the block tables.
     """
 
@@ -145,7 +144,6 @@ class StepPlan:
     samples: list[bool] = field(default_factory=list)
     wants_prompt_logprobs: list[bool] = field(default_factory=list)
     masked: list[int] = field(default_factory=list)
-    token_masks: bytes = b""
 
     @property
     def is_empty(self) -> bool:

@@ -11,7 +11,8 @@ import torch
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
 from vllm.engine.llm_engine import LLMEngine
 from vllm.inputs import CacheMark
-from vllm.step import StepPlan, StepResult
+from vllm.step import StepPlan
+from vllm.worker.running_step import RunningStep
 
 MakeEngine = Callable[..., LLMEngine]
 
@@ -31,7 +32,7 @@ def recorded_plans(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[S
     plans: list[StepPlan] = []
     submit = engine.core.executor.submit
 
-    def record(plan: StepPlan) -> Callable[[], StepResult]:
+    def record(plan: StepPlan) -> RunningStep:
         plans.append(plan)
         return submit(plan)
 

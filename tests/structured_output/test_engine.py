@@ -7,13 +7,19 @@ import random
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+import xgrammar
 
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
 from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.step import StepPlan
+from vllm.structured_output.matcher import TOO_COSTLY, MatchingCost, TokenMatcher
+from vllm.worker.running_step import RunningStep
 
 MakeEngine = Callable[..., LLMEngine]
 
@@ -139,6 +145,42 @@ def test_a_form_that_grows_costly_ends_its_request_alone(make_tiny: MakeEngine) 
     seen |= finish(engine)
     assert len(seen["other"].outputs[0].token_ids) == 400
     assert_nothing_held(engine)
+
+
+def test_a_form_does_not_hold_its_output_back(make_tiny: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two steps in flight a constrained output gets a token from each step, as a free one does."""
+    monkeypatch.setattr(CpuPlatform, "pipeline_depth", 2)
+    engine = make_tiny()
+    add(engine, "form", PROMPT, constrained(regex=r"[a-z]{200}", max_tokens=20))
+    add(engine, "free", PROMPT, greedy(20))
+    batches: list[int] = []
+    submit = engine.core.executor.submit
+
+    def note(plan: StepPlan) -> RunningStep:
+        batches.append(len(plan.rows))
+        return submit(plan)
+
+    monkeypatch.setattr(engine.core.executor, "submit", note)
+    finish(engine)
+    # The form's request comes some steps later, when its grammar is loaded.
+    assert len([size for size in batches if size]) <= 20 + batches.index(2) + 1
+
+
+def test_the_outputs_of_a_request_share_what_matching_may_cost() -> None:
+    cost = MatchingCost()
+    cost.charge(0.06)
+    assert cost.is_too_much
+    cost.charge(0.0, 20)
+    assert not cost.is_too_much
+    info = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)], stop_token_ids=[0])
+    grammar = xgrammar.GrammarCompiler(info).compile_regex("[ab]{5}")
+    first, second = (TokenMatcher(grammar, cost=cost) for _ in range(2))
+    masks = np.zeros((2, 8), np.int32)
+    first.fill(masks, 0)
+    assert first.error is None and masks[0, 3] == 0b110
+    cost.charge(1.0)
+    second.fill(masks, 1)
+    assert second.error == TOO_COSTLY
 
 
 def test_a_request_may_be_aborted_while_its_form_is_loaded(make_tiny: MakeEngine) -> None:

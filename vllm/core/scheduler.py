@@ -233,8 +233,7 @@ class Scheduler:
         while i < len(self.running):
             seq = self.running[i]
             missing = seq.num_tokens - seq.num_computed_tokens
-            waits_for_token = seq.matcher is not None and seq.num_in_flight > 0
-            if (missing > 1 and budget <= 0) or waits_for_token or self._ends_by_length(seq):
+            if (missing > 1 and budget <= 0) or self._ends_by_length(seq):
                 i += 1
                 continue
             count = min(missing, max(budget, 1))

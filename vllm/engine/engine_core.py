@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent import futures
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
@@ -23,9 +21,11 @@ from vllm.executor.uniproc import UniprocExecutor
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.step import PositionLogprobs, StepPlan, StepResult
+from vllm.structured_output.masks import MaskFiller
 from vllm.structured_output.store import ConstraintStore
 from vllm.system_prompt_store import SnapshotRecord
 from vllm.worker.cache_engine import PinnedBlockPool
+from vllm.worker.running_step import RunningStep
 
 if TYPE_CHECKING:
     import xgrammar
@@ -76,7 +76,8 @@ class EngineCore:
         self._failed: list[EngineOutput] = []
         self._constraints = ConstraintStore(config.model)
         self._unready: dict[str, tuple[EngineRequest, futures.Future[xgrammar.CompiledGrammar]]] = {}
-        self._in_flight: deque[tuple[int, Callable[[], StepResult]]] = deque()
+        self._masks = MaskFiller()
+        self._in_flight: deque[tuple[StepPlan, RunningStep]] = deque()
         self._to_restore: deque[SnapshotRecord] = deque()
         self._restore_snapshots()
 
@@ -195,14 +196,15 @@ class EngineCore:
             for i in range(params.n)
         ]
         if grammar is not None:
-            from vllm.structured_output.matcher import TokenMatcher, token_bits
+            from vllm.structured_output.matcher import MatchingCost, TokenMatcher, token_bits
 
+            cost = MatchingCost()
             model, allowed, stops = self.config.model, None, None
             if params.allowed_token_ids is not None:
                 allowed = token_bits(params.allowed_token_ids, model.vocab_size)
                 stops = token_bits(model.eos_token_ids, model.vocab_size)
             for seq in sequences:
-                seq.matcher = TokenMatcher(grammar, allowed, stops)
+                seq.matcher = TokenMatcher(grammar, allowed, stops, cost)
         try:
             self.scheduler.add(sequences, request.num_system_tokens, request.marks)
         except ValueError as error:
@@ -330,15 +332,15 @@ class EngineCore:
         """
         plan = StepPlan() if self.is_sleeping else self._plan()
         if not plan.is_empty:
-            if plan.masked:
-                self._fill_masks(plan)
-            self._in_flight.append((plan.num_tokens, self.executor.submit(plan)))
+            self._in_flight.append((plan, self.executor.submit(plan)))
+        if len(self._in_flight) <= 1:
+            self._draw_masked()
         if not self._in_flight or (not plan.is_empty and len(self._in_flight) < self.executor.pipeline_depth):
             if self._unready and not self._in_flight:
                 futures.wait([loading for _, loading in self._unready.values()], _CONSTRAINT_POLL_S, "FIRST_COMPLETED")
             return StepOutputs(outputs=self._take_failed(), stats=self.stats(0))
-        num_tokens, wait = self._in_flight.popleft()
-        result = wait()
+        oldest, step = self._in_flight.popleft()
+        result = step.wait()
         self.pool.tiers.end_jobs(result.ended_jobs)
         batch = self.scheduler.oldest_batch
         logprobs = {seq: f for seq, f in zip(batch.sequences, result.logprobs, strict=False) if f is not None}
@@ -363,7 +365,8 @@ class EngineCore:
                     first_scheduled_time=seq.first_scheduled_time if first else None,
                 )
             )
-        return StepOutputs(outputs=outputs, stats=self.stats(num_tokens))
+        self._draw_masked()
+        return StepOutputs(outputs=outputs, stats=self.stats(oldest.num_tokens))
 
     def _plan(self) -> StepPlan:
         if self._unready:
@@ -372,15 +375,15 @@ class EngineCore:
             self._restore_next()
         return self.scheduler.schedule()
 
-    def _fill_masks(self, plan: StepPlan) -> None:
-        """Writes which tokens may be drawn where the form of the output is constrained."""
-        batch = self.scheduler.newest_batch
-        bitmask = np.empty((len(plan.masked), -(-self.config.model.vocab_size // 32)), np.int32)
-        for row, entry in enumerate(plan.masked):
-            matcher = batch.sequences[entry].matcher
-            if matcher is not None:
-                matcher.fill(bitmask, row)
-        plan.token_masks = bitmask.tobytes()
+    def _draw_masked(self) -> None:
+        """Gives the newest step its masks, once all tokens before it are known; the device computes meanwhile."""
+        if not self._in_flight:
+            return
+        plan, step = self._in_flight[-1]
+        if step.awaits_masks:
+            sequences = self.scheduler.newest_batch.sequences
+            matchers = [sequences[entry].matcher for entry in plan.masked]
+            step.draw(self._masks.fill([m for m in matchers if m is not None], self.config.model.vocab_size))
 
     def _take_failed(self) -> list[EngineOutput]:
         failed, self._failed = self._failed, []
@@ -433,4 +436,5 @@ class EngineCore:
         while self.pool.tiers.has_work and not any(self.scheduler.unfinished()):
             self.step()
         self._constraints.shutdown()
+        self._masks.shutdown()
         self.executor.shutdown()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
-from vllm.step import StepPlan, StepResult
+from vllm.step import StepPlan
 from vllm.system_prompt_store import SnapshotRecord
+from vllm.worker.running_step import RunningStep
 
 
 class Executor(ABC):
@@ -33,10 +33,10 @@ class Executor(ABC):
         """Plans that may be in flight: 1 where a step occupies the host, 2 where the next can be prepared meanwhile."""
 
     @abstractmethod
-    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def submit(self, plan: StepPlan) -> RunningStep:
         """Starts one step on every rank. Steps run in the order in which they were submitted.
 
-        Returns a function that waits for the step and returns what was drawn; it is called once.
+        Where the plan has masked entries, the caller gives their masks before it submits the next one.
         """
 
     @abstractmethod

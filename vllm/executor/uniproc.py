@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from vllm.config import VllmConfig
 from vllm.executor.base import Executor
-from vllm.step import StepPlan, StepResult
+from vllm.step import StepPlan
 from vllm.system_prompt_store import SnapshotRecord
+from vllm.worker.running_step import RunningStep
 from vllm.worker.worker import Worker
 
 
@@ -28,7 +27,7 @@ class UniprocExecutor(Executor):
     def pipeline_depth(self) -> int:
         return self._worker.platform.pipeline_depth
 
-    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def submit(self, plan: StepPlan) -> RunningStep:
         return self._worker.submit(plan)
 
     def shutdown(self) -> None:

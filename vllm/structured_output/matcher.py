@@ -8,18 +8,35 @@ from collections.abc import Iterable
 import numpy as np
 import xgrammar
 
-# CPU time that matching may take, in seconds: so much at first, and so much more a token. A JSON schema takes 0.1 ms a
-# token; an ambiguous grammar takes more the longer the output gets, without end.
+# CPU time that the matching of a request may take, in seconds: so much at first, and so much more a token of any of its
+# outputs. A JSON schema takes 0.1 ms a token; an ambiguous grammar takes more the longer the output gets, without end.
 _FREE_S = 0.05
 _PER_TOKEN_S = 0.001
 
 TOO_COSTLY = "takes too long to match: its grammar is too ambiguous or repeats too much; simplify it"
 
 
+class MatchingCost:
+    """What the matching of a request has cost, all its outputs together."""
+
+    def __init__(self) -> None:
+        self._spent_s = 0.0
+        self._num_tokens = 0
+
+    def charge(self, seconds: float, num_tokens: int = 0) -> None:
+        self._spent_s += seconds
+        self._num_tokens += num_tokens
+
+    @property
+    def is_too_much(self) -> bool:
+        return self._spent_s > _FREE_S + _PER_TOKEN_S * self._num_tokens
+
+
 class TokenMatcher:
     """Follows the tokens of one output.
 
     Args:
+        cost: The request's account; None for one of its own.
         allowed: The only tokens that may come, as a row of a bitmask (see `fill`); None for all that it allows.
         stops: Likewise, tokens that end the output; where the grammar allows one, it may come if no allowed token can.
 
@@ -30,19 +47,24 @@ class TokenMatcher:
     """
 
     def __init__(
-        self, grammar: xgrammar.CompiledGrammar, allowed: np.ndarray | None = None, stops: np.ndarray | None = None
+        self,
+        grammar: xgrammar.CompiledGrammar,
+        allowed: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+        cost: MatchingCost | None = None,
     ) -> None:
         self._matcher = xgrammar.GrammarMatcher(grammar)
         self._allowed = [bits for bits in (allowed, stops) if bits is not None]
         self.field = "structured_outputs"
-        self._cost_s = 0.0
+        self._cost = cost or MatchingCost()
         self._num_tokens = 0
         self.ended = False
         self.error: str | None = None
 
     def accept(self, token_id: int) -> None:
         """Takes in the token that was drawn."""
-        if self.ended:
+        if self.ended or self.error is not None:
+            self.ended = True
             return
         self._num_tokens += 1
         started = time.thread_time()
@@ -51,7 +73,7 @@ class TokenMatcher:
                 self.error = f"could not be followed: token {token_id} was drawn, which its grammar forbids"
         except RuntimeError as error:
             self.error = f"could not be followed: {error}"
-        self._charge(started)
+        self._charge(started, 1)
         self.ended = self.error is not None or self._matcher.is_terminated()
 
     def fill(self, bitmask: np.ndarray, row: int) -> None:
@@ -60,6 +82,14 @@ class TokenMatcher:
         Args:
             bitmask: int32 [rows, ceil(vocab_size / 32)]; bit i % 32 of word i // 32 stands for token i.
         """
+        if self.ended or self.error is not None:
+            # What is drawn is not looked at any more.
+            bitmask[row] = -1
+            return
+        if self._cost.is_too_much:
+            self.error = TOO_COSTLY
+            bitmask[row] = -1
+            return
         started = time.thread_time()
         try:
             self._matcher.fill_next_token_bitmask(bitmask, row)
@@ -82,9 +112,9 @@ class TokenMatcher:
             f"names none of the tokens that can follow in the structured outputs after {self._num_tokens} tokens"
         )
 
-    def _charge(self, started: float) -> None:
-        self._cost_s += time.thread_time() - started
-        if self._cost_s > _FREE_S + _PER_TOKEN_S * self._num_tokens:
+    def _charge(self, started: float, num_tokens: int = 0) -> None:
+        self._cost.charge(time.thread_time() - started, num_tokens)
+        if self._cost.is_too_much:
             self.error = TOO_COSTLY
 
 

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMas
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
+from vllm.worker.running_step import Draw
 
 if TYPE_CHECKING:
     from vllm.worker.graph_runner import GraphRunner
@@ -141,10 +142,10 @@ class ModelRunner:
         self._start(plan.started)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Callable[[], StepResult]:
-        """Starts the batch of a plan that has been applied. Returns a function that waits for its tokens."""
+    def run(self, plan: StepPlan) -> Draw:
+        """Starts the forward pass of a plan that has been applied; returns what draws its tokens."""
         if not plan.rows:
-            return lambda: StepResult([], [], [])
+            return lambda masks: lambda: StepResult([], [], [])
         if self._compiled is not None:
             return self._run_compiled(self._compiled, plan)
         if self.graphs is not None and max(plan.counts) == 1 and all(plan.samples):
@@ -183,7 +184,7 @@ class ModelRunner:
             PrefixExtent(blocks[a], (b - a) * self.cache.block_size) for a, b in zip(starts, ends, strict=True)
         )
 
-    def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Callable[[], StepResult]:
+    def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Draw:
         """A batch as one call into the compiled CPU kernels."""
         groups = self._groups(plan.rows, plan.counts)
         all_states = any(plan.wants_prompt_logprobs)
@@ -194,13 +195,13 @@ class ModelRunner:
                 drawn = compiled.draw(plan.rows, plan.starts, plan.counts, plan.samples, groups)
                 for i, token in zip(picked, drawn, strict=True):
                     tokens[i] = token
-                return lambda: StepResult(tokens, [], [])
+                return lambda masks: lambda: StepResult(tokens, [], [])
         samples = None if all_states else plan.samples
         hidden = compiled.hidden(plan.rows, plan.starts, plan.counts, samples, groups)
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
-        return self._sample(plan, hidden, rows, starts + counts, counts.cumsum())
+        return self._draw_later(plan, hidden, rows, starts + counts, counts.cumsum())
 
-    def _run_batch(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def _run_batch(self, plan: StepPlan) -> Draw:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
         ends = counts.cumsum()
         token_rows, token_positions = rows, starts
@@ -214,7 +215,7 @@ class ModelRunner:
             sequences = np.stack((ends - counts, counts, context_lens, rows), axis=1)
             groups = self._groups(plan.rows, plan.counts)
             hidden = graphs.mixed(token_rows, token_positions, token_own, sequences, groups)
-            return self._sample(plan, hidden, rows, starts + counts, ends)
+            return self._draw_later(plan, hidden, rows, starts + counts, ends)
         row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
         dense = np.array(
@@ -235,19 +236,24 @@ class ModelRunner:
         if len(last) < len(token_rows) and not any(plan.wants_prompt_logprobs):
             wanted = self._to_device(last)
         hidden = self._forward(self.token_ids[row_index, positions], positions, metadata, wanted)
-        return self._sample(plan, hidden, rows, starts + counts, ends)
+        return self._draw_later(plan, hidden, rows, starts + counts, ends)
 
-    def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Callable[[], StepResult]:
+    def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Draw:
         """A step of decode alone, as a captured graph."""
         rows, starts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64)
         groups = self._groups(plan.rows, plan.counts)
-        logits, drawn = graphs.decode(rows, starts, starts - self._prefix_len[rows], groups)
-        logprobs: LogprobTensors | None = None
-        masks = self._token_masks(plan, np.arange(len(rows)))
-        if masks is not None or not self.sampler.takes_most_likely(rows):
-            drawn, logprobs = self.sampler.sample(logits.float(), rows, starts + 1, self.token_ids, masks)
-            self.token_ids[self._to_device(rows), self._to_device(starts + 1)] = drawn
-        return self._results(plan, np.arange(len(rows)), drawn, logprobs, {})
+        logits, most_likely = graphs.decode(rows, starts, starts - self._prefix_len[rows], groups)
+
+        @torch.inference_mode()
+        def draw(token_masks: np.ndarray | None) -> Callable[[], StepResult]:
+            drawn, logprobs = most_likely, None
+            masks = self._token_masks(plan, np.arange(len(rows)), token_masks)
+            if masks is not None or not self.sampler.takes_most_likely(rows):
+                drawn, logprobs = self.sampler.sample(logits.float(), rows, starts + 1, self.token_ids, masks)
+                self.token_ids[self._to_device(rows), self._to_device(starts + 1)] = drawn
+            return self._results(plan, np.arange(len(rows)), drawn, logprobs, {})
+
+        return draw
 
     def _block_tables(self, rows: np.ndarray, skipped: np.ndarray, context_lens: np.ndarray) -> torch.Tensor:
         """Block tables of some rows, without the first `skipped` blocks of each; int64 [R, most blocks of any]."""
@@ -313,8 +319,19 @@ class ModelRunner:
         )
         return self.model(token_ids, context)
 
-    def _sample(
+    def _draw_later(
         self, plan: StepPlan, hidden: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, ends: np.ndarray
+    ) -> Draw:
+        return torch.inference_mode()(lambda masks: self._sample(plan, hidden, rows, num_tokens, ends, masks))
+
+    def _sample(
+        self,
+        plan: StepPlan,
+        hidden: torch.Tensor,
+        rows: np.ndarray,
+        num_tokens: np.ndarray,
+        ends: np.ndarray,
+        token_masks: np.ndarray | None,
     ) -> Callable[[], StepResult]:
         """Draws, and returns a function that waits for what was drawn."""
         prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
@@ -326,7 +343,7 @@ class ModelRunner:
                 hidden = hidden[self._to_device(ends[picked] - 1)]
             if len(picked) < len(rows):
                 rows, num_tokens = rows[picked], num_tokens[picked]
-            masks = self._token_masks(plan, picked)
+            masks = self._token_masks(plan, picked, token_masks)
             if masks is None and self.sampler.takes_most_likely(rows):
                 drawn = self.model.most_likely(hidden)
             else:
@@ -335,13 +352,12 @@ class ModelRunner:
             self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
         return self._results(plan, picked, drawn, logprobs, prompt_logprobs)
 
-    def _token_masks(self, plan: StepPlan, picked: np.ndarray) -> TokenMasks | None:
+    def _token_masks(self, plan: StepPlan, picked: np.ndarray, token_masks: np.ndarray | None) -> TokenMasks | None:
         """The masks of a plan for the logits of its entries `picked`."""
-        if not plan.masked:
+        if token_masks is None:
             return None
-        bits = np.frombuffer(plan.token_masks, np.uint8).reshape(len(plan.masked), -1)
         rows = np.searchsorted(picked, plan.masked)
-        return TokenMasks(self._to_device(rows), self._to_device(bits.copy()))
+        return TokenMasks(self._to_device(rows), self._to_device(token_masks.view(np.uint8)))
 
     def _results(
         self,

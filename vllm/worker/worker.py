@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.model_runner import ModelRunner
+from vllm.worker.running_step import RunningStep
 from vllm.worker.transfers import ExtentTransfers
 
 logger = init_logger(__name__)
@@ -198,23 +198,21 @@ class Worker:
             "--num-gpu-blocks-override or --gpu-memory-utilization."
         )
 
-    def submit(self, plan: StepPlan) -> Callable[[], StepResult]:
+    def submit(self, plan: StepPlan) -> RunningStep:
         """Starts a step; see `Executor.submit`."""
         if self.runner is None or self.transfers is None:
             raise RuntimeError("initialize_cache() has not been called")
         transfers, patience = self.transfers, plan.job_patience_s
         self.runner.apply(plan)
         transfers.begin(plan)
-        wait = self.runner.run(plan)
-        if patience is None:
-            return wait
+        draw = self.runner.run(plan)
 
-        def wait_and_look() -> StepResult:
-            result = wait()
-            result.ended_jobs = transfers.ended_jobs(patience)
+        def look(result: StepResult) -> StepResult:
+            if patience is not None:
+                result.ended_jobs = transfers.ended_jobs(patience)
             return result
 
-        return wait_and_look
+        return RunningStep(draw, bool(plan.masked), look)
 
     def shutdown(self) -> None:
         """Ends this rank; snapshots that are being written are finished."""
