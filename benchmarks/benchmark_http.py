@@ -27,21 +27,23 @@ from typing import Any
 import aiohttp
 from benchmark_offline import make_model
 
-from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, workloads
+from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, SAMPLED, workloads
 
 WORKLOAD = "plain 256x(128+256)"
 
 
-async def stream(session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int) -> int:
+async def stream(
+    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, sampling: dict[str, Any]
+) -> int:
     """Output tokens that the server says it sent."""
     body = {
         "model": "llama",
         "prompt": prompt,
         "max_tokens": tokens,
-        "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **sampling,
     }
     last = b""
     async with session.post(f"{url}/v1/completions", json=body) as response:
@@ -52,24 +54,26 @@ async def stream(session: aiohttp.ClientSession, url: str, prompt: list[int], to
     return int(json.loads(last[6:])["usage"]["completion_tokens"])
 
 
-async def all_streams(url: str, prompts: list[list[int]], tokens: int) -> int:
+async def all_streams(url: str, prompts: list[list[int]], tokens: int, sampling: dict[str, Any]) -> int:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
-        return sum(await asyncio.gather(*(stream(session, url, prompt, tokens) for prompt in prompts)))
+        return sum(await asyncio.gather(*(stream(session, url, prompt, tokens, sampling) for prompt in prompts)))
 
 
-def client(url: str, prompts: list[list[int]], tokens: int, start: Any, results: Any) -> None:
+def client(url: str, prompts: list[list[int]], tokens: int, sampling: dict[str, Any], start: Any, results: Any) -> None:
     start.wait()
-    counted = asyncio.run(all_streams(url, prompts, tokens))
+    counted = asyncio.run(all_streams(url, prompts, tokens, sampling))
     results.put((counted, time.time()))
 
 
-def run(url: str, prompts: list[list[int]], tokens: int, num_clients: int) -> tuple[float, int]:
+def run(
+    url: str, prompts: list[list[int]], tokens: int, sampling: dict[str, Any], num_clients: int
+) -> tuple[float, int]:
     """Seconds until the last stream has ended, and output tokens."""
     spawn = multiprocessing.get_context("spawn")
     start, results = spawn.Barrier(num_clients + 1), spawn.Queue()
     shares = [prompts[i::num_clients] for i in range(num_clients)]
-    clients = [spawn.Process(target=client, args=(url, share, tokens, start, results)) for share in shares]
+    clients = [spawn.Process(target=client, args=(url, share, tokens, sampling, start, results)) for share in shares]
     for process in clients:
         process.start()
     start.wait()
@@ -113,22 +117,24 @@ def main() -> None:
         try:
             wait_until_ready(url, server)
             for seed in range(args.rounds):
-                prompts, tokens = next((p, n) for name, _, p, n in workloads(seed) if name == WORKLOAD)
-                seconds, counted = run(url, prompts, tokens, args.clients)
-                if counted != tokens * len(prompts):
-                    raise SystemExit(f"{counted} output tokens instead of {tokens * len(prompts)}")
-                results.append({"name": f"HTTP {WORKLOAD}", "seconds": seconds, "out_tok_s": counted / seconds})
-                print(f"{seconds:8.3f} s {counted / seconds:8.0f} output tokens/s", flush=True)
+                work = next(w for w in workloads(seed) if w.name == WORKLOAD)
+                for kind, sampling in (("", {"temperature": 0}), (", top_p", SAMPLED)):
+                    seconds, counted = run(url, work.prompts, work.output_tokens, sampling, args.clients)
+                    if counted != work.output_tokens * len(work.prompts):
+                        raise SystemExit(f"{counted} output tokens instead of {work.output_tokens * len(work.prompts)}")
+                    name = f"HTTP {WORKLOAD}{kind}"
+                    results.append({"name": name, "seconds": seconds, "out_tok_s": counted / seconds})
+                    print(f"{name:40s} {seconds:8.3f} s {counted / seconds:8.0f} output tokens/s", flush=True)
         finally:
             server.terminate()
             server.wait()
     if args.offline is not None:
         rows = json.loads(args.offline.read_text())
-        offline = next(row["out_tok_s"] for row in rows if row["name"] == WORKLOAD)
-        median = statistics.median(row["out_tok_s"] for row in results)
-        print(
-            f"Median {median:.0f}: {100 * median / offline:.1f} % of the offline figure, {offline:.0f} output tokens/s"
-        )
+        for kind in ("", ", top_p"):
+            offline = next(row["out_tok_s"] for row in rows if row["name"] == WORKLOAD + kind)
+            median = statistics.median(row["out_tok_s"] for row in results if row["name"] == f"HTTP {WORKLOAD}{kind}")
+            share = 100 * median / offline
+            print(f"Median {median:.0f}{kind}: {share:.1f} % of the offline figure, {offline:.0f} output tokens/s")
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -1,76 +1,132 @@
 #!/usr/bin/env python3
 """Offline throughput of the standing GPU workloads (`workloads.py`): Llama-3.1-8B's shape, random weights, one GPU.
 
-All requests of a workload are handed over at once; `seconds` runs from then until the last token is back. Prompts are
-token ids, so nothing is tokenised or detokenised. The engine learns where the system prompt ends, as it does from the
-chat template in a server.
+All requests of a workload are handed over at once; `seconds` runs from then until the last token is back. First tokens
+are those of each request, from when the workload (in turn: the request) was handed over. Prompts are token ids, so
+nothing is tokenised or detokenised. The engine learns where the system prompt ends, as it does from the chat template
+in a server.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import re
+import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vllm
-from vllm.sampling_params import RequestOutputKind
-from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, workloads
+from chat_load import quantile
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, SCHEMA, Workload, workloads
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
-    """A checkpoint without weights: the configuration, and a tokenizer that has a word for every id."""
-    from tokenizers import Tokenizer, models
+    """A checkpoint without weights: the configuration, and a tokenizer of bytes and random words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     (folder / "config.json").write_text(json.dumps(config))
-    vocabulary = {f"<{i}>": i for i in range(config["vocab_size"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<0>"))
+    rng = random.Random(0)
+    words = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    while len(words) < config["vocab_size"]:
+        word = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
+        words[rng.choice(("", "Ġ")) + word] = None
+    backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
 
 
-def run(engine: vllm.LLMEngine, name: str, system: list[int] | None, prompts: list[list[int]], tokens: int) -> float:
-    """Seconds until every prompt has its `tokens` output tokens."""
-    params = vllm.SamplingParams(
-        temperature=0,
-        max_tokens=tokens,
-        min_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-    started = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        engine.add_request(
-            f"{name}-{i}-{started}",
-            {"prompt_token_ids": prompt},
-            params,
-            num_system_tokens=None if system is None else len(system),
-        )
-    generated = 0
-    while engine.has_unfinished_requests():
-        for output in engine.step():
-            if output.finished:
+@dataclass(frozen=True)
+class Figures:
+    """Of one workload: seconds in all, and of each counted request until its first token."""
+
+    seconds: float
+    first_tokens: list[float]
+
+
+class Bench:
+    """Runs workloads on one engine."""
+
+    def __init__(self, engine: vllm.LLMEngine) -> None:
+        self._engine = engine
+        self._num_requests = 0
+
+    def run(self, workload: Workload) -> Figures:
+        """
+        Raises:
+            RuntimeError: a request got another number of tokens than it asked for.
+        """
+        started = time.perf_counter()
+        if not workload.in_turn:
+            first_tokens = self._run(workload, list(range(len(workload.prompts))))
+        else:
+            first_tokens = [self._run(workload, [i])[0] for i in range(len(workload.prompts))]
+        return Figures(time.perf_counter() - started, first_tokens[workload.uncounted :])
+
+    def _run(self, workload: Workload, picked: list[int]) -> list[float]:
+        engine, tokens = self._engine, workload.output_tokens
+        started = time.perf_counter()
+        for i in picked:
+            engine.add_request(
+                f"{self._num_requests + i}",
+                {"prompt_token_ids": workload.prompts[i]},
+                self._params(workload, i < workload.num_formed),
+                num_system_tokens=workload.system_tokens,
+            )
+        first: dict[str, float] = {}
+        generated = 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                first.setdefault(output.request_id, time.perf_counter() - started)
                 generated += sum(len(o.token_ids) for o in output.outputs)
-    seconds = time.perf_counter() - started
-    if generated != tokens * len(prompts):
-        raise RuntimeError(f"{name}: {generated} output tokens instead of {tokens * len(prompts)}")
-    return seconds
+        self._num_requests += len(workload.prompts)
+        if generated != tokens * len(picked):
+            raise RuntimeError(f"{workload.name}: {generated} output tokens instead of {tokens * len(picked)}")
+        return list(first.values())
+
+    @staticmethod
+    def _params(workload: Workload, formed: bool) -> vllm.SamplingParams:
+        sampling = {"temperature": 0.0} | workload.sampling
+        if "logit_bias" in sampling:
+            sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
+        form = StructuredOutputsParams(json=SCHEMA) if formed else None
+        return vllm.SamplingParams(
+            max_tokens=workload.output_tokens,
+            min_tokens=workload.output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            structured_outputs=form,
+            **sampling,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results to this file as JSON")
-    parser.add_argument("--only", default="", help="run only the workloads whose name contains this text")
+    parser.add_argument("--only", default="", help="run only the workloads whose name matches this regular expression")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more engine arguments, as a JSON object")
     args = parser.parse_args()
     results: list[dict[str, Any]] = []
 
-    def note(name: str, seconds: float, output_tokens: int) -> None:
-        results.append({"name": name, "seconds": seconds, "out_tok_s": output_tokens / seconds})
-        print(f"{name:40s} {seconds:9.4f} s {output_tokens / seconds:10.0f} output tokens/s", flush=True)
+    def note(name: str, seconds: float, output_tokens: int, first_tokens: list[float] | None = None) -> None:
+        result = {"name": name, "seconds": seconds, "out_tok_s": output_tokens / seconds}
+        line = f"{name:48s} {seconds:9.4f} s {output_tokens / seconds:8.0f} output tokens/s"
+        if first_tokens:
+            result |= {
+                "first_token_p50": statistics.median(first_tokens),
+                "first_token_p99": quantile(first_tokens, 0.99),
+            }
+            line += f"   first token p50 {result['first_token_p50']:7.4f} p99 {result['first_token_p99']:7.4f} s"
+        results.append(result)
+        print(line, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), LLAMA_8B)
@@ -79,13 +135,17 @@ def main() -> None:
         options |= {"load_format": "dummy", "seed": 0} | args.engine_args
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(model=folder, **options))
         note("start-up", time.perf_counter() - started, 0)
-        for name, system, prompts, tokens in workloads():
-            if args.only in name:
-                note(name, run(engine, name, system, prompts, tokens), tokens * len(prompts))
+        bench = Bench(engine)
+        for workload in workloads():
+            if workload.name == "warmup" or re.search(args.only, workload.name):
+                figures = bench.run(workload)
+                note(
+                    workload.name, figures.seconds, workload.output_tokens * len(workload.prompts), figures.first_tokens
+                )
+                if args.out is not None:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(results, indent=1) + "\n")
         engine.shutdown()
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
