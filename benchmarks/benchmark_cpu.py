@@ -5,12 +5,14 @@
         --peer-command "vllm serve DIR --dtype bfloat16 --max-model-len 8192 --port {port}"
     python benchmarks/benchmark_cpu.py --markdown benchmarks/results/cpu.json     the table of an earlier run
 
-Streamed chats, greedy, every answer of the same length, in a closed loop. The workloads:
+Streamed chats, every answer of the same length, in a closed loop; greedy, or sampled at temperature 1 with top_p 0.95.
+The workloads:
 
   S = 0          requests with a user message only, 1 and 8 at a time
   new, 1         the first request that brings a system prompt of S tokens
   known          requests with that system prompt again, 1 and 8 at a time
   new, 8 at once requests that bring a new system prompt together
+  all new        requests that each bring a short system prompt of their own, 8 at a time
   in turn        several system prompts by turns, one request at a time; what counts comes after the first round. Of the
                  peer this is measured on a server of its own, whose KV cache is too small for all of them
 
@@ -30,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,8 @@ import aiohttp
 import psutil
 
 from chat_load import (
+    GREEDY,
+    SAMPLED,
     BenchmarkError,
     ChatClient,
     Prompt,
@@ -59,6 +63,7 @@ MAX_MODEL_LEN = 8192
 # With what the default model's chat template adds, a prompt without a system prompt has some 60 tokens.
 PLAIN_USER_TOKENS = 38
 USER_TOKENS = 30
+SHORT_SYSTEM_TOKENS = 300
 
 FIRST_TOKEN, PER_TOKEN, RATE = "first token ms", "per token ms", "tokens/s"
 # Workload → what the table calls it, and its figures with what this server means to reach with the default model in
@@ -67,7 +72,10 @@ WORKLOADS: dict[str, tuple[str, dict[str, float | None]]] = {
     "plain 1": ("S = 0, 1 at a time", {FIRST_TOKEN: 75, PER_TOKEN: 12.5, RATE: None}),
     "plain 8": ("S = 0, 8 at a time", {FIRST_TOKEN: None, PER_TOKEN: None, RATE: 400}),
     "known 1": ("S = {S:,} known, 1 at a time", {FIRST_TOKEN: 85, PER_TOKEN: 14.5, RATE: None}),
+    "plain 8 sampled": ("S = 0, 8 at a time, sampled", {RATE: None}),
     "known 8": ("S = {S:,} known, 8 at a time", {FIRST_TOKEN: None, PER_TOKEN: None, RATE: 320}),
+    "known 8 sampled": ("S = {S:,} known, 8 at a time, sampled", {RATE: None}),
+    "all new": ("{M} new prompts of {T}, 8 at a time", {FIRST_TOKEN: None, PER_TOKEN: 40, RATE: 170}),
     "new 8": ("S = {S:,} new, 8 at once", {FIRST_TOKEN: 4000, RATE: None}),
     "in turn": ("{N} prompts × {S:,} in turn, after the first round", {FIRST_TOKEN: 90}),
     "new 1": ("S = {S:,} new, 1 request", {FIRST_TOKEN: 3600}),
@@ -83,6 +91,7 @@ class Work:
     concurrency: int
     prompts: Sequence[Prompt]
     uncounted: int = 0
+    sampling: Mapping[str, Any] = GREEDY
 
 
 @dataclass(frozen=True)
@@ -97,8 +106,8 @@ class Plan:
 async def make_plan(client: ChatClient, args: argparse.Namespace) -> Plan:
     """Draws the prompts, the same ones every time; our server counts their tokens."""
 
-    async def system(name: str) -> str:
-        return await client.text(args.system_tokens, f"{args.seed} system {name}")
+    async def system(name: str, tokens: int = args.system_tokens) -> str:
+        return await client.text(tokens, f"{args.seed} system {name}")
 
     async def prompts(count: int, name: str, system: str | None = None) -> list[Prompt]:
         tokens = PLAIN_USER_TOKENS if system is None else USER_TOKENS
@@ -117,11 +126,16 @@ async def make_plan(client: ChatClient, args: argparse.Namespace) -> Plan:
         rounds += [
             Work("plain 1", 1, await prompts(args.requests, f"{i} plain 1")),
             Work("plain 8", AT_ONCE, await prompts(many, f"{i} plain 8")),
+            Work("plain 8 sampled", AT_ONCE, await prompts(many, f"{i} sampled 8"), sampling=SAMPLED),
             Work("new 1", 1, await prompts(1, f"{i} new 1", first)),
             Work("known 1", 1, await prompts(args.requests, f"{i} known 1", first)),
             Work("known 8", AT_ONCE, await prompts(many, f"{i} known 8", first)),
+            Work("known 8 sampled", AT_ONCE, await prompts(many, f"{i} known sampled", first), sampling=SAMPLED),
             Work("new 8", AT_ONCE, await prompts(AT_ONCE, f"{i} new 8", second)),
         ]
+        own = [await system(f"{i} own {n}", SHORT_SYSTEM_TOKENS) for n in range(args.new_systems)]
+        brought = [await prompts(1, f"{i} all new {n}", text) for n, text in enumerate(own)]
+        rounds.append(Work("all new", AT_ONCE, [prompt for (prompt,) in brought]))
     systems = [await system(f"in turn {i}") for i in range(args.systems)]
     turns = [await prompts(1, f"turn {turn} {i}", text) for turn in range(args.turns) for i, text in enumerate(systems)]
     return Plan(warm_up, rounds, [Work("in turn", 1, [prompt for (prompt,) in turns], uncounted=len(systems))])
@@ -205,7 +219,7 @@ class Comparison:
 async def run_work(client: ChatClient, name: str, work: Work) -> dict[str, Any]:
     """Sends the requests of a workload and returns its figures."""
     say(f"{name}: {work.name}, {len(work.prompts)} requests, {work.concurrency} at a time")
-    samples, seconds = await client.chats(work.prompts, work.concurrency)
+    samples, seconds = await client.chats(work.prompts, work.concurrency, sampling=work.sampling)
     counted: list[Sample] = samples[work.uncounted :]
     cached = [sample.cached_tokens for sample in counted if sample.cached_tokens is not None]
     return {
@@ -245,7 +259,9 @@ def rows(servers: dict[str, dict[str, Any]], args: argparse.Namespace) -> list[d
             }
             lines.append(
                 {
-                    "workload": label.format(S=args.system_tokens, N=args.systems),
+                    "workload": label.format(
+                        S=args.system_tokens, N=args.systems, M=args.new_systems, T=SHORT_SYSTEM_TOKENS
+                    ),
                     "figure": figure,
                     "reach": reach,
                     "values": values,
@@ -316,6 +332,7 @@ def parse_args() -> argparse.Namespace:
     work.add_argument("--requests", type=positive_int, default=8, help="1 at a time (default: %(default)s)")
     work.add_argument("--repeat", type=positive_int, default=3, help="rounds (default: %(default)s)")
     work.add_argument("--systems", type=positive_int, default=6, help="prompts `in turn` (default: %(default)s)")
+    work.add_argument("--new-systems", type=positive_int, default=32, help="prompts `all new` (default: %(default)s)")
     work.add_argument(
         "--turns", type=positive_int, default=3, help="of each of them, at least 2 (default: %(default)s)"
     )
@@ -361,7 +378,16 @@ def main() -> int:
         "peer": args.peer_name,
         "load": {
             name: getattr(args, name)
-            for name in ("system_tokens", "output_tokens", "requests", "repeat", "systems", "turns", "seed")
+            for name in (
+                "system_tokens",
+                "output_tokens",
+                "requests",
+                "repeat",
+                "systems",
+                "new_systems",
+                "turns",
+                "seed",
+            )
         },
         "rows": rows(comparison.servers, args),
         "servers": comparison.servers,

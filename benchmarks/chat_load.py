@@ -10,7 +10,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,11 @@ WORDS = (
     "was is has will can may found made took gave kept left held told sent brought near under over after before with "
     "from and but then when where because until between"
 )
+
+
+GREEDY: Mapping[str, Any] = {"temperature": 0}
+SAMPLED: Mapping[str, Any] = {"temperature": 1.0, "top_p": 0.95}
+"""What many clients send."""
 
 
 class BenchmarkError(RuntimeError):
@@ -100,8 +105,10 @@ class ChatClient:
         async with self.session.get(f"{self.url}/version") as response:
             return str((await response.json())["version"]) if response.status == 200 else "unknown"
 
-    async def chat(self, prompt: Prompt, output_tokens: int | None = None) -> Sample:
-        """One streamed, greedy chat request of exactly `output_tokens` output tokens (default: the run's).
+    async def chat(
+        self, prompt: Prompt, output_tokens: int | None = None, sampling: Mapping[str, Any] = GREEDY
+    ) -> Sample:
+        """One streamed chat request of exactly `output_tokens` output tokens (default: the run's).
 
         Raises:
             BenchmarkError: The server refused it, failed, or gave another number of tokens.
@@ -112,10 +119,10 @@ class ChatClient:
             "model": self.model,
             "messages": [*messages, {"role": "user", "content": prompt.user}],
             "max_tokens": expected,
-            "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **sampling,
         }
         first = last = None
         usage: dict[str, Any] | None = None
@@ -147,7 +154,11 @@ class ChatClient:
         return sample
 
     async def chats(
-        self, prompts: Sequence[Prompt], concurrency: int, output_tokens: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        concurrency: int,
+        output_tokens: int | None = None,
+        sampling: Mapping[str, Any] = GREEDY,
     ) -> tuple[list[Sample], float]:
         """A request for each prompt, `concurrency` at a time; returns the samples, in the order of the prompts, and the
         seconds they took."""
@@ -156,7 +167,7 @@ class ChatClient:
 
         async def worker() -> None:
             for index, prompt in waiting:
-                samples[index] = await self.chat(prompt, output_tokens)
+                samples[index] = await self.chat(prompt, output_tokens, sampling)
 
         start = time.perf_counter()
         async with asyncio.TaskGroup() as group:
