@@ -11,7 +11,9 @@ from triton.runtime import interpreter
 
 def repair() -> None:
     """Bounds of loops read from memory (`int()` of a one-element array, refused since NumPy 2.4), products of bfloat16
-    (multiplied as the integers that store them) and rounding to bfloat16 (cut off instead of to nearest even)."""
+        (multiplied as the integers that store them) and rounding to bfloat16 (cut off instead of to nearest even). A call from
+    one kernel function to another searches the whole language for what to replace, which the launch has done: left out,
+    for it takes longer than most functions."""
     patch_tensor = interpreter._patch_lang_tensor
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
@@ -36,8 +38,17 @@ def repair() -> None:
         rounded = np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded)
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
+    patched: set[str] = set()
+
+    def call_repaired(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
     interpreter._patch_lang_tensor = patch_tensor_repaired
     builder.create_dot = dot_repaired
     builder.cast_impl = cast_repaired
+    interpreter.InterpretedFunction.__call__ = call_repaired
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))

@@ -3,12 +3,12 @@
 The kernels for GPUs and CPUs compute the same; this is what they are compared with. In order, over the logits x of a
 row as float32:
 
-1. allowed_token_ids: every other token becomes -inf.
+1. allowed_token_ids: every other token becomes `NOT_ALLOWED`.
 2. logit_bias is added. Tokens that would end an answer before `min_tokens`, or complete a bad word, become `BANNED`.
 3. Penalties: repetition (Keskar et al., 2019) divides x > 0 by the penalty and multiplies x <= 0 with it, for tokens of
    prompt and output; frequency and presence are subtracted as OpenAI defines them, over the output.
-4. A grammar's mask: every token that it does not allow becomes -inf. `BANNED` is finite, so where other parameters
-   leave none of the tokens that the grammar allows, they give way.
+4. A grammar's mask: every token that it does not allow becomes -inf. `BANNED` and `NOT_ALLOWED` are finite, so where
+   other parameters leave none of the tokens that the grammar allows, they give way; the allowed tokens last.
 5. Temperature 0 takes the highest score, the first of equals.
 6. Otherwise x is divided by the temperature, and the kept tokens are those with x >= cut, where cut is the highest of
    top_k: the k-th highest score; top_p: the highest t with mass(x >= t) >= top_p * mass(kept by top_k);
@@ -27,6 +27,10 @@ import torch
 
 BANNED = -1e30
 """Score of a token that a parameter forbids: never drawn beside others, yet above what a grammar forbids."""
+
+NOT_ALLOWED = -1e34
+"""Score of a token that is not among `allowed_token_ids`: below `BANNED`, so that of allowed tokens that are all banned
+one is drawn. No bias changes it, and no penalty takes it to -inf."""
 
 MAX_BIAS = 1024
 MAX_STOPS = 1088
@@ -174,7 +178,7 @@ def adjusted(
     flags, num_outputs = ints[IntColumn.FLAGS], num_tokens - ints[IntColumn.NUM_PROMPT_TOKENS]
     scores = scores.clone()
     if flags & Flag.ALLOWED:
-        scores = torch.where(_bits(tables.allowed[row], len(scores)), scores, float("-inf"))
+        scores = torch.where(_bits(tables.allowed[row], len(scores)), scores, scores.clamp(max=NOT_ALLOWED))
     if flags & Flag.BIAS:
         used = slice(ints[IntColumn.NUM_BIAS])
         scores.index_add_(0, tables.bias_ids[row, used].long(), tables.bias_values[row, used])
