@@ -11,9 +11,11 @@ from triton.runtime import interpreter
 
 def repair() -> None:
     """Bounds of loops read from memory (`int()` of a one-element array, refused since NumPy 2.4), products of bfloat16
-        (multiplied as the integers that store them) and rounding to bfloat16 (cut off instead of to nearest even). A call from
-    one kernel function to another searches the whole language for what to replace, which the launch has done: left out,
-    for it takes longer than most functions."""
+    (multiplied as the integers that store them) and rounding to bfloat16 (cut off instead of to nearest even).
+
+    A call of one kernel function by another searches the whole language for what to replace, which takes longer than
+    most functions. What it replaces stays so: the first call of each module does.
+    """
     patch_tensor = interpreter._patch_lang_tensor
     builder = interpreter.InterpreterBuilder
     dot, cast = builder.create_dot, builder.cast_impl
