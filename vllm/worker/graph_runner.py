@@ -1,5 +1,5 @@
 """Steps as CUDA graphs: decode steps from input tokens to drawn tokens, small mixed steps to the hidden states, each
-replayed by one call.
+replayed by one call; where some rows have top_k, top_p or min_p, the end of their draw is a second one.
 
 A graph fixes kernels, shapes and addresses. What differs between steps of one size lies in device memory that is
 refilled before a replay: which tokens of which rows are computed, the work lists of attention. So a graph serves any
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ import torch
 from vllm.attention.backends.triton import ReplayBuffers, TritonAttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import PrefixGroup
+from vllm.host_staging import write
 from vllm.logger import init_logger
+from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
+from vllm.model_executor.layers.sampler import Sampler
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.worker.cache_engine import CacheEngine
 
@@ -37,10 +41,17 @@ def batch_sizes(max_num_seqs: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CapturedDecode:
-    """Graphs of one batch size: the general one, and the one for batches without prefixes."""
+    """Graphs of one batch size.
+
+    Attributes:
+        general: From the input tokens to those drawn.
+        plain: The same for batches without prefixes.
+        restrict: The rest of the draw, for rows with top_k, top_p or min_p.
+    """
 
     general: torch.cuda.CUDAGraph
     plain: torch.cuda.CUDAGraph
+    restrict: torch.cuda.CUDAGraph
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class GraphRunner:
 
     Args:
         token_ids: Tokens of all rows, and one row more that padding reads and writes; int64 [rows + 1, n].
-        vocab_size: Columns of the logits.
+        sampler: Draws; has kernels.
         max_num_seqs: Largest decode batch.
         max_num_batched_tokens: Most tokens of a step.
 
@@ -70,7 +81,7 @@ class GraphRunner:
         cache: CacheEngine,
         backend: TritonAttentionBackend,
         token_ids: torch.Tensor,
-        vocab_size: int,
+        sampler: Sampler,
         max_num_seqs: int,
         max_num_batched_tokens: int,
     ) -> None:
@@ -78,6 +89,10 @@ class GraphRunner:
         self._cache = cache
         self._backend = backend
         self._token_ids = token_ids
+        self._sampler = sampler
+        if sampler.kernels is None:
+            raise ValueError("a sampler without kernels cannot be captured")
+        self._kernels = sampler.kernels
         self._padding_row = len(token_ids) - 1
         self._sizes = batch_sizes(max_num_seqs)
         self._mixed_sizes = [n for n in _MIXED_SIZES if n <= max_num_batched_tokens]
@@ -85,8 +100,11 @@ class GraphRunner:
         most = max(max_num_seqs, self.max_mixed_tokens)
         self._buffers = ReplayBuffers(backend, most, cache.block_tables, cache.block_size)
         device = token_ids.device
-        self._logits = torch.empty((max_num_seqs, vocab_size), dtype=backend.dtype, device=device)
+        self._logits = torch.empty((max_num_seqs, sampler.vocab_size), dtype=backend.dtype, device=device)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        # Which rows are not drawn by the step itself.
+        self._later = torch.full((max_num_seqs,), NO_MASK, dtype=torch.int64, device=device)
+        self._any_later = False
         self._decode: dict[int, CapturedDecode] = {}
         self._mixed: dict[int, CapturedMixed] = {}
         nothing = self._inputs(most, *np.zeros((3, 0), np.int64))
@@ -106,11 +124,16 @@ class GraphRunner:
                 hidden = self._mixed_step(tokens)
             self._mixed[tokens] = CapturedMixed(graph, hidden)
         for batch in reversed(self._sizes):
+            parts = (
+                partial(self._decode_step, batch, plain=False),
+                partial(self._decode_step, batch, plain=True),
+                partial(self._restrict, batch),
+            )
             graphs = []
-            for plain in (False, True):
+            for part in parts:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    self._decode_step(batch, plain)
+                    part()
                 graphs.append(graph)
             self._decode[batch] = CapturedDecode(*graphs)
         logger.info(
@@ -127,15 +150,20 @@ class GraphRunner:
             self._mixed_step(tokens)
         for batch in self._sizes:
             for plain in (False, True):
-                self._decode_step(batch, plain)
+                self._decode_step(batch, plain=plain)
+            self._restrict(batch)
 
-    def _decode_step(self, batch: int, plain: bool) -> None:
-        logits = self._model.logits(self._forward(batch, decode=True, plain=plain))
+    def _decode_step(self, batch: int, *, plain: bool) -> None:
+        self._logits[:batch] = self._model.logits(self._forward(batch, decode=True, plain=plain))
+        self._kernels.draw(*self._draw_inputs(batch), mask_rows=self._later[:batch], shift=1)
+
+    def _restrict(self, batch: int) -> None:
+        self._kernels.restrict(*self._draw_inputs(batch), shift=1)
+
+    def _draw_inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits, rows, tokens so far (less the one that the step computes), tokens of all rows, place of the drawn."""
         rows, positions, _ = self._buffers.inputs[:, :batch]
-        self._logits[:batch] = logits
-        drawn = logits.argmax(dim=-1)
-        self._drawn[:batch] = drawn
-        self._token_ids[rows, positions + 1] = drawn
+        return self._logits[:batch], rows, positions, self._token_ids, self._drawn[:batch]
 
     def _mixed_step(self, tokens: int) -> torch.Tensor:
         return self._forward(tokens, decode=False, plain=False)
@@ -164,17 +192,23 @@ class GraphRunner:
         return values
 
     def decode(
-        self, rows: np.ndarray, positions: np.ndarray, own: np.ndarray, groups: list[PrefixGroup]
+        self,
+        rows: np.ndarray,
+        positions: np.ndarray,
+        own: np.ndarray,
+        groups: list[PrefixGroup],
+        later: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One decode step; the most likely tokens are written behind each row's tokens.
+        """One decode step; the drawn tokens are written behind each row's tokens.
 
         Args:
             rows: Row of each sequence; int64 [n].
             positions: Of its input token; int64 [n].
             own: The same among its own tokens, the pinned prefix left out; int64 [n].
             groups: Reads of pinned extents, in tokens = entries of `rows`.
+            later: Entries of `rows` that are left to `Sampler.draw`, into the tokens that are returned.
 
-        Returns logits [n, vocab_size] and the most likely tokens, int64 [n]; overwritten by the next call.
+        Returns logits [n, vocab_size] and the drawn tokens, int64 [n]; overwritten by the next call.
         """
         count = len(rows)
         batch = next(b for b in self._sizes if b >= count)
@@ -185,8 +219,17 @@ class GraphRunner:
         sequences[:, 3] = rows
         inputs = self._inputs(batch, rows, positions, own)
         plain = self._buffers.fill(inputs, sequences, groups, decode=True)
+        cut = self._sampler.rows.is_cut[rows]
+        if later or self._any_later:
+            when = np.full(len(self._later), NO_MASK)
+            when[later or []] = LATER
+            write(self._later, when)
+            cut = cut & (when[:count] != LATER)
+            self._any_later = bool(later)
         step = self._decode[batch]
         (step.plain if plain else step.general).replay()
+        if cut.any():
+            step.restrict.replay()
         return self._logits[:count], self._drawn[:count]
 
     def mixed(

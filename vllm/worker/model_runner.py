@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.host_staging import to_device, write
 from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
-from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
+from vllm.model_executor.layers.sampler import PROMPT_LOGPROB_ROWS, LogprobTensors, Sampler, TokenMasks
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
@@ -23,8 +23,6 @@ from vllm.worker.running_step import Draw
 if TYPE_CHECKING:
     from vllm.worker.graph_runner import GraphRunner
 
-# Log-softmax over the vocabulary is done for so many prompt positions at a time, to bound its memory.
-_PROMPT_LOGPROB_ROWS = 64
 # From so many tokens on, what a system prompt has in its extent already is read as an extent, not block by block: it
 # lies in few pieces, and the kernels for extents are faster by a fifth and more.
 _DENSE_FROM = 1024
@@ -87,29 +85,33 @@ class ModelRunner:
 
         if not isinstance(self.backend, TritonAttentionBackend):
             return None
-        vocab_size = self.sampler.vocab_size
         return GraphRunner(
-            self.model, self.cache, self.backend, self.token_ids, vocab_size, max_num_seqs, max_num_batched_tokens
+            self.model, self.cache, self.backend, self.token_ids, self.sampler, max_num_seqs, max_num_batched_tokens
         )
 
     @torch.inference_mode()
-    def try_largest_step(self, num_seqs: int, num_tokens: int, capture: bool) -> None:
+    def try_largest_step(self, num_seqs: int, num_tokens: int, capture: bool, num_logprobs: int = 0) -> None:
         """Takes the memory of a step of so many tokens and of a draw for so many sequences, and gives it back. Needs a
         GPU. Kernels are only compiled by it, all that are in use, side by side.
 
         Args:
             capture: Steps will be captured.
+            num_logprobs: Most likely tokens that a request may ask for.
         """
         from vllm.kernel_launch import compiling_ahead
 
         graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
         with compiling_ahead(), self.model.only_outer_layers():
             self._run_typical_batches(num_tokens)
+            self._run_largest_draw(num_seqs, num_logprobs)
             if graphs is not None:
                 graphs.run_all()
+        self._run_largest_draw(num_seqs, num_logprobs)
+
+    def _run_largest_draw(self, num_seqs: int, num_logprobs: int) -> None:
         weight = self.model.norm.weight
-        logits = self.model.logits(torch.zeros((num_seqs, len(weight)), dtype=weight.dtype, device=self.device)).float()
-        draw_by_inversion(logits, torch.zeros(num_seqs, dtype=torch.float64, device=self.device))
+        hidden = torch.zeros((max(num_seqs, PROMPT_LOGPROB_ROWS), len(weight)), dtype=weight.dtype, device=self.device)
+        self.sampler.take_memory(self.model.logits(hidden), self.token_ids, num_logprobs)
 
     @torch.inference_mode()
     def _run_typical_batches(self, num_tokens: int) -> None:
@@ -163,8 +165,7 @@ class ModelRunner:
             self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
             self._own_extents[seq.row] = self._pieces(seq.block_table) if seq.is_system_prompt else ()
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
-            if not seq.is_system_prompt:
-                self.sampler.start(seq)
+        self.sampler.start([seq for seq in sequences if not seq.is_system_prompt])
         known = [np.array(seq.token_ids[self._prefix_len[seq.row] - seq.num_skipped :], np.int64) for seq in sequences]
         ends = [seq.num_skipped + len(seq.token_ids) for seq in sequences]
         if len(known) == 1:
@@ -242,16 +243,15 @@ class ModelRunner:
         """A step of decode alone, as a captured graph."""
         rows, starts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64)
         groups = self._groups(plan.rows, plan.counts)
-        logits, most_likely = graphs.decode(rows, starts, starts - self._prefix_len[rows], groups)
+        logits, drawn = graphs.decode(rows, starts, starts - self._prefix_len[rows], groups, plan.masked)
 
         @torch.inference_mode()
         def draw(token_masks: np.ndarray | None) -> Callable[[], StepResult]:
-            drawn, logprobs = most_likely, None
-            masks = self._token_masks(plan, np.arange(len(rows)), token_masks)
-            if masks is not None or not self.sampler.takes_most_likely(rows):
-                drawn, logprobs = self.sampler.sample(logits.float(), rows, starts + 1, self.token_ids, masks)
-                self.token_ids[self._to_device(rows), self._to_device(starts + 1)] = drawn
-            return self._results(plan, np.arange(len(rows)), drawn, logprobs, {})
+            everyone = np.arange(len(rows))
+            masks = self._token_masks(plan, everyone, token_masks)
+            if masks is not None:
+                self.sampler.draw(logits, rows, starts + 1, self.token_ids, masks, drawn)
+            return self._results(plan, everyone, drawn, self.sampler.logprobs(logits, rows, drawn), {})
 
         return draw
 
@@ -336,7 +336,7 @@ class ModelRunner:
         """Draws, and returns a function that waits for what was drawn."""
         prompt_logprobs = self._prompt_logprobs(plan, hidden, ends)
         picked = np.flatnonzero(plan.samples)
-        drawn = torch.empty(0, dtype=torch.int64)
+        drawn = torch.empty(0, dtype=torch.int64, device=self.device)
         logprobs: LogprobTensors | None = None
         if len(picked):
             if len(picked) < len(hidden):
@@ -344,20 +344,21 @@ class ModelRunner:
             if len(picked) < len(rows):
                 rows, num_tokens = rows[picked], num_tokens[picked]
             masks = self._token_masks(plan, picked, token_masks)
-            if masks is None and self.sampler.takes_most_likely(rows):
+            if self.device.type == "cpu" and masks is None and self.sampler.takes_most_likely(rows):
+                # Without the logits of a whole row in memory.
                 drawn = self.model.most_likely(hidden)
+                self.token_ids[torch.from_numpy(rows), torch.from_numpy(num_tokens)] = drawn
             else:
-                logits = self.model.logits(hidden).float()
-                drawn, logprobs = self.sampler.sample(logits, rows, num_tokens, self.token_ids, masks)
-            self.token_ids[self._to_device(rows), self._to_device(num_tokens)] = drawn
+                logits = self.model.logits(hidden)
+                drawn = self.sampler.draw(logits, rows, num_tokens, self.token_ids, masks)
+                logprobs = self.sampler.logprobs(logits, rows, drawn)
         return self._results(plan, picked, drawn, logprobs, prompt_logprobs)
 
     def _token_masks(self, plan: StepPlan, picked: np.ndarray, token_masks: np.ndarray | None) -> TokenMasks | None:
         """The masks of a plan for the logits of its entries `picked`."""
         if token_masks is None:
             return None
-        rows = np.searchsorted(picked, plan.masked)
-        return TokenMasks(self._to_device(rows), self._to_device(token_masks.view(np.uint8)))
+        return TokenMasks(np.searchsorted(picked, plan.masked), token_masks)
 
     def _results(
         self,
@@ -368,16 +369,19 @@ class ModelRunner:
         prompt_logprobs: dict[int, list[LogprobTensors]],
     ) -> Callable[[], StepResult]:
         """A function that waits for what was drawn for the entries `picked` of the batch."""
-        fetch = self._fetch(drawn)
+        prompts = [part for parts in prompt_logprobs.values() for part in parts]
+        fetch = self._fetch([drawn, *(part.table for part in prompts), *([logprobs.table] if logprobs else [])])
 
         def wait() -> StepResult:
+            drawn, *tables = fetch()
             size = len(plan.rows)
             tokens = [-1] * size
-            for i, token in zip(picked.tolist(), fetch(), strict=True):
+            for i, token in zip(picked.tolist(), drawn.tolist(), strict=True):
                 tokens[i] = token
-            by_pick = logprobs.by_row() if logprobs is not None else {}
+            by_pick = logprobs.by_row(tables.pop()) if logprobs is not None else {}
             by_entry = {int(picked[k]): entry for k, entry in by_pick.items()}
-            joined = {i: _joined(parts) for i, parts in prompt_logprobs.items()}
+            each = iter(tables)
+            joined = {i: _joined(parts, each) for i, parts in prompt_logprobs.items()}
             return StepResult(
                 tokens,
                 [by_entry.get(i) for i in range(size)] if by_entry else [],
@@ -386,18 +390,20 @@ class ModelRunner:
 
         return wait
 
-    def _fetch(self, drawn: torch.Tensor) -> Callable[[], list[int]]:
-        """Starts bringing the tokens to the host; returns a function that waits for them."""
-        if drawn.device.type == "cpu":
-            return drawn.tolist
-        host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
-        host.copy_(drawn, non_blocking=True)
+    def _fetch(self, tensors: list[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
+        """Starts bringing tensors to the host; returns a function that waits for them."""
+        if self.device.type == "cpu":
+            return lambda: [tensor.numpy() for tensor in tensors]
+        copies = []
+        for tensor in tensors:
+            copies.append(torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True))
+            copies[-1].copy_(tensor, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
 
-        def fetch() -> list[int]:
+        def fetch() -> list[np.ndarray]:
             done.synchronize()
-            return host.tolist()
+            return [copy.numpy() for copy in copies]
 
         return fetch
 
@@ -414,12 +420,11 @@ class ModelRunner:
             # The last prompt position predicts the first output token, which is no prompt token.
             count = plan.counts[i] - int(plan.samples[i])
             found[i] = []
-            for a in range(0, count, _PROMPT_LOGPROB_ROWS):
-                b = min(count, a + _PROMPT_LOGPROB_ROWS)
-                logprobs = torch.log_softmax(self.model.logits(hidden[first + a : first + b]).float(), dim=-1)
+            for a in range(0, count, PROMPT_LOGPROB_ROWS):
+                b = min(count, a + PROMPT_LOGPROB_ROWS)
+                logits = self.model.logits(hidden[first + a : first + b])
                 tokens = self.token_ids[row, start + a + 1 : start + b + 1]
-                wants = [int(self._num_prompt_logprobs[row])] * (b - a)
-                found[i].append(LogprobTensors.at(logprobs, tokens, wants, [0] * (b - a)))
+                found[i].append(self.sampler.prompt_logprobs(logits, tokens, int(self._num_prompt_logprobs[row])))
         return found
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
@@ -437,10 +442,11 @@ def _head(extents: tuple[PrefixExtent, ...], num_tokens: int) -> list[PrefixExte
     return head
 
 
-def _joined(parts: list[LogprobTensors]) -> PositionLogprobs:
+def _joined(parts: list[LogprobTensors], tables: Iterator[np.ndarray]) -> PositionLogprobs:
+    """The positions of several parts, whose tables come next."""
     joined = PositionLogprobs([], [], [])
     for part in parts:
-        for entry in part.by_row().values():
+        for entry in part.by_row(next(tables)).values():
             joined.token_ids += entry.token_ids
             joined.logprobs += entry.logprobs
             joined.ranks += entry.ranks

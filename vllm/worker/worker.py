@@ -106,7 +106,8 @@ class Worker:
             num_blocks = -(-scheduler.max_num_batched_tokens // self.config.cache.block_size)
             trial = self._make_runner(num_blocks)
             capture = not self.config.enforce_eager
-            trial.try_largest_step(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, capture)
+            num_logprobs = self.config.model.max_logprobs
+            trial.try_largest_step(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, capture, num_logprobs)
             needed = torch.cuda.max_memory_allocated() - before - num_blocks * self.bytes_per_block
         except torch.OutOfMemoryError as error:
             raise self._step_too_large(error) from None

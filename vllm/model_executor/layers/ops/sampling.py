@@ -32,6 +32,10 @@ NOT_ALLOWED = -1e34
 """Score of a token that is not among `allowed_token_ids`: below `BANNED`, so that of allowed tokens that are all banned
 one is drawn. No bias changes it, and no penalty takes it to -inf."""
 
+NO_MASK = -1
+LATER = -2
+"""Instead of a row of the masks: the row obeys none; the row is not drawn by this call (of kernels for GPUs)."""
+
 MAX_BIAS = 1024
 MAX_STOPS = 1088
 MAX_BAD_TOKENS = 2048

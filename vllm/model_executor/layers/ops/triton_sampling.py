@@ -35,17 +35,13 @@ import triton.language as tl
 
 from vllm.kernel_launch import follow, launch
 from vllm.model_executor.layers.ops import sampling
-from vllm.model_executor.layers.ops.sampling import Flag, FloatColumn, IntColumn, SamplingTables
+from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK, Flag, FloatColumn, IntColumn, SamplingTables
 
 CHUNK = 4096
 """Tokens of a program."""
 
 PIVOTS, ROUNDS = 16, 2
 """Scores tried in a round of the search, and rounds before its candidates are copied out."""
-
-NO_MASK = -1
-LATER = -2
-"""Instead of a row of the masks: the row obeys none; the row is not drawn by this call."""
 
 # Scores that the search looks at in one go.
 _TILE = tl.constexpr(2048)
@@ -919,6 +915,10 @@ class DrawKernels:
         return out
 
     def _check(self, logits: torch.Tensor, per_row: torch.Tensor) -> None:
+        if len(logits) > len(self._state):
+            raise ValueError(
+                f"{len(logits)} rows of logits are more than the {len(self._state)} that there is room for"
+            )
         if not logits.is_contiguous() or logits.shape[1] != self._vocab_size:
             raise ValueError(f"logits {tuple(logits.shape)} are not contiguous rows of {self._vocab_size} tokens")
         if per_row.stride(-1) != 1:
