@@ -69,7 +69,6 @@ _OTHER_BACKENDS = (
 # On an H100 twice 32 tokens for each of its 132 multiprocessors: tiles of matrix products then come out even. 262,144
 # tokens of prompts take 5.84 s, by steps of 8,192 tokens 5.95 s.
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8448}
-_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 
 # What a step copies between device and host for prompts that change tiers, so that no token comes much later for it:
 # some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.
@@ -242,7 +241,6 @@ class EngineArgs:
             raise StartupError(
                 f"--max-num-batched-tokens ({batched}) must be at least --max-num-seqs ({self.max_num_seqs})."
             )
-        chunk = min(batched, _CHUNK_TOKENS[platform.device_type]) // self.block_size * self.block_size
         return VllmConfig(
             model=model,
             cache=CacheConfig(
@@ -260,7 +258,6 @@ class EngineArgs:
                 ttl=self.system_prompt_ttl,
                 private=self.system_prompt_private,
                 markers=self.system_prompt_markers,
-                chunk_tokens=max(self.block_size, chunk),
                 snapshot_dir=self.system_prompt_cache_dir,
                 snapshot_bytes=int(self.system_prompt_cache_dir_gib * 2**30),
                 host_bytes=int(self.system_prompt_host_cache_gib * 2**30),

@@ -69,12 +69,16 @@ class ExtentTransfers:
                 f"{str(error).splitlines()[0]}"
             ) from None
 
-    def begin(self, plan: StepPlan) -> None:
-        """Starts what a plan says; the blocks that it moves are in their places already."""
+    def join(self) -> None:
+        """What is put on the device from now on runs after the copies of the plans so far: it may read what they have
+        written, and write what they have read."""
         if self._copied is not None and self._to_follow:
-            # From here on, steps see what the copies of the step before have written.
             self._copied.wait()
             self._to_follow = False
+
+    def begin(self, plan: StepPlan) -> None:
+        """Starts what a plan says, beside its batch; its blocks are in their places already, and `join` has been
+        called."""
         for image in plan.dropped:
             self._own.pop(image.prompt_id, None)
         if plan.transfers:
@@ -96,8 +100,7 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            for layer, there in _slice_of(transfer, len(self._caches)):
-                here = slice(transfer.start_block + there.start, transfer.start_block + there.stop)
+            for layer, there, here in _pieces_of(transfer, len(self._caches)):
                 on_host, on_device = image[layer, there], self._caches[layer][here]
                 source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
                 if self._on_gpu:
@@ -125,15 +128,14 @@ class ExtentTransfers:
         if job.image is None:
             return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
         array = self._image(job.image).numpy()
-        if job.op == "load":
-            return lambda: store.read(record, array)
 
-        def write() -> str:
+        def work() -> str:
+            # Copies that fill what is written, or that still read what was in this memory before.
             if self._copied is not None:
                 self._copied.synchronize()
-            return store.write(record, array)
+            return store.read(record, array) if job.op == "load" else store.write(record, array)
 
-        return write
+        return work
 
     def ended_jobs(self, patience_s: float = 0.0) -> list[EndedJob]:
         """Jobs that have ended, in their order; waits up to `patience_s` for the first one."""
@@ -154,8 +156,8 @@ class ExtentTransfers:
         self._thread.shutdown(wait=True)
 
 
-def _slice_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice]]:
-    """What of an image a copy is of: layers, and blocks in them.
+def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice, slice]]:
+    """What a copy is of: layers, blocks of the image in them, and the blocks of the device that these are.
 
     Copies carry whole layers one after the other, as many bytes as their blocks take in all layers. So each lies in one
     piece in the image: where memory is used for the first time, that costs by the piece that the system hands out, and
@@ -166,8 +168,13 @@ def _slice_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slic
     while row < end:
         layer, block = divmod(row, num_blocks)
         stop = min(num_blocks, block + end - row)
-        yield layer, slice(block, stop)
         row += stop - block
+        before = 0
+        for start, size in transfer.extents:
+            first, last = max(block, before), min(stop, before + size)
+            if first < last:
+                yield layer, slice(first, last), slice(start + first - before, start + last - before)
+            before += size
 
 
 def _give_way() -> None:

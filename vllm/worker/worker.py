@@ -203,6 +203,8 @@ class Worker:
         if self.runner is None or self.transfers is None:
             raise RuntimeError("initialize_cache() has not been called")
         transfers, patience = self.transfers, plan.job_patience_s
+        # Copies of the step before run beside it; nothing of this one may come before they are done.
+        transfers.join()
         self.runner.apply(plan)
         transfers.begin(plan)
         draw = self.runner.run(plan)
