@@ -122,7 +122,8 @@ class StepPlan:
         rows, starts (first position to compute), counts (tokens to compute), samples (whether a token is drawn),
         wants_prompt_logprobs.
     Every layer writes K and V of all tokens of the batch before any of them attends, so that a sequence may read an
-    extent whose last tokens are computed in the same batch: a request its system prompt, a prompt its parent. A system prompt's count is a multiple of the block size, but for its last one.
+    extent whose last tokens are computed in the same batch: a request its system prompt, a prompt its parent. A
+    system prompt's count is a multiple of the block size, but for its last one.
 
     Attributes:
         moves: Blocks that make room for an extent, (source, destination).

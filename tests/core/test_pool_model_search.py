@@ -96,8 +96,8 @@ class World:
         """What later steps depend on, but for the order of free blocks."""
         prompts = [
             (
-                (p.id, p.state, p.doomed, p.pin, p.extents, p.readers, p.sequence.num_computed_tokens, p.num_blocks)
-                + (p.on_probation, p.is_being_written, p.sequence.row)
+                (p.id, p.state, p.doomed, p.pin, p.extents, p.readers, p.num_blocks),
+                (p.on_probation, p.is_being_written, p.sequence.row, p.sequence.num_computed_tokens),
             )
             for p in self.pool.prompts()
         ]

@@ -82,7 +82,7 @@ def test_new_prompts_and_requests_share_a_step_in_the_order_in_which_they_came()
     assert entries(plan) == [(0, 10, 1), (1, 10, 1), (8, 0, 10), (9, 0, 10), (10, 0, 4)]
     assert [s.is_system_prompt for s in plan.started].count(True) == 3
     plan = scheduler.schedule()
-    assert entries(plan) == [(0, 0, 4), (2, 10, 1), (10, 4, 6)] or plan.num_tokens == 11
+    assert entries(plan) == [(2, 10, 1), (3, 0, 4), (10, 4, 6)]
     assert [(f.row, f.is_system_prompt) for f in plan.freed] == [(8, True), (9, True)]
 
 

@@ -181,7 +181,7 @@ class Machine(RuleBasedStateMachine):
         pin=st.sampled_from([PinClass.HARD, PinClass.SOFT]),
     )
     def declare(self, prompt, ttl, pin):
-        kept = {p.id for p in self.pool.prompts() if p.readers or p.pin == PinClass.HARD and not p.doomed}
+        kept = {p.id for p in self.pool.prompts() if p.readers or (p.pin == PinClass.HARD and not p.doomed)}
         try:
             self.scheduler.add_system_prompt(list(prompt), ttl=ttl, pin=pin)
         except SystemPromptRefusedError as error:

@@ -1,8 +1,8 @@
 """Who gives way to whom when the pool is full, and what is remembered of prompts that are gone.
 
-What a prompt is worth is how often it is asked for: the prefill that it saves grows with its tokens as its room does, so
-tokens cancel out. Requests that come with a system part are counted, and serve as the clock: a prompt that was used u
-times since request a, last at request b, is worth at request n
+What a prompt is worth is how often it is asked for: the prefill that it saves grows with its tokens as its room does,
+so tokens cancel out. Requests that may come with a system part are counted, and serve as the clock: a prompt that was
+used u times since request a, last at request b, is worth at request n
 
     min(u / (n - a + 1), 1 / (n - b + 1))
 
