@@ -63,6 +63,7 @@ class Device:
             self.tokens[seq.row] = [*heads[seq.row][: seq.num_skipped], *seq.token_ids]
             self.tables[seq.row] = list(seq.block_table)
             self.prefix[seq.row] = seq.prefix
+        self.begin_copies(plan)
         written = {}
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for i in range(start, start + count):
@@ -81,6 +82,10 @@ class Device:
                 self.tokens[row].append(token)
                 assert len(self.tokens[row]) <= MAX_LEN
         return drawn
+
+    def begin_copies(self, plan) -> None:
+        """Copies to other tiers begin when blocks are in their places, and run beside the batch."""
+        assert not (plan.transfers or plan.jobs or plan.dropped)
 
     def slot(self, row: int, position: int) -> tuple[int, int]:
         for extent in self.prefix[row]:

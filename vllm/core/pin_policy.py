@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -89,7 +89,7 @@ class Sightings:
 
 
 def giving_way(
-    prompts: Iterable[PinnedPrompt],
+    prompts: Collection[PinnedPrompt],
     claim: Claim,
     pin: PinClass,
     value: float,
@@ -131,15 +131,16 @@ def giving_way(
         firmness = 0 if claim != Claim.HARD or prompt.on_probation else 1 + prompt.pin
         return firmness, loss(prompt), prompt.last_used, prompt.id, prompt
 
-    heap = [entry(p) for p in prompts if may_go(p) and not p.num_children_on_device]
+    # Counted now: the caller may displace what it has been given before it asks for the next one.
+    num_left = {p: p.num_children_on_device for p in prompts if p.children}
+    heap = [entry(p) for p in prompts if not num_left.get(p) and may_go(p)]
     heapq.heapify(heap)
-    num_left: dict[PinnedPrompt, int] = {}
     while heap:
         prompt = heapq.heappop(heap)[-1]
         yield prompt
         parent = prompt.parent
         if parent is not None:
-            num_left[parent] = num_left.get(parent, parent.num_children_on_device) - 1
+            num_left[parent] -= 1
             if not num_left[parent] and may_go(parent):
                 heapq.heappush(heap, entry(parent))
 

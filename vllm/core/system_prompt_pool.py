@@ -619,14 +619,17 @@ class SystemPromptPool:
 
     def _make_room(self, prompt: PinnedPrompt, is_enough: Callable[[], bool]) -> None:
         """Displaces what gives way to `prompt` until there is enough, if there can be."""
+        if is_enough():
+            return
         value = worth(prompt.uses, prompt.first_use, prompt.last_use, self._num_requests) if prompt.uses else 1.0
         parents, above = [], prompt.parent
         while above is not None:
             parents.append(above)
             above = above.parent
-        going = iter(list(self._giving_way(claim_of(prompt), prompt.pin, value, parents)))
-        while not is_enough() and (other := next(going, None)) is not None:
+        for other in self._giving_way(claim_of(prompt), prompt.pin, value, parents):
             self._displace(other)
+            if is_enough():
+                return
 
     def _displace(self, prompt: PinnedPrompt) -> None:
         """A prompt that nobody reads leaves the device, for the host if that has it."""
@@ -722,13 +725,9 @@ class SystemPromptPool:
         self._enqueue(prompt)
         prompt.touch(prompt.created)
         self._track_ttl(prompt)
-        logger.info(
-            "System prompt %s: %d tokens to be computed (%s%s).",
-            prompt.id,
-            prompt.num_tokens,
-            prompt.source,
-            ", on probation" if prompt.on_probation else "",
-        )
+        # What comes once may come often.
+        log, how = (logger.debug, "put on probation") if prompt.on_probation else (logger.info, "pinned")
+        log("System prompt %s: %d tokens to be %s (%s).", prompt.id, prompt.num_tokens, how, prompt.source)
         return prompt
 
     def _track_ttl(self, prompt: PinnedPrompt) -> None:

@@ -90,7 +90,7 @@ class PinnedBlockPool:
             return (Extent(best.end - num_blocks, num_blocks),)
         found: list[Extent] = []
         left = num_blocks
-        for hole in sorted([under_wall, *holes], key=lambda hole: -hole.num_blocks):
+        for hole in sorted([*holes, under_wall], key=lambda hole: -hole.num_blocks):
             size = min(left, hole.num_blocks)
             if size and len(found) < max_extents:
                 found.append(Extent(hole.end - size, size))
