@@ -232,7 +232,7 @@ class Machine(RuleBasedStateMachine):
         preempted = self.scheduler.num_preemptions
         plan = self.scheduler.schedule()
         limits = self.scheduler.config
-        assert sum(plan.counts) <= max(limits.max_num_batched_tokens, len(self.scheduler.running))
+        assert sum(plan.counts) <= max(limits.max_num_batched_tokens, len(self.scheduler.running) + BLOCK)
         assert len(plan.rows) == len(set(plan.rows))
         assert sum(row < limits.max_num_seqs for row in plan.rows) <= limits.max_num_seqs
         for prompt in self.pool.prompts():

@@ -26,7 +26,7 @@ USES_OF_A_PIN = 2
 # A load takes about so much of the time of a prefill: of 8,192 tokens of Llama-3.1-8B on an H100, 1 GiB over PCIe 5 in
 # 25 ms instead of 220 ms.
 _PART_OF_A_LOAD = 1 / 8
-# A newcomer must be worth so many times what it displaces. Prompts that come in turn, more of them than fit, are worth
+# A newcomer must be worth so many times what is lost for it. Prompts that come in turn, more of them than fit, are worth
 # up to twice as much just when they come as those of which the last use is longest ago; displacing these would make
 # each of them leave before its next use.
 _TIMES_WORTH = 2.0
@@ -54,6 +54,10 @@ def claim_of(prompt: PinnedPrompt) -> Claim:
 def worth(uses: int, first_use: int, last_use: int, now: int) -> float:
     """Uses a request, at the request `now`."""
     return min(uses / (now - first_use + 1), 1 / (now - last_use + 1))
+
+
+def worth_now(prompt: PinnedPrompt, now: int) -> float:
+    return worth(prompt.uses, prompt.first_use, prompt.last_use, now)
 
 
 class Sighting(NamedTuple):
@@ -93,6 +97,7 @@ def giving_way(
     claim: Claim,
     pin: PinClass,
     value: float,
+    may_leave_again: bool,
     now: int,
     is_on_host: Callable[[PinnedPrompt], bool],
     keep: Iterable[PinnedPrompt] = (),
@@ -105,6 +110,8 @@ def giving_way(
     Args:
         prompts: All of the pool.
         pin, value: Class and worth of the newcomer.
+        may_leave_again: The host has a copy of the newcomer or room for one. A place on the device that one prompt
+            after the other can use is not taken for good by one that is worth no more than those.
         now: Number of the latest request.
         keep: Prompts that stay.
     """
@@ -112,7 +119,7 @@ def giving_way(
 
     def loss(prompt: PinnedPrompt) -> float:
         part = _PART_OF_A_LOAD if is_on_host(prompt) else 1.0
-        return part * worth(prompt.uses, prompt.first_use, prompt.last_use, now)
+        return part * worth_now(prompt, now)
 
     def may_go(prompt: PinnedPrompt) -> bool:
         if prompt.readers or prompt.doomed or prompt.pin == PinClass.HARD or prompt in kept:
@@ -123,9 +130,9 @@ def giving_way(
             return True
         if prompt.is_being_saved or claim == Claim.NEW:
             return False
-        if claim == Claim.HARD or is_on_host(prompt):
+        if claim == Claim.HARD or (may_leave_again and is_on_host(prompt)):
             return True
-        return prompt.pin <= pin and _TIMES_WORTH * loss(prompt) <= value
+        return prompt.pin <= pin and _TIMES_WORTH * worth_now(prompt, now) <= value
 
     def entry(prompt: PinnedPrompt) -> tuple[int, float, float, str, PinnedPrompt]:
         firmness = 0 if claim != Claim.HARD or prompt.on_probation else 1 + prompt.pin
@@ -145,15 +152,20 @@ def giving_way(
                 heapq.heappush(heap, entry(parent))
 
 
-def leaving_host(owners: Iterable[PinnedPrompt], newcomer: PinnedPrompt, now: int) -> Iterator[PinnedPrompt]:
-    """Prompts whose images would leave the host tier for that of `newcomer`, in the order in which they go: what was
-    used once before what was reused, the oldest use first.
+def leaving_host(owners: Iterable[PinnedPrompt], is_reused: bool, value: float, now: int) -> Iterator[PinnedPrompt]:
+    """Prompts whose images would leave the host tier for that of a newcomer, in the order in which they go.
+
+    What was used once makes no room there but that of others that were used once, long ago.
 
     Args:
         owners: Whose images are in the tier and not in use.
+        is_reused, value: Of the newcomer.
     """
-    ordered = sorted(owners, key=lambda p: (not p.on_probation, p.last_use))
+    ordered = sorted(owners, key=lambda p: worth_now(p, now))
     for prompt in ordered:
-        if newcomer.on_probation and not (prompt.on_probation and now - prompt.last_use > _PATIENCE * len(ordered)):
-            return
-        yield prompt
+        if is_reused:
+            gives_way = _TIMES_WORTH * worth_now(prompt, now) <= value
+        else:
+            gives_way = prompt.on_probation and now - prompt.last_use > _PATIENCE * len(ordered)
+        if gives_way:
+            yield prompt

@@ -68,8 +68,6 @@ class Scheduler:
         self._requests: dict[str, list[Sequence]] = {}
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._free_prompt_rows = list(range(config.max_num_seqs + PROMPT_ROWS - 1, config.max_num_seqs - 1, -1))
-        # A block of a system prompt is the least that is computed of it.
-        self._most_tokens = max(config.max_num_batched_tokens, blocks.block_size)
         self._short_of_blocks: Sequence | None = None
         self._freed: list[FreedSequence] = []
         self._scheduled: list[tuple[Sequence, int]] = []
@@ -202,7 +200,9 @@ class Scheduler:
         prompt that no later request may overtake, because it waits for blocks that others use.
         """
         held_up_from = None
-        left = self._most_tokens - sum(p.num_tokens - p.sequence.num_computed_tokens for p in self.pool.computing)
+        left = self.config.max_num_batched_tokens - sum(
+            p.num_tokens - p.sequence.num_computed_tokens for p in self.pool.computing
+        )
         short = self._short_of_blocks
         for prompt in sorted(self.pool.pending, key=_rank_of_prompt):
             if prompt.state != PromptState.PENDING:
@@ -275,7 +275,10 @@ class Scheduler:
 
         Returns the budget that is left and whether a sequence had to be preempted.
         """
-        budget = self._most_tokens - len(self.running)
+        budget = self.config.max_num_batched_tokens - len(self.running)
+        if self.pool.computing:
+            # Less than a block is never computed of a prompt, and no prompt waits until others have ended.
+            budget = max(budget, self.blocks.block_size)
         prompts = sorted((p for p in self.pool.computing if p.sequence.row >= 0), key=_rank_of_prompt, reverse=True)
         preempted = False
         i = 0

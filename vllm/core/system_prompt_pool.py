@@ -22,6 +22,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from vllm.config import SystemPromptConfig
@@ -35,6 +36,7 @@ from vllm.core.pin_policy import (
     giving_way,
     leaving_host,
     worth,
+    worth_now,
 )
 from vllm.core.pinned_prompt import (
     MAX_CHAIN,
@@ -585,7 +587,8 @@ class SystemPromptPool:
             claim = Claim.REUSED
             sighting = self._sightings.get(prompt_id(token_ids, want.scope))
             value = self._value_now(sighting)
-        for prompt in self._giving_way(claim, want.pin, value, keep):
+        returns = self._has_host_room(num_blocks, claim != Claim.NEW, value)
+        for prompt in self._giving_way(claim, want.pin, value, returns, keep):
             missing -= prompt.num_blocks
             if missing <= 0:
                 return None
@@ -600,10 +603,19 @@ class SystemPromptPool:
     # Giving way ------------------------------------------------------------------------------------------------
 
     def _giving_way(
-        self, claim: Claim, pin: PinClass, value: float, keep: Iterable[PinnedPrompt] = ()
+        self, claim: Claim, pin: PinClass, value: float, may_leave_again: bool, keep: Iterable[PinnedPrompt] = ()
     ) -> Iterable[PinnedPrompt]:
         prompts, now = self._prompts.values(), self._num_requests
-        return giving_way(prompts, claim, pin, value, now, self.tiers.is_on_host, keep)
+        return giving_way(prompts, claim, pin, value, may_leave_again, now, self.tiers.is_on_host, keep)
+
+    def _has_host_room(self, num_blocks: int, is_reused: bool, value: float) -> bool:
+        """Whether the host has room for a prompt, or would make some."""
+        if num_blocks > self.tiers.host.budget_blocks:
+            return False
+        if self.tiers.has_room(num_blocks):
+            return True
+        going = leaving_host(self.tiers.idle_owners(), is_reused, value, self._num_requests)
+        return any(num_blocks <= total for total in accumulate(p.num_blocks for p in going))
 
     def give_way(self) -> bool:
         """The prompt on probation that is worth least makes room for whatever needs it. Returns whether there was one.
@@ -611,7 +623,7 @@ class SystemPromptPool:
         Blocks that the cache of suffixes keeps go first: behind a system prompt they are of no use without it, and as
         pins, what is on probation never takes more than the budget.
         """
-        going = next(iter(self._giving_way(Claim.NEW, PinClass.SOFT, 0.0)), None)
+        going = next(iter(self._giving_way(Claim.NEW, PinClass.SOFT, 0.0, False)), None)
         if going is None:
             return False
         self._displace(going)
@@ -621,12 +633,15 @@ class SystemPromptPool:
         """Displaces what gives way to `prompt` until there is enough, if there can be."""
         if is_enough():
             return
-        value = worth(prompt.uses, prompt.first_use, prompt.last_use, self._num_requests) if prompt.uses else 1.0
+        value = worth_now(prompt, self._num_requests) if prompt.uses else 1.0
+        returns = self.tiers.is_on_host(prompt) or self._has_host_room(
+            prompt.num_blocks, not prompt.on_probation, value
+        )
         parents, above = [], prompt.parent
         while above is not None:
             parents.append(above)
             above = above.parent
-        for other in self._giving_way(claim_of(prompt), prompt.pin, value, parents):
+        for other in self._giving_way(claim_of(prompt), prompt.pin, value, returns, parents):
             self._displace(other)
             if is_enough():
                 return
@@ -665,7 +680,8 @@ class SystemPromptPool:
         if prompt.doomed or prompt.is_being_saved or prompt.is_being_written or prompt.state != PromptState.PINNED:
             return
         if self.tiers.wants_room(prompt):
-            for other in leaving_host(self.tiers.idle_owners(), prompt, self._num_requests):
+            value = worth_now(prompt, self._num_requests)
+            for other in leaving_host(self.tiers.idle_owners(), not prompt.on_probation, value, self._num_requests):
                 self._leave_host(other)
                 if self.tiers.has_room(prompt.num_blocks):
                     break
