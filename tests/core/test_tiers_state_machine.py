@@ -17,7 +17,6 @@ from vllm.core.prompt_tiers import PromptTiers
 from vllm.step import EndedJob
 from vllm.system_prompt_store import SnapshotRecord
 
-
 GARBAGE = [(-1, -1)] * BLOCK
 
 

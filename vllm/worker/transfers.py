@@ -19,11 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotOutcome, SnapshotStore
 from vllm.worker.cache_engine import CacheEngine
+from vllm.worker.host_arena import HostArena
 
 logger = init_logger(__name__)
 
@@ -36,11 +36,11 @@ class ExtentTransfers:
 
     Args:
         cache: The KV memory that extents lie in.
-        host_blocks: Blocks of the host tier; its memory is taken now.
+        host_blocks: Blocks of the host tier; its memory is taken as it is used.
         store: Snapshots of this rank; None where none are kept.
 
     Raises:
-        StartupError: the host tier does not fit in memory.
+        StartupError: there cannot be a host tier of this size.
     """
 
     def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
@@ -48,7 +48,7 @@ class ExtentTransfers:
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
         self._block_bytes = self._caches[0].shape[1]
         self._on_gpu = caches[0].device.type == "cuda"
-        self._arena = self._take_host_memory(host_blocks)
+        self._arena = HostArena(host_blocks * len(caches) * self._block_bytes, caches[0].device)
         self._own: dict[str, torch.Tensor] = {}
         self._store = store
         self._stream: torch.cuda.Stream | None = None
@@ -58,16 +58,6 @@ class ExtentTransfers:
             self._stream, self._copied = torch.cuda.Stream(), torch.cuda.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots", initializer=_give_way)
         self._running: deque[tuple[SnapshotJob, Future[str]]] = deque()
-
-    def _take_host_memory(self, num_blocks: int) -> torch.Tensor:
-        num_bytes = num_blocks * len(self._caches) * self._block_bytes
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
-        except (MemoryError, RuntimeError) as error:
-            raise StartupError(
-                f"--system-prompt-host-cache-gib: {num_bytes / 2**30:.1f} GiB of host memory cannot be had: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
 
     def join(self) -> None:
         """What is put on the device from now on runs after the copies of the plans so far: it may read what they have
@@ -103,11 +93,14 @@ class ExtentTransfers:
             for layer, there, here in _pieces_of(transfer, len(self._caches)):
                 on_host, on_device = image[layer, there], self._caches[layer][here]
                 source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
-                if self._on_gpu:
-                    target.copy_(source, non_blocking=True)
-                else:
+                if not self._on_gpu:
                     # A slice is small: waking torch's threads for it costs more than copying it.
                     np.copyto(target.numpy(), source.numpy())
+                elif transfer.image.start is None:
+                    target.copy_(source, non_blocking=True)
+                else:
+                    for part in self._arena.parts_of(on_host):
+                        target.view(-1)[part].copy_(source.view(-1)[part], non_blocking=True)
 
     def _image(self, image: HostImage) -> torch.Tensor:
         shape = (len(self._caches), image.num_blocks, self._block_bytes)
@@ -116,7 +109,7 @@ class ExtentTransfers:
                 self._own[image.prompt_id] = torch.empty(shape, dtype=torch.uint8)
             return self._own[image.prompt_id]
         block = len(self._caches) * self._block_bytes
-        return self._arena[image.start * block : (image.start + image.num_blocks) * block].view(shape)
+        return self._arena.tensor[image.start * block : (image.start + image.num_blocks) * block].view(shape)
 
     # Snapshots -------------------------------------------------------------------------------------------------
 
@@ -152,8 +145,11 @@ class ExtentTransfers:
         return ended
 
     def close(self) -> None:
-        """Waits until every job has ended."""
+        """Waits until every copy and every job has ended."""
+        if self._stream is not None:
+            self._stream.synchronize()
         self._thread.shutdown(wait=True)
+        self._arena.close()
 
 
 def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice, slice]]:
