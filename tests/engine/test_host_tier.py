@@ -10,6 +10,7 @@ from tests.engine.helpers import Request, add, assert_nothing_held, finish, gree
 from tests.engine.test_pinned_prompts import asking, ids, recorded_plans
 from vllm.core import prompt_tiers
 from vllm.engine.llm_engine import LLMEngine
+from vllm.step import ExtentCopy, HostImage, StepPlan
 
 MakeEngine = Callable[..., LLMEngine]
 
@@ -161,3 +162,31 @@ def test_a_prompt_that_continues_one_on_the_host_brings_it_back(make_tiered: Mak
     assert [o.num_cached_tokens for o in outputs] == [40, 60]
     assert tokens(outputs[:1]) == tokens(outputs[1:])
     assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("order", [("moves", "copies", "cleared"), ("cleared",), ("moves",)])
+def test_nothing_of_a_step_comes_before_the_copies_of_the_step_before(
+    make_tiered: MakeEngine, monkeypatch: pytest.MonkeyPatch, order: tuple[str, ...]
+) -> None:
+    worker = make_tiered().core.executor._worker
+    transfers, cache = worker.transfers, worker.runner.cache
+    join, late = transfers.join, []
+
+    def join_late() -> None:
+        """As a device that carries out copies at the last moment."""
+        transfers._copy_blocks(late)
+        late.clear()
+        join()
+
+    monkeypatch.setattr(transfers, "_copy", late.extend)
+    monkeypatch.setattr(transfers, "join", join_late)
+    k_cache = cache.k_caches[0].view(cache.num_blocks, -1)
+    for block in range(8):
+        k_cache[block] = block
+    image = HostImage("sp-a", 2, 0)
+    worker.submit(StepPlan(transfers=[ExtentCopy(image, ((3, 2),), 0, 2, to_host=True)]))
+    changes = {"moves": [(0, 3)], "copies": [(1, 4)], "cleared": [3, 4]}
+    worker.submit(StepPlan(**{name: changes[name] for name in order}))
+    worker.submit(StepPlan(transfers=[ExtentCopy(image, ((6, 2),), 0, 2, to_host=False)]))
+    worker.submit(StepPlan(moves=[(6, 10), (7, 11)]))
+    assert k_cache[10:12, 0].tolist() == [3.0, 4.0]

@@ -26,9 +26,9 @@ USES_OF_A_PIN = 2
 # A load takes about so much of the time of a prefill: of 8,192 tokens of Llama-3.1-8B on an H100, 1 GiB over PCIe 5 in
 # 25 ms instead of 220 ms.
 _PART_OF_A_LOAD = 1 / 8
-# A newcomer must be worth so many times what is lost for it. Prompts that come in turn, more of them than fit, are worth
-# up to twice as much just when they come as those of which the last use is longest ago; displacing these would make
-# each of them leave before its next use.
+# A newcomer must be worth so many times what is lost for it. Prompts that come in turn, more of them than fit, are
+# worth up to twice as much just when they come as those of which the last use is longest ago; displacing these would
+# make each of them leave before its next use.
 _TIMES_WORTH = 2.0
 # While the host tier is full, what was used once gives way to what was used once after so many requests for each image
 # in it. With 1, prompts that come in turn, a few more than fit, would all leave before their next use.
