@@ -29,7 +29,7 @@ from vllm.transformers_utils.config import resolve_model
 from vllm.transformers_utils.system_parts import SystemPart
 from vllm.transformers_utils.text_heads import TextHead
 from vllm.transformers_utils.tokenizer import load_tokenizer
-from vllm.worker.cache_engine import PinnedBlockPool
+from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK, PROMPT_TOKENS, MAX_LEN = 16, 64, 4096
 SHARED = 10
@@ -47,9 +47,7 @@ def make_scheduler(num_prompts: int, num_running: int, ttl: float | None) -> Sch
     num_blocks = num_prompts * PROMPT_TOKENS // BLOCK + num_running * 80 + MAX_LEN // BLOCK
     blocks = BlockManager(num_blocks, BLOCK)
     pinned = PinnedBlockPool(num_blocks, num_blocks, MAX_LEN // BLOCK)
-    pool = SystemPromptPool(
-        SystemPromptConfig(ttl=ttl), pinned, BLOCK, on_release=lambda e: blocks.give_back(e.start, e.num_blocks)
-    )
+    pool = SystemPromptPool(SystemPromptConfig(ttl=ttl), pinned, BLOCK, on_release=blocks.give_back)
     config = SchedulerConfig(max_num_seqs=num_running, max_num_batched_tokens=8192)
     scheduler = Scheduler(config, blocks, pool, MAX_LEN)
     rng = random.Random(0)
@@ -61,11 +59,11 @@ def make_scheduler(num_prompts: int, num_running: int, ttl: float | None) -> Sch
     settle(scheduler, until=lambda: len(scheduler.running) == num_running)
     # The place in memory of the others does not matter here: they are put one below the other, as in a long life.
     for prompt in prompts[SHARED:]:
-        pool.add(prompt, ttl=ttl)
-        start = pinned.num_blocks - pinned.pinned_blocks - PROMPT_TOKENS // BLOCK
-        blocks.vacate(start, PROMPT_TOKENS // BLOCK, scheduler.running)
-        pool.begin_prefill(start)
-        pool.end_prefill()
+        new = pool.add(prompt, ttl=ttl)
+        extent = Extent(pinned.num_blocks - pinned.pinned_blocks - PROMPT_TOKENS // BLOCK, PROMPT_TOKENS // BLOCK)
+        blocks.vacate([extent], scheduler.running)
+        pool.place(new, (extent,))
+        pool.end_prefill(new)
     return scheduler
 
 
@@ -119,9 +117,10 @@ def routing(num_tokens: int, num_prompts: int) -> float:
     head = [rng.randrange(50_000) for _ in range(num_tokens // 2)]
     for _ in range(num_prompts):
         prompt = head + [rng.randrange(50_000) for _ in range(num_tokens - len(head))]
-        pool.add(prompt)
-        pool.begin_prefill(pinned.num_blocks - pinned.pinned_blocks - num_tokens // BLOCK)
-        pool.end_prefill()
+        new = pool.add(prompt)
+        size = num_tokens // BLOCK
+        pool.place(new, (Extent(pinned.num_blocks - pinned.pinned_blocks - size, size),))
+        pool.end_prefill(new)
     # As they come from the socket: equal numbers, other objects.
     ids = json.loads(json.dumps([*prompt, 1, 2, 3]))
 

@@ -112,7 +112,6 @@ class SystemPromptConfig:
         markers: What becomes of prefixes that requests mark (`cache_control`): `soft` pins, which give way to hard
             ones, `hard` pins, or nothing (`off`).
         ttl: Seconds after its last use when an automatic pin ends; None keeps it.
-        chunk_tokens: Tokens of a system prompt computed per step; fixed, so that its KV never depends on the load.
         snapshot_dir: Folder in which snapshots of pinned prompts outlive the server; None keeps none.
         snapshot_bytes: Most bytes that they take.
         host_bytes: Host memory for prompts that the budget has no room for.
@@ -126,7 +125,6 @@ class SystemPromptConfig:
     ttl: float | None = None
     private: bool = False
     markers: SystemPromptMarkers = "soft"
-    chunk_tokens: int = 512
     snapshot_dir: str | None = None
     snapshot_bytes: int = 0
     host_bytes: int = 0

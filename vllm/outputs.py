@@ -88,14 +88,16 @@ class SystemPromptInfo:
 
     Attributes:
         id: Same tokens, same id.
-        state: `pending` (waits for room), `computing`, `loading` (comes from the host or disk), `pinned`, `host` (waits
-            in host memory until it is asked for), `removing` (readers still run) or `removed`.
+        state: `pending` (waits for room), `computing`, `loading` (comes from the host or disk), `probation` (was used
+            once, gives way to whatever needs room), `pinned`, `host` (waits in host memory until it is asked for),
+            `removing` (readers still run) or `removed`.
         num_tokens: S.
-        num_blocks: KV blocks of its extent.
+        num_blocks: KV blocks of its extents.
         source: `auto` (a chat request), `marker` (one that marked it), `shared_prefix` (seen in several raw prompts),
             `declared` (an operator) or `preload` (a file at start-up).
         created / last_used / expires: seconds of `time.time()`; `expires` is None without a ttl.
         hits: Requests that reused it.
+        uses: Requests that came with it or with a prompt that continues it, also before it was displaced.
         readers: Requests that hold it now.
         pin: `hard`, `automatic` or `soft`; see `PinClass`.
         num_bytes: K and V of its extent.
@@ -121,6 +123,7 @@ class SystemPromptInfo:
     tokens_saved: int = 0
     parent: str | None = None
     children: int = 0
+    uses: int = 0
 
 
 @dataclass

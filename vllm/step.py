@@ -28,12 +28,16 @@ class PrefixExtent:
 class SequenceStart:
     """A sequence that begins (or begins again) to run, in a row of the ranks' buffers.
 
+    Requests have the rows `0 … max_num_seqs - 1`, system prompts under computation the `PROMPT_ROWS` behind them.
+
     Attributes:
         token_ids: All tokens known so far, but for the first `num_skipped`, whose KV is pinned.
-        prefix: The pinned extents it reads, in order of position; together they hold its first tokens.
+        block_table: Blocks of its own tokens in order: of a system prompt all that its extents have.
+        prefix: The pinned extents it reads, in order of position; together they hold its first tokens. One of them may
+            get its last tokens in the very step in which this sequence begins.
         seed: 64-bit seed of its draws.
         stop_token_ids: Tokens that may not come before `min_tokens`.
-        is_system_prompt: It is the prefill of a system prompt: `block_table` is its extent, `prefix` its parents'.
+        is_system_prompt: It is the prefill of a system prompt, which draws nothing.
     """
 
     row: int
@@ -50,7 +54,7 @@ class SequenceStart:
 
 @dataclass(frozen=True)
 class FreedSequence:
-    """A sequence that no longer runs."""
+    """A sequence that no longer runs; what a system prompt has computed stays."""
 
     row: int
     is_system_prompt: bool
@@ -71,10 +75,15 @@ class HostImage:
 
 @dataclass(frozen=True)
 class ExtentCopy:
-    """Blocks `first … first+count` of the extent at `start_block`, to its image on the host or back from it."""
+    """A part of a prompt's K/V, from its extents to its image on the host or back: as much as the blocks
+    `first … first+count` of it take, in the order in which the image lies in memory (layer by layer).
+
+    Attributes:
+        extents: All of them, (first block, number of blocks) each; together as many blocks as the image has.
+    """
 
     image: HostImage
-    start_block: int
+    extents: tuple[tuple[int, int], ...]
     first: int
     count: int
     to_host: bool
@@ -106,14 +115,15 @@ class EndedJob:
 class StepPlan:
     """What the ranks do in one step, in this order: moves, copies, cleared, freed, new_blocks, started, then the batch.
 
-    Between tiers: dropped, transfers (after moves and copies, at the same time as the rest; done before the next step
-    begins), jobs.
+    Between tiers: dropped, transfers (they begin after all of that but the batch, and run beside it; done before
+    anything of the next step begins), jobs.
 
     The batch is one entry a sequence, sequences that read the same extents side by side:
         rows, starts (first position to compute), counts (tokens to compute), samples (whether a token is drawn),
         wants_prompt_logprobs.
     Every layer writes K and V of all tokens of the batch before any of them attends, so that a sequence may read an
-    extent whose last tokens are computed in the same batch.
+    extent whose last tokens are computed in the same batch: a request its system prompt, a prompt its parent. A
+    system prompt's count is a multiple of the block size, but for its last one.
 
     Attributes:
         moves: Blocks that make room for an extent, (source, destination).

@@ -6,6 +6,7 @@ import pytest
 
 from vllm.core.block_manager import BlockManager
 from vllm.sequence import Sequence
+from vllm.worker.cache_engine import Extent
 
 BLOCK = 4
 
@@ -122,7 +123,7 @@ def test_free_does_nothing_for_a_system_prompt() -> None:
     blocks = BlockManager(8, BLOCK)
     prompt = Sequence("sp", list(range(8)), is_system_prompt=True)
     prompt.block_table, prompt.num_computed_tokens = [6, 7], 8
-    blocks.vacate(6, 2, [])
+    blocks.vacate([Extent(6, 2)], [])
     blocks.free(prompt)
     assert (prompt.block_table, prompt.num_computed_tokens) == ([6, 7], 8)
     blocks.check_integrity([], {6, 7})
@@ -168,7 +169,7 @@ def test_vacate_moves_used_blocks_and_drops_cached_ones() -> None:
     blocks.free(cached)
     before = list(used.block_table)
     assert before == [2, 3]
-    moves = blocks.vacate(0, 4, [used, sharer])
+    moves = blocks.vacate([Extent(0, 4)], [used, sharer])
     assert moves is not None
     assert [source for source, _ in moves] == [2, 3]
     assert all(destination in range(4, 8) for _, destination in moves)
@@ -177,7 +178,7 @@ def test_vacate_moves_used_blocks_and_drops_cached_ones() -> None:
     assert blocks.find_cached(make_seq([2] * 9)) == used.block_table, "found at its new place"
     blocks.check_integrity([used, sharer], {0, 1, 2, 3})
     assert blocks.num_schedulable_blocks == 4
-    blocks.give_back(0, 4)
+    blocks.give_back(Extent(0, 4))
     blocks.check_integrity([used, sharer], set())
 
 
@@ -185,8 +186,8 @@ def test_vacate_without_room_changes_nothing() -> None:
     blocks = BlockManager(8, BLOCK)
     seq = compute(blocks, make_seq(list(range(20))))
     table = list(seq.block_table)
-    assert blocks.vacate(0, 4, [seq]) is None
+    assert blocks.vacate([Extent(0, 4)], [seq]) is None
     assert seq.block_table == table
     blocks.check_integrity([seq], set())
-    assert blocks.vacate(5, 3, [seq]) == []
+    assert blocks.vacate([Extent(5, 1), Extent(6, 2)], [seq]) == []
     blocks.check_integrity([seq], {5, 6, 7})

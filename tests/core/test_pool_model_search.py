@@ -32,10 +32,10 @@ class World:
         blocks = BlockManager(NUM_BLOCKS, BLOCK, enable_caching=False)
         self.pinned = PinnedBlockPool(NUM_BLOCKS, BUDGET, MAX_LEN // BLOCK)
         self.pool = SystemPromptPool(
-            SystemPromptConfig(chunk_tokens=BLOCK),
+            SystemPromptConfig(),
             self.pinned,
             BLOCK,
-            on_release=lambda e: blocks.give_back(e.start, e.num_blocks),
+            on_release=blocks.give_back,
             clock=lambda: self.now,
         )
         config = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=4)
@@ -86,8 +86,8 @@ class World:
         for seq in self.scheduler.running:
             prompt, chain = seq.system_prompt, []
             while prompt is not None:
-                assert self.pool.get(prompt.id) is prompt and extents[prompt.id] == prompt.extent
-                chain.insert(0, prompt.extent.start)
+                assert self.pool.get(prompt.id) is prompt and extents[prompt.id] == prompt.extents
+                chain = [e.start for e in prompt.extents] + chain
                 prompt = prompt.parent
             if seq.system_prompt is not None:
                 assert [e.start_block for e in seq.system_prompt.prefix] == chain
@@ -95,7 +95,10 @@ class World:
     def state(self) -> object:
         """What later steps depend on, but for the order of free blocks."""
         prompts = [
-            (p.id, p.state, p.doomed, p.pin, p.extent, p.readers, p.sequence.num_computed_tokens, p.num_blocks)
+            (
+                (p.id, p.state, p.doomed, p.pin, p.extents, p.readers, p.num_blocks),
+                (p.on_probation, p.is_being_written, p.sequence.row, p.sequence.num_computed_tokens),
+            )
             for p in self.pool.prompts()
         ]
         sequences = [

@@ -10,20 +10,21 @@ from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import SystemPromptPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
+from vllm.step import PROMPT_ROWS, StepPlan
 from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, NUM_BLOCKS, MAX_LEN = 4, 24, 40
 
 
-def make_scheduler() -> Scheduler:
+def make_scheduler(max_num_batched_tokens: int = 64, max_num_seqs: int = 8) -> Scheduler:
     blocks = BlockManager(NUM_BLOCKS, BLOCK)
     pool = SystemPromptPool(
-        SystemPromptConfig(chunk_tokens=8),
+        SystemPromptConfig(),
         PinnedBlockPool(NUM_BLOCKS, 12, MAX_LEN // BLOCK),
         BLOCK,
-        on_release=lambda e: blocks.give_back(e.start, e.num_blocks),
+        on_release=blocks.give_back,
     )
-    return Scheduler(SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64), blocks, pool, MAX_LEN)
+    return Scheduler(SchedulerConfig(max_num_seqs, max_num_batched_tokens), blocks, pool, MAX_LEN)
 
 
 def add(
@@ -40,7 +41,8 @@ def add(
 def step(scheduler: Scheduler) -> set[str]:
     """Runs one step; returns the requests that ran in it."""
     plan = scheduler.schedule()
-    ran = {s.request_id for s in scheduler.oldest_batch.sequences} if scheduler.num_in_flight else set()
+    batch = scheduler.oldest_batch.sequences if scheduler.num_in_flight else []
+    ran = {s.request_id for s in batch if not s.is_system_prompt}
     if scheduler.num_in_flight:
         scheduler.postprocess([7 if s else -1 for s in plan.samples])
     scheduler.check_integrity()
@@ -65,12 +67,65 @@ def test_nobody_overtakes_a_request_whose_system_prompt_waits_for_room() -> None
     assert scheduler.pool.num_prefills == 1
 
 
+def entries(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """(row, start, count) of what a plan computes, in order of rows."""
+    return sorted(zip(plan.rows, plan.starts, plan.counts, strict=True))
+
+
+def test_new_prompts_and_requests_share_a_step_in_the_order_in_which_they_came() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=26)
+    for i in range(3):
+        add(scheduler, f"new{i}", [i] * 11, max_tokens=1, num_system_tokens=10)
+    add(scheduler, "plain", [9] * 4, max_tokens=1)
+    plan = scheduler.schedule()
+    # Two prompts whole and their requests, which read them in the very step; of the third a block, and no more fits.
+    assert entries(plan) == [(0, 10, 1), (1, 10, 1), (8, 0, 10), (9, 0, 10), (10, 0, 4)]
+    assert [s.is_system_prompt for s in plan.started].count(True) == 3
+    plan = scheduler.schedule()
+    assert entries(plan) == [(2, 10, 1), (3, 0, 4), (10, 4, 6)]
+    assert [(f.row, f.is_system_prompt) for f in plan.freed] == [(8, True), (9, True)]
+
+
 def test_a_prefill_in_progress_holds_nobody_up() -> None:
-    scheduler = make_scheduler()
+    scheduler = make_scheduler(max_num_batched_tokens=16)
+    add(scheduler, "early", [8] * 4, max_tokens=9)
+    step(scheduler)
     add(scheduler, "pins", [5] * 39, max_tokens=1, num_system_tokens=38)
     add(scheduler, "late", [9] * 4, max_tokens=1)
-    assert step(scheduler) == {"late"}, "38 tokens take five chunks of 8; others run meanwhile"
-    assert scheduler.pool.computing is not None
+    assert step(scheduler) == {"early", "late"}, "12 tokens of the prompt, and what is left of the budget"
+    assert [p.sequence.num_computed_tokens for p in scheduler.pool.computing] == [12]
+
+
+def test_a_prompt_and_what_continues_it_are_computed_in_one_step() -> None:
+    scheduler = make_scheduler()
+    add(scheduler, "short", [5] * 9, max_tokens=1, num_system_tokens=8)
+    add(scheduler, "long", [5] * 16, max_tokens=1, num_system_tokens=15)
+    plan = scheduler.schedule()
+    assert entries(plan) == [(0, 8, 1), (1, 15, 1), (8, 0, 8), (9, 8, 7)]
+    (child,) = [s for s in plan.started if s.row == 9]
+    assert [e.num_tokens for e in child.prefix] == [8] and child.num_skipped == 8 and len(child.token_ids) == 7
+
+
+def test_more_new_prompts_than_rows_take_turns() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=10_000, max_num_seqs=200)
+    scheduler.blocks = BlockManager(400, BLOCK)
+    scheduler.pool.blocks = PinnedBlockPool(400, 300, MAX_LEN // BLOCK)
+    scheduler.pool._on_release = scheduler.blocks.give_back
+    for i in range(100):
+        add(scheduler, f"new{i}", [i] * 5, max_tokens=1, num_system_tokens=4)
+    assert [len(step(scheduler)) for _ in range(2)] == [PROMPT_ROWS, 100 - PROMPT_ROWS]
+    assert scheduler.pool.num_prefills == 100
+
+
+def test_a_step_smaller_than_a_block_computes_a_block_of_a_prompt() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=1, max_num_seqs=1)
+    add(scheduler, "new", [5] * 7, max_tokens=1, num_system_tokens=6)
+    counts = []
+    while scheduler.has_work():
+        plan = scheduler.schedule()
+        counts += plan.counts
+        scheduler.postprocess([7 if s else -1 for s in plan.samples])
+    assert counts == [4, 2, 1]
 
 
 def test_decode_goes_on_while_a_long_prompt_is_prefilled() -> None:

@@ -38,7 +38,7 @@ class Device:
         self.tables: dict[int, list[int]] = {}
         self.prefix: dict[int, tuple] = {}
 
-    def run(self, plan, token, heads) -> list[int]:
+    def run(self, plan, token, heads, max_num_seqs) -> list[int]:
         """Carries out a plan; every sequence that draws gets `token`. `heads` are the tokens that plans leave out since
         their KV is pinned, by row."""
         for pairs in (plan.moves, plan.copies):
@@ -52,24 +52,24 @@ class Device:
             for offset in range(BLOCK):
                 self.slots.pop((block, offset), None)
         for freed in plan.freed:
-            self.tables.pop(freed.row, None)
+            assert self.tables.pop(freed.row, None) is not None, "a row is freed once"
         for row, first, blocks in plan.new_blocks:
             if row in self.tables:
                 self.tables[row][first : first + len(blocks)] = blocks
         for seq in plan.started:
             assert seq.row not in self.tables, "a row is freed before it is used again"
             assert seq.num_skipped <= sum(e.num_tokens for e in seq.prefix)
+            assert (seq.row >= max_num_seqs) == seq.is_system_prompt
             self.tokens[seq.row] = [*heads[seq.row][: seq.num_skipped], *seq.token_ids]
             self.tables[seq.row] = list(seq.block_table)
             self.prefix[seq.row] = seq.prefix
-        if plan.chunk is not None:
-            above = sum(e.num_tokens for e in plan.chunk.prefix)
-            for i, known in enumerate(plan.chunk.token_ids, start=plan.chunk.start):
-                own = i - above
-                self.slots[plan.chunk.start_block + own // BLOCK, own % BLOCK] = (known, i)
+        self.begin_copies(plan)
+        written = {}
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for i in range(start, start + count):
-                self.slots[self.slot(row, i)] = (self.tokens[row][i], i)
+                slot = self.slot(row, i)
+                assert written.setdefault(slot, row) == row, "two sequences write into one slot"
+                self.slots[slot] = (self.tokens[row][i], i)
         drawn = []
         for row, start, count, samples in zip(plan.rows, plan.starts, plan.counts, plan.samples, strict=True):
             for i in range(start + count):
@@ -82,6 +82,10 @@ class Device:
                 self.tokens[row].append(token)
                 assert len(self.tokens[row]) <= MAX_LEN
         return drawn
+
+    def begin_copies(self, plan) -> None:
+        """Copies to other tiers begin when blocks are in their places, and run beside the batch."""
+        assert not (plan.transfers or plan.jobs or plan.dropped)
 
     def slot(self, row: int, position: int) -> tuple[int, int]:
         for extent in self.prefix[row]:
@@ -99,22 +103,21 @@ class Machine(RuleBasedStateMachine):
         seqs=st.integers(1, 5),
         batched=st.integers(5, 40),
         mode=st.sampled_from(["auto", "auto", "auto", "declared", "off"]),
-        chunk=st.sampled_from([4, 8, 16]),
         depth=st.sampled_from([1, 2]),
         private=st.booleans(),
         markers=st.sampled_from(["off", "soft", "soft", "hard"]),
         ttl=st.sampled_from([None, None, 20.0]),
     )
-    def start(self, extra, budget, caching, seqs, batched, mode, chunk, depth, private, markers, ttl):
+    def start(self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
         self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
         self.pinned = PinnedBlockPool(self.num_blocks, budget, MAX_LEN // BLOCK)
         self.pool = SystemPromptPool(
-            SystemPromptConfig(mode=mode, chunk_tokens=chunk, min_tokens=4, private=private, markers=markers, ttl=ttl),
+            SystemPromptConfig(mode=mode, min_tokens=4, private=private, markers=markers, ttl=ttl),
             self.pinned,
             BLOCK,
-            on_release=lambda e: self.blocks.give_back(e.start, e.num_blocks),
+            on_release=self.blocks.give_back,
             clock=lambda: self.now,
             tiers=self.make_tiers(),
         )
@@ -183,12 +186,12 @@ class Machine(RuleBasedStateMachine):
         pin=st.sampled_from([PinClass.HARD, PinClass.SOFT]),
     )
     def declare(self, prompt, ttl, pin):
-        kept = {p.id for p in self.pool.prompts() if p.readers or not (p.pin == PinClass.SOFT or p.doomed)}
+        kept = {p.id for p in self.pool.prompts() if p.readers or (p.pin == PinClass.HARD and not p.doomed)}
         try:
             self.scheduler.add_system_prompt(list(prompt), ttl=ttl, pin=pin)
         except SystemPromptRefusedError as error:
             assert str(error)
-        assert kept <= {p.id for p in self.pool.prompts()}, "only soft pins that nobody reads give way"
+        assert kept <= {p.id for p in self.pool.prompts()}, "what is hard, or is read, gives way to nothing"
 
     @rule(data=st.data(), ttl=st.sampled_from([None, 3.0, 30.0]))
     def change(self, data, ttl):
@@ -198,12 +201,11 @@ class Machine(RuleBasedStateMachine):
 
     @rule(blocks=st.integers(0, 40))
     def change_budget(self, blocks):
-        pinned = self.pinned.pinned_blocks
         try:
             self.pool.set_budget(blocks * BLOCK)
         except ValueError:
-            assert blocks < pinned + sum(p.num_blocks for p in self.pool.prompts() if p.extent is None)
-        assert self.pinned.budget_blocks >= pinned
+            assert blocks < self.pinned.pinned_blocks + sum(p.num_blocks for p in self.pool.prompts() if not p.extents)
+        assert self.pinned.budget_blocks >= self.pinned.pinned_blocks
 
     @rule(data=st.data())
     def remove(self, data):
@@ -225,29 +227,51 @@ class Machine(RuleBasedStateMachine):
             self.one_step(data.draw(st.sampled_from([10, 11, 12, 99])))
 
     def one_step(self, token):
-        before = {p.id: p.extent for p in self.pool.prompts() if p.state == "pinned"}
+        before = {p.id: p.extents for p in self.pool.prompts() if p.extents}
+        self.computed = {k: v for k, v in self.computed.items() if k in before}
+        preempted = self.scheduler.num_preemptions
         plan = self.scheduler.schedule()
-        assert sum(plan.counts) <= self.scheduler.config.max_num_batched_tokens + len(plan.counts)
-        assert len(plan.rows) == len(set(plan.rows)) <= self.scheduler.config.max_num_seqs
+        limits = self.scheduler.config
+        assert sum(plan.counts) <= max(limits.max_num_batched_tokens, len(self.scheduler.running) + BLOCK)
+        assert len(plan.rows) == len(set(plan.rows))
+        assert sum(row < limits.max_num_seqs for row in plan.rows) <= limits.max_num_seqs
         for prompt in self.pool.prompts():
-            if prompt.id in before and prompt.state == "pinned":
-                assert prompt.extent == before[prompt.id], "a pinned extent never moves"
-        if plan.chunk is not None:
-            key = plan.chunk.prompt_id
-            above = sum(e.num_tokens for e in plan.chunk.prefix)
-            done = self.computed.get(key, above)
-            assert plan.chunk.start in (done, above), "no system-prompt token is computed twice while it is known"
-            self.computed[key] = plan.chunk.start + len(plan.chunk.token_ids)
+            if prompt.id in before and prompt.extents:
+                assert prompt.extents == before[prompt.id], "an extent never moves"
+        if self.scheduler.num_preemptions > preempted:
+            assert not self.idle_probationers(), "what is on probation goes before anybody is preempted"
         if not plan.is_empty:
+            batch = {} if not self.scheduler.num_in_flight else self.scheduler.newest_batch.sequences
             heads = {seq.row: seq.token_ids for seq in self.scheduler.running}
-            self.drawn.append(self.device.run(plan, token, heads))
+            by_row = dict(zip(plan.rows, batch, strict=True)) if plan.rows else {}
+            for seq in plan.started:
+                if seq.is_system_prompt:
+                    prompt = by_row[seq.row]
+                    heads[seq.row] = prompt.token_ids
+                    assert self.computed.get(prompt.request_id) is None, "a prompt is computed once while it is known"
+            for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+                seq = by_row[row]
+                if seq.is_system_prompt:
+                    key, above = seq.request_id, seq.prefix_len
+                    assert start == self.computed.get(key, above), "no token of it is computed twice"
+                    self.computed[key] = start + count
+                    ends = start + count == seq.num_tokens
+                    assert ends or count % BLOCK == 0, "whole blocks at a time"
+                    assert not any(s for r, s in zip(plan.rows, plan.samples, strict=True) if r == row)
+            self.drawn.append(self.device.run(plan, token, heads, limits.max_num_seqs))
         assert self.scheduler.num_in_flight == len(self.drawn)
         if self.drawn and (plan.is_empty or len(self.drawn) >= self.depth):
             self.scheduler.postprocess(self.drawn.pop(0))
-        alive = {p.id for p in self.pool.prompts()}
-        self.computed = {k: v for k, v in self.computed.items() if k in alive}
         running = {s.request_id for s in self.scheduler.unfinished()}
         self.requests = {k: v for k, v in self.requests.items() if k in running}
+
+    def idle_probationers(self):
+        """Prompts on probation that nothing holds."""
+        return [
+            p
+            for p in self.pool.prompts()
+            if p.on_probation and p.state == "pinned" and not (p.readers or p.doomed or p.is_being_written)
+        ]
 
     @invariant()
     def books_balance(self):

@@ -49,15 +49,24 @@ class Bench:
     def request(self, token_ids: list[int], tenant: bytes = b"", namespace: bytes = b"", **params: Any) -> Sequence:
         return Sequence("r", list(token_ids), SamplingParams(**params), tenant=tenant, namespace=namespace)
 
+    def begin(self) -> PinnedPrompt:
+        """The first pending prompt gets its place."""
+        prompt = self.pool.pending[0]
+        extents = self.pool.find_room(prompt)
+        assert extents is not None
+        self.pool.place(prompt, extents)
+        return prompt
+
     def prefill(self) -> list[Sequence]:
-        """Computes the next pending prompt."""
-        start = self.pool.find_window()
-        assert start is not None
-        self.pool.begin_prefill(start)
-        return self.pool.end_prefill()
+        """Computes the first pending prompt."""
+        prompt = self.begin()
+        self.pool.begin_prefill(prompt)
+        waiters = self.pool.end_prefill(prompt)
+        self.pool.note_prefill(prompt)
+        return waiters
 
     def prefill_all(self) -> None:
-        while self.pool.has_prefill:
+        while self.pool.pending:
             self.prefill()
 
     def pinned(self, token_ids: list[int], **options: Any) -> PinnedPrompt:
@@ -69,7 +78,7 @@ class Bench:
 def test_first_request_creates_and_pays_the_others_hit() -> None:
     bench = Bench()
     first, second, third = (bench.request([*A, 50 + i]) for i in range(3))
-    assert bench.pool.route(first, 10) == Outcome.CREATED
+    assert bench.pool.route(first, 10) == Outcome.PROBATION
     assert bench.pool.route(second, 10) == Outcome.HIT
     assert (first.num_cache_write_tokens, second.num_cache_write_tokens) == (10, 0)
     assert bench.pool.is_waiting(first) and bench.pool.is_waiting(second)
@@ -79,7 +88,7 @@ def test_first_request_creates_and_pays_the_others_hit() -> None:
     prompt = third.system_prompt
     assert prompt is not None and first.system_prompt is prompt
     assert (prompt.readers, prompt.hits, bench.pool.tokens_reused, bench.pool.num_prefills) == (3, 2, 20, 1)
-    assert bench.pool.outcomes == {"created": 1, "hit": 2}
+    assert bench.pool.outcomes == {"probation": 1, "hit": 2}
     assert (prompt.num_blocks, bench.pool.pinned_tokens) == (3, 10)
     bench.pool.check_integrity({prompt.id: 3})
 
@@ -102,7 +111,7 @@ def test_a_request_that_names_no_system_prompt_reads_the_longest_known_one() -> 
 def test_too_short() -> None:
     bench = Bench(min_tokens=8)
     assert bench.pool.route(bench.request([*B, 5]), 7) == Outcome.TOO_SHORT
-    assert bench.pool.route(bench.request([*A[:8], 5]), 8) == Outcome.CREATED
+    assert bench.pool.route(bench.request([*A[:8], 5]), 8) == Outcome.PROBATION
     with pytest.raises(SystemPromptRefusedError, match="has 7 tokens; --system-prompt-min-tokens asks for at least 8"):
         bench.pool.add(B)
 
@@ -120,7 +129,7 @@ def test_over_budget() -> None:
         "The system prompt has 10 tokens, but 32 of the pool's 40 tokens are taken; "
         "remove a prompt or raise --system-prompt-cache-tokens."
     )
-    assert bench.pool.route(bench.request([*B, 5]), 7) == Outcome.CREATED, "two blocks are left"
+    assert bench.pool.route(bench.request([*B, 5]), 7) == Outcome.PROBATION, "two blocks are left"
 
 
 def test_what_waits_for_its_prefill_counts_against_the_budget() -> None:
@@ -197,7 +206,7 @@ def test_removal_waits_for_readers() -> None:
     assert bench.released == [Extent(17, 3)]
     assert prompt.info().state == "removed"
     assert bench.pool.num_prompts == bench.pool.pinned_tokens == bench.blocks.pinned_blocks == 0
-    assert bench.pool.route(bench.request([*A, 5]), 10) == Outcome.CREATED
+    assert bench.pool.route(bench.request([*A, 5]), 10) == Outcome.PROBATION
 
 
 def test_removal_of_what_nobody_reads_is_immediate() -> None:
@@ -215,10 +224,10 @@ def test_removal_before_and_during_the_prefill() -> None:
     bench.pool.remove(pending.id)
     assert not bench.pool.has_prefill
     computing = bench.pool.add(A)
-    bench.pool.begin_prefill(17)
+    assert bench.begin() is computing
     bench.pool.remove(computing.id)
-    assert bench.pool.computing is computing, "a rank is writing into its extent"
-    bench.pool.end_prefill()
+    assert bench.pool.computing == [computing], "a rank is writing into its extent"
+    bench.pool.end_prefill(computing)
     assert bench.released == [], "its last chunk is planned, but has not run"
     bench.pool.note_prefill(computing)
     assert bench.released == [Extent(17, 3)]
@@ -276,9 +285,9 @@ def test_no_contiguous_room() -> None:
     bench.pool.route(second, 10)
     prompt = first.system_prompt
     assert prompt is not None
-    assert bench.pool.refuse_pending() == [first, second]
+    assert bench.pool.refuse(bench.pool.pending[0]) == [first, second]
     assert first.system_prompt is None and first.num_cache_write_tokens == 0
-    assert bench.pool.outcomes == {"created": 1, "hit": 1, "busy": 2}
+    assert bench.pool.outcomes == {"probation": 1, "hit": 1, "busy": 2}
     assert prompt.info().state == "removed"
     bench.pool.check_integrity({})
 
@@ -321,7 +330,7 @@ def test_marks_are_pinned_as_nested_prefixes() -> None:
     token_ids = [*A, *B, 4, 4, 4, 5]
     marks = [CacheMark(17, 300.0), CacheMark(20, 3600.0)]
     first = bench.request(token_ids)
-    assert bench.pool.route(first, 10, marks) == Outcome.CREATED
+    assert bench.pool.route(first, 10, marks) == Outcome.PROBATION
     assert first.num_cache_write_tokens == 20 and bench.pool.is_waiting(first)
     chain = sorted(bench.pool.prompts(), key=lambda p: p.num_tokens)
     assert [(p.num_tokens, p.pin, p.source, p.ttl) for p in chain] == [
@@ -336,7 +345,7 @@ def test_marks_are_pinned_as_nested_prefixes() -> None:
     assert (again.num_cache_write_tokens, other.num_cache_write_tokens) == (0, 0)
     # The next turn of the chat marks its own end: only what is new is computed.
     turn = bench.request([*token_ids, 6, 6, 6, 7])
-    assert bench.pool.route(turn, 10, [CacheMark(17, 300.0), CacheMark(24, 300.0)]) == Outcome.CREATED
+    assert bench.pool.route(turn, 10, [CacheMark(17, 300.0), CacheMark(24, 300.0)]) == Outcome.PROBATION
     assert turn.num_cache_write_tokens == 4 and turn.system_prompt is not None
     assert turn.system_prompt.parent is chain[2]
 
@@ -358,7 +367,7 @@ def test_what_a_refused_prompt_leaves_is_read_from_its_parent() -> None:
     bench.pool.route(seq, 17)
     bench.pool.route(deeper, 19)
     assert deeper.system_prompt is not None and deeper.system_prompt.parent is seq.system_prompt
-    assert bench.pool.refuse_pending() == [seq]
+    assert bench.pool.refuse(bench.pool.pending[0]) == [seq]
     assert seq.system_prompt is parent and seq.num_cache_write_tokens == 0 and parent.readers == 1
     assert deeper.system_prompt.parent is parent and deeper.system_prompt.num_blocks == 3
     bench.pool.check_integrity({parent.id: 1, deeper.system_prompt.id: 1})
@@ -368,55 +377,84 @@ def test_what_a_refused_prompt_leaves_is_read_from_its_parent() -> None:
 # Classes ----------------------------------------------------------------------------------------------------------
 
 
-def test_hard_pins_displace_soft_ones_the_oldest_use_first() -> None:
-    bench = Bench()
-    soft = [bench.pinned([20 + i] * 8, pin=PinClass.SOFT) for i in range(3)]
-    automatic = bench.request([30] * 12 + [5])
-    bench.pool.route(automatic, 12)
-    bench.prefill()
-    for used in (1, 0):
+def used(bench: Bench, token_ids: list[int], times: int = 1) -> None:
+    """So many requests with a system part come and go."""
+    for _ in range(times):
         bench.clock.now += 1
-        seq = bench.request([20 + used] * 8 + [5])
-        bench.pool.route(seq, 8)
+        seq = bench.request([*token_ids, 5])
+        bench.pool.route(seq, len(token_ids))
+        bench.prefill_all()
         bench.pool.detach(seq)
-    assert bench.pool.route(bench.request([31] * 12 + [5]), 12) == Outcome.OVER_BUDGET, "traffic displaces nothing"
-    with pytest.raises(SystemPromptRefusedError):
-        bench.pool.add([32] * 12, pin=PinClass.SOFT)
-    hard = bench.pool.add([33] * 12)
-    assert [bench.pool.get(p.id) is not None for p in soft] == [True, True, False], "the one that was never used"
-    bench.prefill()
-    bench.pool.add([34] * 8)
-    assert [bench.pool.get(p.id) is not None for p in soft] == [True, False, False]
-    bench.prefill()
-    assert (bench.pool.num_displaced, hard.state) == (2, PromptState.PINNED)
-    assert automatic.system_prompt is not None
-    with pytest.raises(SystemPromptRefusedError):
-        bench.pool.add([35] * 36)
-    bench.pool.check_integrity({automatic.system_prompt.id: 1})
 
 
-def test_a_soft_pin_that_is_read_stays() -> None:
+def present(bench: Bench, *prompts: list[int]) -> list[bool]:
+    return [bench.pool.get(prompt_id(p)) is not None for p in prompts]
+
+
+def test_an_operators_pin_displaces_what_is_on_probation_then_soft_then_automatic_ones() -> None:
     bench = Bench()
-    soft = bench.pinned([20] * 20, pin=PinClass.SOFT)
-    seq = bench.request([*[20] * 20, 5])
-    bench.pool.route(seq, 20)
+    soft = [[20 + i] * 8 for i in range(2)]
+    for prompt in soft:
+        bench.pinned(prompt, pin=PinClass.SOFT)
+    automatic = [[30 + i] * 8 for i in range(2)]
+    for prompt in automatic:
+        used(bench, prompt, 2)
+    once = [40] * 8
+    used(bench, once)
+    used(bench, soft[1])
+    used(bench, automatic[0])
+    used(bench, automatic[1], 4)
+    order = [once, *soft, *automatic]
+    assert present(bench, *order) == [True] * 5
+    for i in range(5):
+        bench.pinned([50 + i] * 8)
+        assert present(bench, *order) == [False] * (i + 1) + [True] * (4 - i)
+    assert bench.pool.num_displaced == 4, "what was on probation is not counted"
+    with pytest.raises(SystemPromptRefusedError):
+        bench.pool.add([35] * 8)
+    bench.pool.check_integrity({})
+
+
+def test_what_is_read_gives_way_to_nothing() -> None:
+    bench = Bench()
+    reader = bench.request([*[20] * 20, 5])
+    bench.pool.route(reader, 20)
+    bench.prefill()
     with pytest.raises(SystemPromptRefusedError):
         bench.pool.add([33] * 24)
-    bench.pool.detach(seq)
+    assert bench.pool.route(bench.request([*[34] * 24, 5]), 24) == Outcome.OVER_BUDGET
+    bench.pool.detach(reader)
     bench.pool.add([33] * 24)
-    assert bench.pool.get(soft.id) is None
+    assert present(bench, [20] * 20) == [False]
 
 
-def test_soft_pins_that_lie_in_the_way_go_when_room_must_be_contiguous() -> None:
+def test_pins_that_lie_in_the_way_go_when_even_pieces_find_no_room() -> None:
     bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(12, 10, 2)
-    kept = [bench.pinned([20 + i] * 4, pin=PinClass.SOFT) for i in range(9)]
-    for prompt in kept[0:8:2]:
+    bench.blocks = bench.pool.blocks = PinnedBlockPool(22, 20, 2)
+    kept = [bench.pinned([20 + i] * 4, pin=PinClass.SOFT) for i in range(20)]
+    for prompt in kept[0:16:2]:
         bench.pool.remove(prompt.id)
-    big = bench.pool.add([40] * 20)
+    big = bench.pool.add([40] * 32)
     assert bench.pool.num_displaced == 0, "the budget has room"
     bench.prefill()
     assert big.state == PromptState.PINNED and bench.pool.num_displaced > 0
+    assert 1 < len(big.extents) <= 5
+
+
+def test_a_prompt_lies_in_pieces_where_no_room_is_that_long() -> None:
+    bench = Bench()
+    bench.blocks = bench.pool.blocks = PinnedBlockPool(12, 10, 2)
+    kept = [bench.pinned([20 + i] * 4) for i in range(10)]
+    for i in (0, 1, 4, 5):
+        bench.pool.remove(kept[i].id)
+    parent, child = bench.pinned([40] * 10), bench.pinned([*[40] * 10, 7])
+    assert parent.extents == (Extent(6, 2), Extent(11, 1)) and child.extents == (Extent(10, 1),)
+    assert [(e.start_block, e.num_tokens) for e in child.prefix] == [(6, 8), (11, 2), (10, 1)]
+    assert child.sequence.num_computed_tokens == 10 and parent.sequence.block_table == [6, 7, 11]
+    bench.pool.check_integrity({})
+    bench.pool.remove(child.id)
+    bench.pool.remove(parent.id)
+    assert bench.released[-3:] == [Extent(10, 1), Extent(6, 2), Extent(11, 1)]
 
 
 # Scopes -----------------------------------------------------------------------------------------------------------
@@ -425,10 +463,10 @@ def test_soft_pins_that_lie_in_the_way_go_when_room_must_be_contiguous() -> None
 def test_private_pins_are_a_tenants_own() -> None:
     bench = Bench(private=True)
     first = bench.request([*A, 5], tenant=b"a", namespace=b"a")
-    assert bench.pool.route(first, 10) == Outcome.CREATED
+    assert bench.pool.route(first, 10) == Outcome.PROBATION
     bench.prefill()
     other = bench.request([*A, 5], tenant=b"b", namespace=b"b")
-    assert bench.pool.route(other, 10) == Outcome.CREATED, "as if nobody had sent it"
+    assert bench.pool.route(other, 10) == Outcome.PROBATION, "as if nobody had sent it"
     assert first.system_prompt is not other.system_prompt
     bench.prefill()
     again = bench.request([*A, 6], tenant=b"a", namespace=b"a-salt")
@@ -487,7 +525,7 @@ def test_a_long_head_seen_twice_is_offered() -> None:
     assert route([1, 2]) is None and route([1, 2]) is None, "the same prompt again"
     assert route([1, 2, 3, 4]) is None, "the next turn of a conversation"
     assert route([7, 8], namespace=b"n") is None, "another namespace has not seen it"
-    assert route([7, 8]) == Outcome.CREATED
+    assert route([7, 8]) == Outcome.CREATED, "two have shared it: pinned at once"
     (prompt,) = bench.pool.prompts()
     assert (prompt.num_tokens, prompt.source, prompt.pin) == (1472, "shared_prefix", PinClass.AUTOMATIC)
     assert route([9]) == Outcome.HIT
@@ -522,13 +560,16 @@ def test_explaining_changes_nothing_and_routing_agrees() -> None:
 def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_saved() -> None:
     bench = Bench()
     bench.pool.tiers = PromptTiers(host_blocks=20)
-    prompt = bench.pinned(A, pin=PinClass.HARD)
+    prompt = bench.pool.add(list(A), pin=PinClass.HARD)
+    bench.begin()
+    bench.pool.end_prefill(prompt)
     bench.pool.add(list(A), pin=PinClass.SOFT)
-    assert prompt.is_being_saved, "it may leave the device now"
+    assert not prompt.is_being_saved, "its last blocks are being written"
     bench.pool.note_prefill(prompt)
+    assert prompt.is_being_saved, "it may leave the device now"
     bench.pool.remove(prompt.id)
     assert not bench.released
-    saved = [bench.pool.tiers.plan_rest(StepPlan()) for _ in range(prompt.num_blocks)]
+    saved = [bench.pool.tiers.plan_rest(StepPlan(rows=[0], counts=[1])) for _ in range(prompt.num_blocks)]
     assert saved == [[]] * (prompt.num_blocks - 1) + [[prompt]], "a block a step"
     bench.pool.end_save(prompt)
     assert bench.released and bench.pool.get(prompt.id) is None

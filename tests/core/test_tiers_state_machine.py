@@ -17,9 +17,12 @@ from vllm.core.prompt_tiers import PromptTiers
 from vllm.step import EndedJob
 from vllm.system_prompt_store import SnapshotRecord
 
+GARBAGE = [(-1, -1)] * BLOCK
+
 
 class TieredDevice(Device):
-    """A rank that also has a host and a disk. Copies are seen from the next step on; a job works when it ends."""
+    """A rank that also has a host and a disk. A copy between them is done when the next step begins: until then it may
+    read its source, and what it writes is worth nothing. A job works when it ends."""
 
     def __init__(self, rng: random.Random, disk: dict[str, list]) -> None:
         super().__init__()
@@ -27,26 +30,46 @@ class TieredDevice(Device):
         self.disk = disk
         self.host: dict[object, object] = {}
         self.jobs: list = []
+        self.copies: list[tuple[bool, int, object, object]] = []
 
-    def run(self, plan, token, heads) -> list[int]:
+    def run(self, plan, token, heads, max_num_seqs) -> list[int]:
+        self.join()
+        drawn = super().run(plan, token, heads, max_num_seqs)
+        return drawn
+
+    def begin_copies(self, plan) -> None:
         for image in plan.dropped:
             for i in range(image.num_blocks):
                 self.host.pop(self.place(image, i), None)
-        copies = [(t, i) for t in plan.transfers for i in range(t.first, t.first + t.count)]
-        moves = dict(plan.moves)
-        saved = {(t.image.prompt_id, i): self.block(t.start_block + i) for t, i in copies if t.to_host and not moves}
-        drawn = super().run(plan, token, heads)
-        for transfer, i in copies:
-            place = self.place(transfer.image, i)
-            if transfer.to_host:
-                content = self.block(transfer.start_block + i)
-                assert saved.get((transfer.image.prompt_id, i), content) == content, "changed while it was copied"
-                self.host[place] = content
-            else:
-                for offset, slot in enumerate(self.host[place]):
-                    self.slots[transfer.start_block + i, offset] = slot
+        for transfer in plan.transfers:
+            blocks = [b for start, size in transfer.extents for b in range(start, start + size)]
+            assert len(blocks) == transfer.image.num_blocks
+            for i in range(transfer.first, transfer.first + transfer.count):
+                place, block = self.place(transfer.image, i), blocks[i]
+                source = self.block(block) if transfer.to_host else self.host[place]
+                assert source != GARBAGE, "copied while it is written"
+                self.copies.append((transfer.to_host, block, place, source))
+                if transfer.to_host:
+                    self.host[place] = GARBAGE
+                else:
+                    self.put(block, GARBAGE)
         self.jobs += plan.jobs
-        return drawn
+
+    def join(self) -> None:
+        """What the copies of the step before have done is there."""
+        for to_host, block, place, source in self.copies:
+            now, target = (self.block(block), self.host[place]) if to_host else (self.host[place], self.block(block))
+            assert now == source, "changed while it was copied"
+            assert target == GARBAGE, "written while it was copied to"
+            if to_host:
+                self.host[place] = source
+            else:
+                self.put(block, source)
+        self.copies = []
+
+    def put(self, block: int, content: list) -> None:
+        for offset, slot in enumerate(content):
+            self.slots[block, offset] = slot
 
     def block(self, block: int) -> list:
         return [self.slots.get((block, offset)) for offset in range(BLOCK)]
@@ -56,6 +79,7 @@ class TieredDevice(Device):
         return (image.prompt_id, i) if image.start is None else image.start + i
 
     def end_one(self) -> EndedJob:
+        self.join()  # It waits for the copies that are under way.
         job = self.jobs.pop(0)
         key, outcome = job.record.prompt_id, "ok"
         if job.op == "save":
@@ -70,8 +94,7 @@ class TieredDevice(Device):
             content = self.disk.get(key)
             outcome = "missing" if content is None else "damaged" if self.rng.random() < 0.3 else "ok"
             for i in range(job.image.num_blocks):
-                garbage = [(-1, -1)] * BLOCK
-                self.host[self.place(job.image, i)] = content[i] if outcome == "ok" else garbage
+                self.host[self.place(job.image, i)] = content[i] if outcome == "ok" else [(-2, -2)] * BLOCK
             if outcome == "damaged":
                 del self.disk[key]
         return EndedJob(job.op, key, outcome)
@@ -109,7 +132,7 @@ class TieredMachine(Machine):
         found = [snapshot(list(PROMPTS[i])) for i in stored] if keeps else []
         self.disk = {record.prompt_id: content for record, content in found}
         self.tiers = PromptTiers(host, keeps, [r for r, _ in found], copied, clock=lambda: self.now)
-        super().start(extra, budget, caching, seqs, batched, mode, 8, depth, False, markers, ttl)
+        super().start(extra, budget, caching, seqs, batched, mode, depth, False, markers, ttl)
 
     def make_tiers(self):
         return self.tiers

@@ -19,7 +19,9 @@ from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, m
 from tests.engine.test_pinned_prompts import asking, ids, pinned_kv
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
+from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.system_prompt_store import SnapshotIdentity, snapshot_identity
+from vllm.system_prompt_store.manifest import Manifest
 
 MakeEngine = Callable[..., LLMEngine]
 
@@ -264,8 +266,20 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
 def identity(model: Path, **flags: object) -> SnapshotIdentity:
     args = EngineArgs(model=str(model), system_prompt_cache_dir="cache", **{"dtype": "float32", **flags})
     config = args.create_engine_config()
-    shape = {"layout": "slots", "block_size": 16, "block_bytes": 1024, "rank": 0, "num_ranks": 1}
+    shape = {"arithmetic": "", "layout": "slots", "block_size": 16, "block_bytes": 1024, "rank": 0, "num_ranks": 1}
     return snapshot_identity(config.model, kv_dtype=config.model.dtype, **shape)
+
+
+@pytest.mark.skipif(cpu_kernels.library() is None, reason="the compiled kernels are not there")
+def test_a_snapshot_says_how_bfloat16_was_multiplied(make_kept: MakeEngine, tmp_path: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        engine = make_kept(dtype=dtype)
+        engine.add_system_prompt(ids(1, 70))
+        saved(engine, 1)
+        engine.shutdown()
+    manifests = [Manifest.decode((folder / "manifest.json").read_bytes()) for folder in folders(tmp_path)]
+    ways = {manifest.identity.dtype: manifest.identity.arithmetic for manifest in manifests}
+    assert ways == {"float32": "", "bfloat16": str(cpu_kernels.arithmetic())}
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ IDENTITY = SnapshotIdentity(
     adapter="",
     dtype="float32",
     kv_dtype="float32",
+    arithmetic="0",
     layout="slots",
     num_layers=2,
     block_bytes=48,

@@ -72,15 +72,13 @@ def test_free_forgets_a_block_table(cache: CacheEngine) -> None:
     assert cache.block_tables[1, :4].tolist() == [6, 4, 5, 7]
 
 
-def test_free_of_a_system_prompt_does_nothing(cache: CacheEngine) -> None:
-    # A system prompt has row -1: a slip would clear the last row.
-    cache.set_blocks([(3, 0, [6, 7])])
+def test_free_of_a_system_prompt_leaves_its_blocks_as_they_are(cache: CacheEngine) -> None:
+    cache.set_blocks([(3, 0, [6, 7]), (0, 0, [6, 7])])
     before = contents(cache)
-    cache.free(FreedSequence(row=-1, is_system_prompt=True))
     cache.free(FreedSequence(row=3, is_system_prompt=True))
-    cache.set_blocks([(3, 2, [5])])
-    assert cache.block_tables[3, :3].tolist() == [6, 7, 5]
     assert all(map(torch.equal, before, contents(cache)))
+    cache.set_blocks([(0, 2, [5]), (3, 0, [1])])
+    assert cache.block_tables[0, :3].tolist() == [6, 7, 5] and cache.block_tables[3, 0] == 1
 
 
 def test_extent_is_a_slice(cache: CacheEngine) -> None:
@@ -98,7 +96,9 @@ def test_bytes_per_block(cache: CacheEngine) -> None:
 def pin(pool: PinnedBlockPool, owner: str, num_blocks: int) -> Extent:
     start = pool.find_window(num_blocks)
     assert start is not None
-    return pool.pin(owner, start, num_blocks)
+    extent = Extent(start, num_blocks)
+    pool.pin(owner, (extent,))
+    return extent
 
 
 def test_nothing_is_held_back_at_first() -> None:
@@ -112,7 +112,7 @@ def test_wall_falls_and_rises() -> None:
     assert pin(pool, "b", 5) == Extent(85, 5)
     assert pin(pool, "c", 20) == Extent(65, 20)
     assert pool.wall == 65
-    assert pool.unpin("b") == Extent(85, 5)
+    assert pool.unpin("b") == (Extent(85, 5),)
     assert pool.wall == 65, "the lowest extent is where it was"
     pool.unpin("c")
     assert pool.wall == 90, "over the hole that b left, too"
@@ -144,7 +144,7 @@ def test_budget_and_floor() -> None:
     assert pool.fits(10) and not pool.fits(11)
     assert pool.find_window(11) is None
     with pytest.raises(ValueError, match="cannot be pinned"):
-        pool.pin("b", 60, 11)
+        pool.pin("b", (Extent(60, 11),))
     pin(pool, "b", 10)
     assert pool.find_window(1) is None
     pool.unpin("a")
@@ -160,22 +160,30 @@ def test_no_contiguous_room() -> None:
     assert pool.fits(6)
     assert pool.find_window(6) is None, "5 blocks lie under b and 3 over it"
     assert pool.find_window(5) == 0
+    assert pool.find_room(6, 2) == (Extent(0, 5), Extent(9, 1)), "in pieces, the largest hole first"
+    assert pool.find_room(6, 1) is None
+    pool.pin("d", (Extent(0, 5), Extent(9, 1)))
+    pool.check_integrity()
+    assert (pool.wall, pool.pinned_blocks) == (0, 8)
+    assert pool.unpin("d") == (Extent(0, 5), Extent(9, 1)) and pool.wall == 5
 
 
 def test_wrong_use() -> None:
     pool = PinnedBlockPool(20, 20, 0)
-    pool.pin("a", 5, 5)
+    pool.pin("a", (Extent(5, 5),))
     for start, size in ((4, 2), (9, 1), (5, 5), (0, 20), (6, 2)):
-        with pytest.raises(ValueError, match=r"overlap a pinned extent|cannot be pinned"):
-            pool.pin("b", start, size)
+        with pytest.raises(ValueError, match=r"overlap: one is a pinned extent|cannot be pinned"):
+            pool.pin("b", (Extent(start, size),))
     for start, size in ((-1, 2), (19, 2), (0, 0)):
         with pytest.raises(ValueError, match="cannot be pinned"):
-            pool.pin("b", start, size)
+            pool.pin("b", (Extent(start, size),))
+    with pytest.raises(ValueError, match="overlap"):
+        pool.pin("b", (Extent(12, 2), Extent(13, 2)))
     with pytest.raises(ValueError, match="a is pinned already"):
-        pool.pin("a", 15, 2)
+        pool.pin("a", (Extent(15, 2),))
     with pytest.raises(KeyError):
         pool.unpin("b")
-    assert pool.extents == {"a": Extent(5, 5)}
+    assert pool.extents == {"a": (Extent(5, 5),)}
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -186,17 +194,19 @@ def test_random_pins(seed: int) -> None:
     for i in range(300):
         if held and rng.random() < 0.5:
             owner = rng.choice(sorted(held))
-            extent = pool.unpin(owner)
-            assert set(range(extent.start, extent.end)) == held.pop(owner)
+            extents = pool.unpin(owner)
+            assert {b for e in extents for b in range(e.start, e.end)} == held.pop(owner)
         else:
             size = rng.randint(1, 12)
             start = pool.find_window(size)
             taken = set().union(*held.values())
             free = [s for s in range(64 - size + 1) if not taken & set(range(s, s + size))]
             assert (start is not None) == (bool(free) and len(taken) + size <= 48)
-            if start is not None:
-                assert start in free
-                pool.pin(str(i), start, size)
-                held[str(i)] = set(range(start, start + size))
+            extents = pool.find_room(size, 3)
+            assert start is None or extents == (Extent(start, size),)
+            if extents is not None:
+                pool.pin(str(i), extents)
+                held[str(i)] = {b for e in extents for b in range(e.start, e.end)}
+                assert len(held[str(i)]) == size and not held[str(i)] & taken and len(extents) <= 3
         pool.check_integrity()
         assert pool.wall == min(set().union(*held.values()), default=64)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 import torch
 
 from tests.system_prompt_store.test_store import IDENTITY
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore
+from vllm.worker import host_arena
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.transfers import ExtentTransfers
 
@@ -47,19 +50,23 @@ def blocks(cache: CacheEngine, start: int, count: int) -> list[torch.Tensor]:
     return [tensor[slots].clone() for tensor in (*cache.k_caches, *cache.v_caches)]
 
 
-def copies(image: HostImage, start_block: int, to_host: bool, sizes: tuple[int, ...] = (2, 1)) -> list[StepPlan]:
-    """A step a slice."""
+def copies(
+    image: HostImage, where: int | tuple[tuple[int, int], ...], to_host: bool, sizes: tuple[int, ...] = (2, 1)
+) -> list[StepPlan]:
+    """A step a slice. `where` is the first of three blocks, or several extents."""
+    extents = ((where, 3),) if isinstance(where, int) else where
     plans, first = [], 0
     for size in sizes:
-        plans.append(StepPlan(transfers=[ExtentCopy(image, start_block, first, size, to_host)]))
+        plans.append(StepPlan(transfers=[ExtentCopy(image, extents, first, size, to_host)]))
         first += size
     return plans
 
 
 def run(transfers: ExtentTransfers, *plans: StepPlan) -> None:
     for plan in plans:
+        transfers.join()
         transfers.begin(plan)
-    transfers.begin(StepPlan())  # Steps after the last copy see what it wrote.
+    transfers.join()  # Steps after the last copy see what it wrote.
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -81,6 +88,48 @@ def test_an_extent_goes_to_the_host_and_comes_back_elsewhere(device: str, start:
     run(transfers, *copies(other, 0, False))
     assert all(map(torch.equal, blocks(cache, 0, 3), [old[6 * BLOCK : 9 * BLOCK] for old in before]))
     transfers.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("start", [None, 0])
+@pytest.mark.parametrize("sizes", [(4,), (1, 2, 1), (3, 1)])
+def test_a_prompt_in_pieces_is_one_image(device: str, start: int | None, sizes: tuple[int, ...]) -> None:
+    cache = make_cache(device)
+    transfers = ExtentTransfers(cache, 8, None)
+    image = HostImage("sp-a", 4, start)
+    before = blocks(cache, 0, BLOCKS)
+    run(transfers, *copies(image, ((9, 1), (1, 3)), True, sizes))
+    run(transfers, *copies(image, ((4, 2), (11, 1), (7, 1)), False, sizes[::-1]))
+    for old, new in zip(before, blocks(cache, 0, BLOCKS), strict=True):
+        old, new = old.view(BLOCKS, -1), new.view(BLOCKS, -1)
+        assert torch.equal(new[[4, 5, 11, 7]], old[[9, 1, 2, 3]])
+        assert torch.equal(new[[0, 1, 2, 3, 6, 8, 9, 10]], old[[0, 1, 2, 3, 6, 8, 9, 10]])
+    transfers.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_images_lie_across_slabs_of_the_host(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_arena, "_SLAB", mmap.PAGESIZE)
+    cache = make_cache(device)
+    transfers = ExtentTransfers(cache, 64, None)
+    before = blocks(cache, 0, BLOCKS)
+    for start in range(0, 63, 3):
+        run(transfers, *copies(HostImage(f"sp-{start}", 3, start), start % 9, True))
+    for start in range(0, 60, 9):
+        run(transfers, *copies(HostImage(f"sp-{start}", 3, start), 9, False))
+        assert all(map(torch.equal, blocks(cache, 9, 3), [old[: 3 * BLOCK] for old in before]))
+    transfers.close()
+
+
+def test_host_memory_is_taken_as_it_is_used() -> None:
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    before = resident()
+    arena = host_arena.HostArena(1 << 32, torch.device("cpu"))
+    arena.tensor[-(1 << 20) :] = 1
+    assert resident() - before < 64 << 20
+    assert [s for s in arena.parts_of(arena.tensor[10:30])] == [slice(0, 20)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

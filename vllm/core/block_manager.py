@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 from vllm.sequence import Sequence
+from vllm.worker.cache_engine import Extent
 
 
 class BlockManager:
@@ -147,16 +148,16 @@ class BlockManager:
         seq.num_committed_blocks = 0
         seq.num_computed_tokens = 0
 
-    def vacate(self, start: int, num_blocks: int, holders: Iterable[Sequence]) -> list[tuple[int, int]] | None:
-        """Takes blocks `start … start+num_blocks` out of the schedulable memory.
+    def vacate(self, extents: Iterable[Extent], holders: Iterable[Sequence]) -> list[tuple[int, int]] | None:
+        """Takes the blocks of `extents` out of the schedulable memory.
 
         Cached ones are dropped; used ones are relocated, and the block tables of `holders` (every sequence that holds
-        blocks) are patched. Returns the copies (source, destination) that must run before the next forward pass, or
-        None (and changes nothing) when the used ones find no room elsewhere.
+        blocks) are patched. Returns the copies (source, destination) that must run before the next forward pass, all
+        at once, or None (and changes nothing) when the used ones find no room elsewhere.
         """
-        window = range(start, start + num_blocks)
+        window = [block for extent in extents for block in range(extent.start, extent.end)]
         used = [b for b in window if self._ref_count[b] > 0]
-        if len(self._free) - (num_blocks - len(used)) < len(used):
+        if len(self._free) < len(window):
             return None
         ref_count, content_of, free = self._ref_count, self._content, self._free
         for block in window:
@@ -176,15 +177,15 @@ class BlockManager:
         if moved:
             for seq in holders:
                 seq.block_table = [moved.get(b, b) for b in seq.block_table]
-        self._num_pinned += num_blocks
+        self._num_pinned += len(window)
         return list(moved.items())
 
-    def give_back(self, start: int, num_blocks: int) -> None:
+    def give_back(self, extent: Extent) -> None:
         """Makes blocks that `vacate` took out schedulable again."""
-        for block in range(start, start + num_blocks):
+        for block in range(extent.start, extent.end):
             self._free[block] = None
             self._free.move_to_end(block, last=False)
-        self._num_pinned -= num_blocks
+        self._num_pinned -= extent.num_blocks
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached content; used blocks stay used."""

@@ -14,14 +14,23 @@ from vllm.step import PrefixExtent
 from vllm.token_ids import TokenIds
 from vllm.worker.cache_engine import Extent
 
-MAX_CHAIN = 4
+MAX_CHAIN = 8
 """Extents that a sequence may read one after the other; the work lists of attention are sized for so many."""
+
+MAX_DEPTH = 4
+"""Prompts that may continue one another."""
+
+Rank = tuple[int, int, int]
+UNORDERED = 2**63
+"""Order of a prompt that nobody waits for yet."""
 
 
 class Outcome(StrEnum):
-    """What the pool did for a request."""
+    """What the pool did for a request: it read what is there, had its system part computed for the first time (on
+    probation) or anew (pinned), or ran unpinned."""
 
     HIT = "hit"
+    PROBATION = "probation"
     CREATED = "created"
     TOO_SHORT = "too_short"
     OVER_BUDGET = "over_budget"
@@ -31,20 +40,34 @@ class Outcome(StrEnum):
 
 
 class PromptState(StrEnum):
+    """Where a prompt stands. `PROBATION` and `REMOVING` are only shown: a prompt on probation that is on the device,
+    and one that its last readers hold."""
+
     PENDING = "pending"
     COMPUTING = "computing"
     LOADING = "loading"
     PINNED = "pinned"
+    PROBATION = "probation"
     HOST = "host"
     REMOVING = "removing"
     REMOVED = "removed"
 
 
+class PoolTokens(StrEnum):
+    """What the tokens of the pool are: of pins or on probation (on the device), free budget, or kept on the host."""
+
+    PINNED = "pinned"
+    PROBATION = "probation"
+    FREE = "free"
+    HOST = "host"
+
+
 class PinClass(IntEnum):
     """How firmly a prompt is pinned.
 
-    `HARD` (an operator) and `AUTOMATIC` (a chat's system part) stay until they are removed or their ttl ends. `SOFT`
-    ones also give way to hard ones that need their room.
+    `HARD` ones (an operator's) stay until they are removed or their ttl ends. `AUTOMATIC` (a chat's system part) and
+    `SOFT` ones (what a client has marked) also give way, while nobody reads them, to hard ones that need their room,
+    and to newcomers that are worth more; see `pin_policy`.
     """
 
     SOFT = 0
@@ -68,22 +91,27 @@ def prompt_id(token_ids: Iterable[int], scope: bytes = b"") -> str:
 class PinnedPrompt:
     """One system prompt of the pool.
 
-    A prompt that starts with another one of the pool, its parent, shares that one's KV: its extent holds only what
-    follows. Readers read the chain of extents, from the outermost parent on.
+    A prompt that starts with another one of the pool, its parent, shares that one's KV: its extents hold only what
+    follows. Readers read the chain of extents, from the outermost parent on. As a rule a prompt has one extent; it lies
+    in several pieces where no room is that long.
 
     Attributes:
         token_ids: All its tokens, the parent's included.
         scope: Who may read it: everybody (empty), or those whose requests carry the same bytes.
-        sequence: The prefill of the prompt itself (`is_system_prompt`); its block table is the extent.
-        extent: Blocks of its own tokens; None while it has no place.
+        on_probation: It was used once only, so it gives way to whatever needs its room.
+        sequence: The prefill of the prompt itself (`is_system_prompt`), which reads its parent; its block table is the
+            extents. Its priority and order are the best of those that brought it or wait for it.
+        extents: Blocks of its own tokens; empty while it has no place.
         prefix: The chain of extents that its readers read; empty while it has no place.
         order_key: Brings the readers of one chain side by side when a batch is sorted by it.
         children: Prompts whose parent it is; they hold it as readers do.
         readers: Unfinished sequences attached to it, running or waiting.
         waiters: Those of them that wait for its prefill.
         payer: The one that brought it, whose usage says that it was computed; only until it is.
-        is_being_saved: Its extent is being copied to the host.
-        order: Admission order of the request that brought it; decides who waits for whom when memory is short.
+        is_being_saved: Its extents are being copied to the host.
+        is_being_written: Its last chunk has been planned, and has not run as far as is known.
+        first_use, last_use: Numbers of the requests that used it first and last; see `pin_policy`.
+        uses: Requests that used it, or a prompt that continues it.
         next_expiry: When its ttl is looked at next; None while nothing is due.
         tokens_saved: Tokens that requests read from it and its parents instead of computing them.
     """
@@ -99,6 +127,7 @@ class PinnedPrompt:
         pin: PinClass,
         ttl: float | None,
         scope: bytes,
+        on_probation: bool,
         now: float,
     ) -> None:
         self.id = prompt_id(token_ids, scope)
@@ -109,22 +138,24 @@ class PinnedPrompt:
         self.pin = pin
         self.ttl = ttl
         self.scope = scope
+        self.on_probation = on_probation
         self.created = now
         self.last_used = now
         self.state = PromptState.PENDING
         self.doomed = False
-        self.extent: Extent | None = None
+        self.extents: tuple[Extent, ...] = ()
         self.prefix: tuple[PrefixExtent, ...] = ()
         self.order_key: tuple[int, ...] = ()
-        self.sequence = Sequence(self.id, token_ids, is_system_prompt=True)
-        self.order = 0
+        self.sequence = Sequence(self.id, token_ids, order=UNORDERED, priority=UNORDERED, is_system_prompt=True)
         self.hits = 0
+        self.uses = self.first_use = self.last_use = 0
         self.tokens_saved = 0
         self.readers = 0
         self.children: set[PinnedPrompt] = set()
         self.waiters: list[Sequence] = []
         self.payer: Sequence | None = None
         self.is_being_saved = False
+        self.is_being_written = False
         self.prefill_started = 0.0
         self.next_expiry: float | None = None
         self._block_size = block_size
@@ -136,22 +167,41 @@ class PinnedPrompt:
         return f"PinnedPrompt({self.id}, {self.state.value}, {self.num_tokens} tokens)"
 
     def follow(self, parent: PinnedPrompt | None) -> None:
-        """Makes `parent` the prompt whose KV it continues; it has no extent yet."""
+        """Makes `parent` the prompt whose KV it continues; it has no place yet."""
         if self.parent is not None:
             self.parent.children.discard(self)
-        self.parent = parent
+        self.parent = self.sequence.system_prompt = parent
         if parent is not None:
             parent.children.add(self)
         self.num_blocks = -(-self.num_own_tokens // self._block_size)
 
-    def place(self, extent: Extent) -> None:
+    def place(self, extents: tuple[Extent, ...]) -> None:
         """Gives it the blocks of its own tokens; its parent has its own already."""
-        above = self.parent.prefix if self.parent is not None else ()
-        self.extent = extent
-        self.prefix = (*above, PrefixExtent(extent.start, self.num_own_tokens))
+        prefix = list(self.parent.prefix) if self.parent is not None else []
+        left = self.num_own_tokens
+        for extent in extents:
+            prefix.append(PrefixExtent(extent.start, min(left, extent.num_blocks * self._block_size)))
+            left -= prefix[-1].num_tokens
+        self.extents, self.prefix = extents, tuple(prefix)
         self.order_key = tuple(e.start_block for e in self.prefix)
-        self.sequence.block_table = list(range(extent.start, extent.end))
+        self.sequence.block_table = [block for e in extents for block in range(e.start, e.end)]
         self.sequence.num_computed_tokens = self.start
+
+    def leave(self) -> None:
+        """It has no place any more."""
+        self.extents, self.prefix, self.order_key, self.sequence.block_table = (), (), (), []
+
+    @property
+    def rank(self) -> Rank:
+        """Its place in the order in which prompts and requests are served, before the request that brought it."""
+        return self.sequence.priority, self.sequence.order, self.num_tokens
+
+    def serve_by(self, priority: int, order: int) -> None:
+        """It and what it continues are served no later than a request with this priority and order."""
+        prompt: PinnedPrompt | None = self
+        while prompt is not None and (priority, order) < (prompt.sequence.priority, prompt.sequence.order):
+            prompt.sequence.priority, prompt.sequence.order = priority, order
+            prompt = prompt.parent
 
     @property
     def start(self) -> int:
@@ -160,13 +210,18 @@ class PinnedPrompt:
 
     @property
     def num_own_tokens(self) -> int:
-        """Tokens that its extent holds."""
+        """Tokens that its extents hold."""
         return self.num_tokens - self.start
 
     @property
     def depth(self) -> int:
-        """Extents in its chain."""
+        """Prompts in its chain."""
         return 1 if self.parent is None else 1 + self.parent.depth
+
+    @property
+    def num_children_on_device(self) -> int:
+        """Prompts that continue it and need its KV now, or will when they have got their place."""
+        return sum(child.state != PromptState.HOST for child in self.children)
 
     @property
     def is_held(self) -> bool:
@@ -185,8 +240,21 @@ class PinnedPrompt:
             prompt.last_used = now
             prompt = prompt.parent
 
+    def use(self, number: int) -> None:
+        """The request `number` uses it, and its parents with it."""
+        prompt: PinnedPrompt | None = self
+        while prompt is not None:
+            prompt.uses += 1
+            prompt.last_use = number
+            prompt.first_use = prompt.first_use or number
+            prompt = prompt.parent
+
     def info(self, bytes_per_block: int = 0) -> SystemPromptInfo:
-        state = PromptState.REMOVING if self.doomed and self.state != PromptState.REMOVED else self.state
+        state = self.state
+        if self.doomed and state != PromptState.REMOVED:
+            state = PromptState.REMOVING
+        elif self.on_probation and state == PromptState.PINNED:
+            state = PromptState.PROBATION
         return SystemPromptInfo(
             id=self.id,
             name=self.name,
@@ -199,6 +267,7 @@ class PinnedPrompt:
             ttl=self.ttl,
             expires=self.expires,
             hits=self.hits,
+            uses=self.uses,
             readers=self.readers,
             pin=self.pin.name.lower(),
             num_bytes=self.num_blocks * bytes_per_block,

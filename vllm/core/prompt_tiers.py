@@ -2,9 +2,9 @@
 
     device  ⇄  image on the host  ⇄  snapshot
 
-A prompt is saved once, when its prefill has run: its extent is copied to an image on the host, and from there written
-to disk in the background. The image stays if the host tier has room for it; then the prompt may leave the device and
-come back. Copies go in slices, so many blocks a step, loads ahead of saves.
+A prompt is saved once, when its prefill has run: its extents are copied to an image on the host, and from there, once
+it is no longer on probation, written to disk in the background. The image stays if the host tier has room for it; then
+the prompt may leave the device and come back. Copies go in slices, so many blocks a step, loads ahead of saves.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from enum import Enum, auto
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from vllm.core.pinned_prompt import PinClass, PinnedPrompt
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.worker.cache_engine import PinnedBlockPool
+from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 _OK = "ok"
 _PIN_NAMES: dict[PinClass, Literal["hard", "automatic", "soft"]] = {
@@ -32,14 +31,12 @@ _PIN_NAMES: dict[PinClass, Literal["hard", "automatic", "soft"]] = {
 _PATIENCE_S = 0.01
 # Without other work, the end of a save is looked for so often.
 _LOOK_EVERY_S = 0.5
-
-
-class LoadState(Enum):
-    """How far a load has come."""
-
-    GOING_ON = auto()
-    DONE = auto()
-    FAILED = auto()
+# A load, for which a request waits, may delay the tokens of others by so many times what a save may; and with nobody
+# else there, both may take so many times more: 1 GiB a step where `copy_blocks` are 64 MiB.
+_TIMES_OF_A_LOAD = 4
+_TIMES_WHEN_IDLE = 16
+# A step lasts longer for so many tokens, and hides another `copy_blocks` of a save.
+_TOKENS_OF_A_COPY = 256
 
 
 class _Image:
@@ -61,6 +58,27 @@ class _Image:
         return self.place.start is not None
 
 
+class _Load:
+    """A prompt on its way to the device.
+
+    Attributes:
+        num_loaded: Blocks whose copy is planned.
+        failed: What was read from disk is worth nothing.
+    """
+
+    def __init__(self, prompt: PinnedPrompt) -> None:
+        self.prompt = prompt
+        self.num_loaded = 0
+        self.failed = False
+
+
+class EndedLoads(NamedTuple):
+    """Loads that have come to an end: the coming batch may read what is `done`; what `failed` must be computed."""
+
+    done: list[PinnedPrompt]
+    failed: list[PinnedPrompt]
+
+
 class PromptTiers:
     """Plans copies and snapshots. It decides with integers; the ranks move the bytes.
 
@@ -68,8 +86,8 @@ class PromptTiers:
         host_blocks: Blocks of the host tier.
         keeps_snapshots: Whether there is a place for snapshots.
         stored: Snapshots that are there already.
-        copy_blocks: Blocks copied in a step: what the tokens of others may be late by, or a request that comes to an
-            idle engine. Memory that is used for the first time takes longer than a copy does.
+        copy_blocks: Blocks that a decode step saves: what the tokens of others may be late by. Loads, long steps and
+            an idle engine take a multiple.
         clock: Seconds; replaced in tests.
     """
 
@@ -90,9 +108,7 @@ class PromptTiers:
         self._images: dict[str, _Image] = {}
         self._saves: deque[PinnedPrompt] = deque()
         self._num_saved = 0
-        self._loading: PinnedPrompt | None = None
-        self._num_loaded = 0
-        self._load_failed = False
+        self._loads: list[_Load] = []
         self._jobs: list[SnapshotJob] = []
         self._under_way: deque[SnapshotJob] = deque()
         self._next_look = 0.0
@@ -114,6 +130,28 @@ class PromptTiers:
         """Whether the host tier could take so many blocks more."""
         return self.host.find_window(num_blocks) is not None
 
+    def wants_room(self, prompt: PinnedPrompt) -> bool:
+        """Whether a prompt would be kept on the host if others left it."""
+        if prompt.pin == PinClass.HARD or prompt.num_blocks > self.host.budget_blocks or prompt.id in self._images:
+            return False
+        return not self.has_room(prompt.num_blocks)
+
+    def idle_owners(self) -> list[PinnedPrompt]:
+        """Prompts whose images in the host tier nothing needs just now."""
+        busy = {job.record.prompt_id for job in self._under_way} | {load.prompt.id for load in self._loads}
+        return [
+            image.owner
+            for key, image in self._images.items()
+            if image.owner is not None and image.stays and image.filled and key not in busy
+        ]
+
+    def drop(self, prompt: PinnedPrompt) -> None:
+        """What the host has of a prompt is not worth keeping."""
+        image = self._images.get(prompt.id)
+        if image is not None and image.owner is prompt:
+            image.owner = None
+            self._drop_unless_kept(image)
+
     def _is_stored(self, prompt: PinnedPrompt) -> bool:
         record = self._stored.get(prompt.id)
         return record is not None and (record.start, record.num_blocks) == (prompt.start, prompt.num_blocks)
@@ -123,39 +161,54 @@ class PromptTiers:
         """Whether the next step has something to do for the tiers; saves in the background need no step."""
         return bool(self._saves or self._jobs or self._dropped)
 
+    @property
+    def must_end(self) -> bool:
+        """Whether there is work that outlives the server."""
+        return bool(self._jobs) or any(map(self._wants_snapshot, self._saves))
+
     # Loads -----------------------------------------------------------------------------------------------------
 
     def begin_load(self, prompt: PinnedPrompt) -> None:
-        """A prompt that `can_load` has got its extent, and is brought into it by the coming steps."""
-        self._loading, self._num_loaded, self._load_failed = prompt, 0, False
+        """A prompt that `can_load` has got its place, and is brought into it by the coming steps."""
+        self._loads.append(_Load(prompt))
         if prompt.id not in self._images:
             self._begin_job("load", self._stored[prompt.id], self._make_image(prompt))
 
-    def plan_load(self, plan: StepPlan) -> LoadState:
-        """Plans the next slice of the load. DONE comes with the first plan whose batch may read the prompt."""
-        prompt = self._loading
-        if prompt is None or prompt.extent is None:
-            raise RuntimeError("no system prompt is being loaded")
-        image = self._images[prompt.id]
-        if self._load_failed:
-            self._loading = None
-            self._drop_image(image)
-            return LoadState.FAILED
-        if self._num_loaded == prompt.num_blocks:
-            self._loading = None
-            self._drop_unless_kept(image)
-            return LoadState.DONE
-        if image.filled:
-            count = min(self.copy_blocks, prompt.num_blocks - self._num_loaded)
-            plan.transfers.append(ExtentCopy(image.place, prompt.extent.start, self._num_loaded, count, to_host=False))
-            self._num_loaded += count
-        return LoadState.GOING_ON
+    def plan_loads(self, plan: StepPlan, is_idle: bool) -> EndedLoads:
+        """Plans the next slices of all loads, the first one first.
+
+        Args:
+            is_idle: Nobody else runs.
+
+        Returns those that have come to an end. The copies of what is done were planned by the plans before.
+        """
+        ended = EndedLoads([], [])
+        left = self.copy_blocks * (_TIMES_WHEN_IDLE if is_idle else _TIMES_OF_A_LOAD)
+        for load in list(self._loads):
+            prompt = load.prompt
+            image = self._images[prompt.id]
+            if load.failed:
+                self._loads.remove(load)
+                self._drop_image(image)
+                ended.failed.append(prompt)
+            elif load.num_loaded == prompt.num_blocks:
+                self._loads.remove(load)
+                self._drop_unless_kept(image)
+                ended.done.append(prompt)
+            elif image.filled:
+                count = min(left, prompt.num_blocks - load.num_loaded)
+                if count > 0:
+                    copy = ExtentCopy(image.place, prompt.extents, load.num_loaded, count, to_host=False)
+                    plan.transfers.append(copy)
+                load.num_loaded += count
+                left -= count
+        return ended
 
     # Saves -----------------------------------------------------------------------------------------------------
 
     def save(self, prompt: PinnedPrompt) -> bool:
-        """Keeps what was computed for a prompt, if a tier has room for it. Returns whether its extent is going to be
-        copied, and must stay until `plan_rest` returns the prompt."""
+        """Keeps what was computed for a prompt, if a tier has room for it. Returns whether its extents are going to be
+        copied, and must stay until `plan_rest` returns the prompt or `cancel_save` ends it."""
         image = self._images.get(prompt.id)
         if image is not None:
             if self.is_on_host(prompt) and self._wants_snapshot(prompt):
@@ -168,6 +221,13 @@ class PromptTiers:
         self._saves.append(prompt)
         return True
 
+    def cancel_save(self, prompt: PinnedPrompt) -> None:
+        """The extents of a prompt are needed for others: what has been copied of them is given up."""
+        if prompt is self._saves[0]:
+            self._num_saved = 0
+        self._saves.remove(prompt)
+        self._drop_image(self._images[prompt.id])
+
     def plan_rest(self, plan: StepPlan) -> list[PinnedPrompt]:
         """Adds slices of the saves, and all other orders for the tiers, to a plan whose other parts are settled.
 
@@ -175,15 +235,14 @@ class PromptTiers:
         """
         # What this plan still copies is dropped by the next one.
         plan.dropped, self._dropped = self._dropped, []
-        left = self.copy_blocks - sum(transfer.count for transfer in plan.transfers)
+        times = 1 + plan.num_tokens // _TOKENS_OF_A_COPY if plan.rows else _TIMES_WHEN_IDLE
+        left = self.copy_blocks * times - sum(transfer.count for transfer in plan.transfers)
         saved: list[PinnedPrompt] = []
         while self._saves and left > 0:
             prompt = self._saves[0]
-            if prompt.extent is None:
-                raise RuntimeError(f"system prompt {prompt.id} is being saved without an extent")
             image = self._images[prompt.id]
             count = min(left, prompt.num_blocks - self._num_saved)
-            plan.transfers.append(ExtentCopy(image.place, prompt.extent.start, self._num_saved, count, to_host=True))
+            plan.transfers.append(ExtentCopy(image.place, prompt.extents, self._num_saved, count, to_host=True))
             self._num_saved += count
             left -= count
             if self._num_saved == prompt.num_blocks:
@@ -205,8 +264,8 @@ class PromptTiers:
 
     def _wants_snapshot(self, prompt: PinnedPrompt) -> bool:
         """Whether a prompt is to outlive the server and does not yet. Soft pins are not: they hold what clients have
-        marked for some minutes, which is nothing to leave on a disk."""
-        if not self.keeps_snapshots or prompt.pin == PinClass.SOFT or self._is_stored(prompt):
+        marked for some minutes, which is nothing to leave on a disk. Nor is what was used only once."""
+        if not self.keeps_snapshots or prompt.pin == PinClass.SOFT or prompt.on_probation or self._is_stored(prompt):
             return False
         return not any(job.op == "save" and job.record.prompt_id == prompt.id for job in self._under_way)
 
@@ -232,10 +291,7 @@ class PromptTiers:
         coming = any(job.op == "save" and job.record.prompt_id == prompt.id for job in self._under_way)
         if prompt.pin == PinClass.HARD and (coming or prompt.id in self._stored):
             self.delete_snapshot(prompt)
-        image = self._images.get(prompt.id)
-        if image is not None and image.owner is prompt:
-            image.owner = None
-            self._drop_unless_kept(image)
+        self.drop(prompt)
 
     def _begin_job(
         self, op: Literal["load", "save", "update", "delete"], record: SnapshotRecord, image: _Image | None = None
@@ -249,7 +305,7 @@ class PromptTiers:
         planned, or now and then."""
         if not self._under_way:
             return
-        is_waiting, now = self._loading is not None, self._clock()
+        is_waiting, now = bool(self._loads), self._clock()
         if is_waiting or not plan.is_empty or now >= self._next_look:
             plan.job_patience_s = _PATIENCE_S if is_waiting and plan.is_empty else 0.0
             self._next_look = now + _LOOK_EVERY_S
@@ -266,7 +322,8 @@ class PromptTiers:
                 image.filled = is_ok
                 if not is_ok:
                     self._stored.pop(key, None)
-                    self._load_failed = True
+                    for load in self._loads:
+                        load.failed |= load.prompt.id == key
             elif job.op == "save" and image is not None:
                 if is_ok:
                     self._stored[key] = record
@@ -282,7 +339,7 @@ class PromptTiers:
         """Memory for a prompt's K/V: in the host tier if it may leave the device and there is room, else its own."""
         start = self.host.find_window(prompt.num_blocks) if prompt.pin != PinClass.HARD else None
         if start is not None:
-            self.host.pin(prompt.id, start, prompt.num_blocks)
+            self.host.pin(prompt.id, (Extent(start, prompt.num_blocks),))
         image = self._images[prompt.id] = _Image(HostImage(prompt.id, prompt.num_blocks, start), prompt)
         return image
 
@@ -305,11 +362,12 @@ class PromptTiers:
         """Raises AssertionError when images, host blocks and prompts do not fit together."""
         self.host.check_integrity()
         assert {k: i.place.start for k, i in self._images.items() if i.stays} == {
-            k: e.start for k, e in self.host.extents.items()
+            k: e.start for k, (e,) in self.host.extents.items()
         }
         busy = {job.record.prompt_id for job in self._under_way}
         for key, image in self._images.items():
-            going = key in busy or image.owner in self._saves or image.owner is self._loading
+            loading = any(load.prompt is image.owner for load in self._loads)
+            going = key in busy or image.owner in self._saves or loading
             if image.owner is None:
                 assert key in busy, (key, "an image that nobody needs")
             else:

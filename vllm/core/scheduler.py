@@ -12,24 +12,29 @@ from typing import Any, NamedTuple
 
 from vllm.config import SchedulerConfig
 from vllm.core.block_manager import BlockManager
-from vllm.core.prompt_tiers import LoadState
+from vllm.core.pinned_prompt import UNORDERED, Rank
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.inputs import CacheMark
 from vllm.sequence import Sequence, SequenceStatus
-from vllm.step import FreedSequence, PrefixExtent, SequenceStart, StepPlan
+from vllm.step import PROMPT_ROWS, FreedSequence, PrefixExtent, SequenceStart, StepPlan
+from vllm.system_prompt_store.manifest import SnapshotRecord
+from vllm.worker.cache_engine import Extent
 
 
 class PlannedBatch(NamedTuple):
-    """A plan in flight: its sequences, the first position that each one computed, and the system prompt whose last
-    chunk it computes."""
+    """A plan in flight: its sequences, the first position that each one computed, and the system prompts whose last
+    chunks it computes. Prefills of system prompts are among the sequences; nothing is drawn for them."""
 
     sequences: list[Sequence]
     starts: list[int]
-    prefilled: PinnedPrompt | None
+    prefilled: list[PinnedPrompt]
 
 
 class Scheduler:
-    """Runs sequences and system-prompt prefills over one KV cache.
+    """Runs sequences and system-prompt prefills over one KV cache, in one batch, first come first served.
+
+    The prefill of a system prompt is a sequence with a row, too; it writes into the extents of the prompt instead of
+    schedulable blocks, and it is never preempted.
 
     A sequence waits, runs (it has a row in the ranks' buffers and blocks), may be preempted (its blocks are freed, its
     suffix is computed again later; its system prompt stays pinned and is not), and finishes.
@@ -62,9 +67,11 @@ class Scheduler:
         self._num_waiting = 0
         self._requests: dict[str, list[Sequence]] = {}
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._free_prompt_rows = list(range(config.max_num_seqs + PROMPT_ROWS - 1, config.max_num_seqs - 1, -1))
+        self._short_of_blocks: Sequence | None = None
         self._freed: list[FreedSequence] = []
         self._scheduled: list[tuple[Sequence, int]] = []
-        self._prefilled: PinnedPrompt | None = None
+        self._prefilled: list[PinnedPrompt] = []
         self._in_flight: deque[PlannedBatch] = deque()
         self._next_order = 1
         self.num_preemptions = 0
@@ -112,10 +119,21 @@ class Scheduler:
             SystemPromptRefusedError: it cannot be pinned.
         """
         prompt = self.pool.add(token_ids, **options)
-        if prompt.order == 0:
-            prompt.order = self._next_order
-            self._next_order += 1
+        self._set_order(prompt)
         return prompt
+
+    def restore(self, record: SnapshotRecord) -> bool:
+        """Brings back what a snapshot is of, in its turn; see `pool.restore`."""
+        prompt = self.pool.restore(record)
+        if prompt is not None:
+            self._set_order(prompt)
+        return prompt is not None
+
+    def _set_order(self, prompt: PinnedPrompt) -> None:
+        """Gives a prompt that no request brought its place in the order."""
+        if prompt.sequence.order == UNORDERED:
+            prompt.serve_by(0, self._next_order)
+            self._next_order += 1
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Ends a request, or one output of it; unknown ids are ignored (it may have finished just now)."""
@@ -145,148 +163,221 @@ class Scheduler:
         planned before the tokens of this one are known. `postprocess` takes them in later, in the same order.
         """
         plan = StepPlan()
-        self._scheduled, self._prefilled = [], None
+        self._scheduled, self._prefilled = [], []
         self.pool.expire()
-        budget = self.config.max_num_batched_tokens
-        held_up_from = self._plan_system_prompt(plan)
-        budget -= sum(count for _, count in self._scheduled)
-        budget, preempted = self._plan_running(plan, budget)
+        held_up_from = None
+        if self.pool.has_prefill:
+            self._plan_loads(plan)
+            held_up_from = self._admit_prompts(plan)
+        budget, preempted = self._plan_running(plan)
         if not preempted:
             self._plan_waiting(plan, budget, held_up_from)
         plan.freed = self._freed
         self._freed = []
         self._fill_batch(plan)
+        for prompt in self._prefilled:
+            self._end_prefill(prompt)
         for prompt in self.pool.tiers.plan_rest(plan):
             self.pool.end_save(prompt)
         if not plan.is_empty:
             self._in_flight.append(PlannedBatch([seq for seq, _ in self._scheduled], plan.starts, self._prefilled))
         return plan
 
-    def _plan_system_prompt(self, plan: StepPlan) -> int | None:
-        """Plans the next chunk of a system prompt. Returns the order of a request that no later one may overtake,
-        because its system prompt waits for room."""
-        prompt = self.pool.computing
-        while prompt is None and (pending := self.pool.next_pending) is not None:
-            start = self.pool.find_window()
-            if start is None:
-                for seq in self.pool.refuse_pending():
-                    heapq.heappush(self._waiting, seq)
+    # System prompts --------------------------------------------------------------------------------------------
+
+    def _plan_loads(self, plan: StepPlan) -> None:
+        is_idle = not (self.running or self.pool.computing)
+        ended = self.pool.tiers.plan_loads(plan, is_idle)
+        for prompt in ended.failed:
+            self.pool.fail_load(prompt)
+        for prompt in ended.done:
+            self._wake(self.pool.end_load(prompt))
+
+    def _admit_prompts(self, plan: StepPlan) -> Rank | None:
+        """Makes room for new prompts, as many as the step may compute and whatever is to be loaded.
+
+        All this comes before anything else is planned, since blocks in use are moved for it. Returns the rank of a
+        prompt that no later request may overtake, because it waits for blocks that others use.
+        """
+        held_up_from = None
+        left = self.config.max_num_batched_tokens - sum(
+            p.num_tokens - p.sequence.num_computed_tokens for p in self.pool.computing
+        )
+        short = self._short_of_blocks
+        for prompt in sorted(self.pool.pending, key=_rank_of_prompt):
+            if prompt.state != PromptState.PENDING:
                 continue
-            moves = self.blocks.vacate(start, pending.num_blocks, self.running)
+            if short is not None and not short.is_finished and _rank(short) < prompt.rank:
+                break  # A request that came before it waits for blocks, too.
+            must_compute = not self.pool.tiers.can_load(prompt)
+            if must_compute and left <= 0:
+                continue
+            if prompt.parent is not None and not prompt.parent.extents:
+                continue
+            extents = self.pool.find_room(prompt)
+            if extents is None:
+                self._wake(self.pool.refuse(prompt))
+                continue
+            moves = self.blocks.vacate(extents, self.running)
+            while moves is None and self.pool.give_way():
+                extents = self.pool.find_room(prompt) or extents
+                moves = self.blocks.vacate(extents, self.running)
             if moves is None:
-                return pending.order
-            plan.moves.extend(moves)
-            if moves:
-                plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
-            prompt = self.pool.begin_prefill(start)
-            prompt.sequence.row = self.config.max_num_seqs
-            if self.pool.tiers.keeps_snapshots and prompt.num_own_tokens % self.blocks.block_size:
-                # Slots that the prompt leaves unused would take what a request has left there to disk.
-                plan.cleared.append(start + prompt.num_blocks - 1)
-        if prompt is not None and prompt.state == PromptState.LOADING:
-            self._plan_load(plan, prompt)
-        if prompt is None or prompt is not self.pool.computing or prompt.state == PromptState.LOADING:
-            return None
+                held_up_from = prompt.rank
+                break
+            _add_moves(plan.moves, moves)
+            self._place_prompt(plan, prompt, extents)
+            left -= prompt.num_own_tokens if must_compute else 0
+        if plan.moves:
+            plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
+        return held_up_from
+
+    def _place_prompt(self, plan: StepPlan, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
+        self.pool.place(prompt, extents)
+        if self.pool.tiers.keeps_snapshots and prompt.num_own_tokens % self.blocks.block_size:
+            # Slots that the prompt leaves unused would take what a request has left there to disk.
+            plan.cleared.append(extents[-1].end - 1)
+
+    def _plan_chunk(self, plan: StepPlan, prompt: PinnedPrompt, budget: int) -> int:
+        """Plans the next tokens of a system prompt, whole blocks of them until its end; returns how many."""
         seq = prompt.sequence
-        if prompt.extent is None:
-            raise RuntimeError(f"system prompt {prompt.id} is being computed without an extent")
-        if seq.num_computed_tokens == prompt.start:
-            plan.started.append(
-                SequenceStart(
-                    row=seq.row,
-                    token_ids=seq.token_ids[prompt.start :],
-                    num_skipped=prompt.start,
-                    num_prompt_tokens=prompt.num_tokens,
-                    block_table=list(seq.block_table),
-                    prefix=prompt.prefix[:-1],
-                    sampling_params=seq.sampling_params,
-                    seed=0,
-                    stop_token_ids=(),
-                    is_system_prompt=True,
-                )
-            )
-        count = min(self.pool.config.chunk_tokens, prompt.num_tokens - seq.num_computed_tokens)
+        count = prompt.num_tokens - seq.num_computed_tokens
+        if count > budget:
+            count = budget // self.blocks.block_size * self.blocks.block_size
+        if not count:
+            return 0
+        if seq.row < 0:
+            seq.row = self._free_prompt_rows.pop()
+            self.pool.begin_prefill(prompt)
+            plan.started.append(self._sequence_start(seq, skipped=prompt.start))
         self._scheduled.append((seq, count))
         if seq.num_computed_tokens + count == prompt.num_tokens:
-            self._freed.append(FreedSequence(seq.row, is_system_prompt=True))
-            self._prefilled = prompt
-            # What a layer writes is there before any token of the batch attends, so the waiters may run in this step.
-            for seq in self.pool.end_prefill():
-                heapq.heappush(self._waiting, seq)
-        return None
+            self._prefilled.append(prompt)
+            # Keys and values of all tokens of a step are written before any of them are read, so the waiters may run
+            # in this very step.
+            self._wake(self.pool.end_prefill(prompt))
+        return count
 
-    def _plan_load(self, plan: StepPlan, prompt: PinnedPrompt) -> None:
-        state = self.pool.tiers.plan_load(plan)
-        if state == LoadState.DONE:
-            for seq in self.pool.end_load(prompt):
-                heapq.heappush(self._waiting, seq)
-        elif state == LoadState.FAILED:
-            self.pool.fail_load(prompt)
+    def _end_prefill(self, prompt: PinnedPrompt) -> None:
+        """The row of a prompt whose last chunk is planned is free from the next plan on."""
+        self._freed.append(FreedSequence(prompt.sequence.row, is_system_prompt=True))
+        self._free_prompt_rows.append(prompt.sequence.row)
+        prompt.sequence.row = -1
 
-    def _plan_running(self, plan: StepPlan, budget: int) -> tuple[int, bool]:
+    def _wake(self, sequences: Iterable[Sequence]) -> None:
+        for seq in sequences:
+            heapq.heappush(self._waiting, seq)
+
+    # Requests that run -----------------------------------------------------------------------------------------
+
+    def _plan_running(self, plan: StepPlan) -> tuple[int, bool]:
         """Plans what already runs, in order. A decode token is never held back by the budget, only prefill is.
 
         Returns the budget that is left and whether a sequence had to be preempted.
         """
+        budget = self.config.max_num_batched_tokens - len(self.running)
+        if self.pool.computing:
+            # Less than a block is never computed of a prompt, and no prompt waits until others have ended.
+            budget = max(budget, self.blocks.block_size)
+        prompts = sorted((p for p in self.pool.computing if p.sequence.row >= 0), key=_rank_of_prompt, reverse=True)
         preempted = False
         i = 0
         while i < len(self.running):
             seq = self.running[i]
+            while prompts and prompts[-1].rank <= _rank(seq):
+                budget -= self._plan_chunk(plan, prompts.pop(), budget)
             missing = seq.num_tokens - seq.num_computed_tokens
+            budget += 1  # What was set aside for its next token.
             if (missing > 1 and budget <= 0) or self._ends_by_length(seq):
                 i += 1
                 continue
             count = min(missing, max(budget, 1))
-            new = self.blocks.grow(seq, seq.num_computed_tokens + count)
+            new = self._grow(seq, seq.num_computed_tokens + count)
             while new is None and self.running[-1] is not seq:
                 self._preempt(self.running[-1])
+                budget += 1
                 preempted = True
-                new = self.blocks.grow(seq, seq.num_computed_tokens + count)
+                new = self._grow(seq, seq.num_computed_tokens + count)
             if new is None:
                 self._preempt(seq)
-                return budget, True
+                preempted = True
+                break
             if new:
                 plan.new_blocks.append((seq.row, len(seq.block_table) - len(new), new))
             self._scheduled.append((seq, count))
             budget -= count
             i += 1
+        while prompts:
+            budget -= self._plan_chunk(plan, prompts.pop(), budget)
         return budget, preempted
 
-    def _plan_waiting(self, plan: StepPlan, budget: int, held_up_from: int | None) -> None:
-        while self._waiting and budget > 0 and self._free_rows:
-            seq = self._waiting[0]
-            if seq.is_finished:
-                heapq.heappop(self._waiting)
-                continue
-            if held_up_from is not None and seq.order > held_up_from:
+    def _grow(self, seq: Sequence, num_tokens: int) -> list[int] | None:
+        """Blocks for the first `num_tokens` tokens of `seq`; prompts on probation give way to it. None if even then
+        there are not enough."""
+        new = self.blocks.grow(seq, num_tokens)
+        while new is None and self.pool.give_way():
+            new = self.blocks.grow(seq, num_tokens)
+        return new
+
+    def _plan_waiting(self, plan: StepPlan, budget: int, held_up_from: Rank | None) -> None:
+        """Begins what waits, requests and prompts that have their place, in order."""
+        prompts = sorted((p for p in self.pool.computing if p.sequence.row < 0), key=_rank_of_prompt, reverse=True)
+        self._short_of_blocks = None
+        while budget > 0:
+            seq = self._next_waiting(held_up_from) if self._free_rows and self._short_of_blocks is None else None
+            if prompts and (seq is None or prompts[-1].rank < _rank(seq)):
+                budget -= self._begin_prompt(plan, prompts.pop(), budget)
+            elif seq is not None:
+                budget -= self._begin_request(plan, seq, budget)
+            else:
                 return
-            copies = self._start(seq, budget)
-            if copies is None:
-                return
+
+    def _next_waiting(self, held_up_from: Rank | None) -> Sequence | None:
+        """The first request that waits, unless it may not begin."""
+        while self._waiting and self._waiting[0].is_finished:
             heapq.heappop(self._waiting)
-            plan.copies.extend(copies)
-            self._num_waiting -= 1
-            seq.row = self._free_rows.pop()
-            seq.status = SequenceStatus.RUNNING
-            bisect.insort(self.running, seq)
-            count = min(seq.num_tokens - seq.num_computed_tokens, budget)
-            self._scheduled.append((seq, count))
-            budget -= count
-            # Only a penalty on repetition looks at the tokens of a pinned prefix again.
-            skipped = seq.prefix_len if seq.sampling_params.repetition_penalty == 1.0 else 0
-            plan.started.append(
-                SequenceStart(
-                    row=seq.row,
-                    token_ids=seq.token_ids[skipped:],
-                    num_skipped=skipped,
-                    num_prompt_tokens=seq.num_prompt_tokens,
-                    block_table=list(seq.block_table),
-                    prefix=self._prefix(seq),
-                    sampling_params=seq.sampling_params,
-                    seed=seq.seed,
-                    stop_token_ids=self._stop_token_ids(seq),
-                )
-            )
+        if not self._waiting or (held_up_from is not None and _rank(self._waiting[0]) > held_up_from):
+            return None
+        return self._waiting[0]
+
+    def _begin_prompt(self, plan: StepPlan, prompt: PinnedPrompt, budget: int) -> int:
+        """Plans the first tokens of a prompt, unless it must wait for its parent or for a row; returns how many."""
+        if not self._free_prompt_rows or (prompt.parent is not None and prompt.parent.state != PromptState.PINNED):
+            return 0
+        return self._plan_chunk(plan, prompt, budget)
+
+    def _begin_request(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
+        """Plans the first tokens of the first waiting request; returns how many, 0 where memory is short."""
+        copies = self._start(seq, budget)
+        if copies is None:
+            self._short_of_blocks = seq
+            return 0
+        heapq.heappop(self._waiting)
+        plan.copies.extend(copies)
+        self._num_waiting -= 1
+        seq.row = self._free_rows.pop()
+        seq.status = SequenceStatus.RUNNING
+        bisect.insort(self.running, seq)
+        count = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        self._scheduled.append((seq, count))
+        # Only a penalty on repetition looks at the tokens of a pinned prefix again.
+        skipped = seq.prefix_len if seq.sampling_params.repetition_penalty == 1.0 else 0
+        plan.started.append(self._sequence_start(seq, skipped))
+        return count
+
+    def _sequence_start(self, seq: Sequence, skipped: int) -> SequenceStart:
+        return SequenceStart(
+            row=seq.row,
+            token_ids=seq.token_ids[skipped:],
+            num_skipped=skipped,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            block_table=list(seq.block_table),
+            prefix=self._prefix(seq),
+            sampling_params=seq.sampling_params,
+            seed=seq.seed,
+            stop_token_ids=() if seq.is_system_prompt else self._stop_token_ids(seq),
+            is_system_prompt=seq.is_system_prompt,
+        )
 
     def _start(self, seq: Sequence, budget: int) -> list[tuple[int, int]] | None:
         """Gives a waiting sequence what it can reuse and the blocks for its first step.
@@ -303,11 +394,13 @@ class Scheduler:
             found = self.blocks.find_cached(seq)
             reused = seq.prefix_len + len(found) * self.blocks.block_size
             first_step = reused + min(seq.num_tokens - reused, budget)
-            if self.blocks.blocks_for(seq, first_step) - len(found) > self.blocks.num_free_after(found):
-                return None
+            missing = self.blocks.blocks_for(seq, first_step) - len(found)
+            while missing > self.blocks.num_free_after(found):
+                if not self.pool.give_way():
+                    return None
             self.blocks.adopt(seq, found)
         count = min(seq.num_tokens - seq.num_computed_tokens, budget)
-        if self.blocks.grow(seq, seq.num_computed_tokens + count) is None:
+        if self._grow(seq, seq.num_computed_tokens + count) is None:
             self.blocks.free(seq)
             return None
         if seq.num_cached_tokens is None:
@@ -322,7 +415,7 @@ class Scheduler:
         """Writes the batch, sequences of one group side by side so that its extent is read once."""
         self._scheduled.sort(key=_order_key)
         for seq, count in self._scheduled:
-            samples = not seq.is_system_prompt and seq.num_computed_tokens + count == seq.num_tokens
+            samples = seq.num_computed_tokens + count == seq.num_tokens and not seq.is_system_prompt
             plan.rows.append(seq.row)
             plan.starts.append(seq.num_computed_tokens)
             plan.counts.append(count)
@@ -368,12 +461,12 @@ class Scheduler:
         answer ended has its status set and is gone from the scheduler.
         """
         batch = self._in_flight.popleft()
-        if batch.prefilled is not None:
-            self.pool.note_prefill(batch.prefilled)
+        for prompt in batch.prefilled:
+            self.pool.note_prefill(prompt)
         news = []
         for seq, token in zip(batch.sequences, drawn, strict=True):
             # A sequence that ended while this step was in flight (a stop token, an abort) has no use for its token.
-            if seq.is_finished:
+            if seq.is_finished or seq.is_system_prompt:
                 continue
             if token >= 0:
                 seq.num_in_flight -= 1
@@ -425,7 +518,7 @@ class Scheduler:
         prompt = seq.system_prompt
         if prompt is None:
             return ()
-        if prompt.extent is None:
+        if not prompt.extents:
             raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
         return prompt.prefix
 
@@ -445,6 +538,7 @@ class Scheduler:
         heapq.heappush(self._waiting, seq)
         self._num_waiting += 1
         self.num_preemptions += 1
+        self._short_of_blocks = seq
 
     def _finish(self, seq: Sequence, status: SequenceStatus) -> None:
         if seq.is_finished:
@@ -465,7 +559,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError with numbers when blocks, readers or rows do not add up."""
-        pinned = {b for e in self.pool.blocks.extents.values() for b in range(e.start, e.end)}
+        extents = [e for several in self.pool.blocks.extents.values() for e in several]
+        pinned = {b for e in extents for b in range(e.start, e.end)}
         self.blocks.check_integrity(self.running, pinned)
         free, cached = self.blocks.num_free_blocks - self.blocks.num_cached_blocks, self.blocks.num_cached_blocks
         total = free + cached + self.blocks.num_used_blocks + self.pool.blocks.pinned_blocks
@@ -479,10 +574,31 @@ class Scheduler:
         self.pool.check_integrity(readers)
         rows = [s.row for s in self.running] + self._free_rows
         assert sorted(rows) == list(range(self.config.max_num_seqs)), rows
+        rows = [p.sequence.row for p in self.pool.computing if p.sequence.row >= 0] + self._free_prompt_rows
+        first = self.config.max_num_seqs
+        assert sorted(rows) == list(range(first, first + PROMPT_ROWS)), rows
         assert self.running == sorted(self.running)
         assert self._num_waiting == sum(s.status != SequenceStatus.RUNNING for s in self.unfinished())
 
 
+def _rank(seq: Sequence) -> Rank:
+    """The place of a request in the order in which requests and system prompts are served."""
+    return seq.priority, seq.order, seq.num_tokens
+
+
+def _rank_of_prompt(prompt: PinnedPrompt) -> Rank:
+    return prompt.rank
+
+
+def _add_moves(moves: list[tuple[int, int]], more: list[tuple[int, int]]) -> None:
+    """Adds block moves that follow on others of the same plan; a plan's moves run all at once."""
+    source_of = {target: source for source, target in moves}
+    for source, target in more:
+        source_of[target] = source_of.pop(source, source)
+    moves[:] = [(source, target) for target, source in source_of.items()]
+
+
 def _order_key(entry: tuple[Sequence, int]) -> tuple[int, ...]:
+    """Brings those side by side that read the same extents."""
     prompt = entry[0].system_prompt
     return prompt.order_key if prompt is not None else ()

@@ -4,26 +4,43 @@ State of a prompt:
 
     pending ──room found──▶ computing ──last chunk done──▶ pinned ──removed, nobody holds it──▶ (gone)
        │                       ▲ damaged                     ▲ ▲│
-       ├──room found, kept in a tier──▶ loading ──copied─────┘ ││ room needed, nobody holds it, copy on the host
+       ├──room found, kept in a tier──▶ loading ──copied─────┘ ││ room needed, nobody reads it, copy on the host
        ▲─────────────────────────asked for──────────── host ◀──┘
-       └───no contiguous room──▶ (refused: its waiters run on what is left of its chain)
+       └───no room──▶ (refused: its waiters run on what is left of its chain)
 
-The pool decides; the scheduler moves blocks and runs the prefill. `_enter` is the one place where a state changes.
+What requests bring is on probation at first: the first use of a prompt computes it, the second one pins it. Until then
+it gives way to whatever needs its room; `pin_policy` says in which order, and what else may be displaced.
+
+The pool decides; the scheduler moves blocks and runs the prefills. `_enter` is the one place where a state changes.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from vllm.config import SystemPromptConfig
+from vllm.core import pool_report
+from vllm.core.pin_policy import (
+    USES_OF_A_PIN,
+    Claim,
+    Sighting,
+    Sightings,
+    claim_of,
+    giving_way,
+    leaving_host,
+    worth,
+    worth_now,
+)
 from vllm.core.pinned_prompt import (
     MAX_CHAIN,
+    MAX_DEPTH,
     Outcome,
     PinClass,
     PinnedPrompt,
@@ -31,8 +48,9 @@ from vllm.core.pinned_prompt import (
     SystemPromptRefusedError,
     prompt_id,
 )
-from vllm.core.prefix_tree import PrefixTree, common_prefix_len
+from vllm.core.prefix_tree import PrefixTree, Walk
 from vllm.core.prompt_tiers import PromptTiers
+from vllm.core.shared_heads import MIN_SHARED_TOKENS, SharedHeads
 from vllm.core.varying_prompts import VaryingPrompts
 from vllm.inputs import CacheMark
 from vllm.logger import init_logger
@@ -48,24 +66,23 @@ logger = init_logger(__name__)
 
 _EVERYBODY = b""
 _MAX_REFUSED = 1024
-# Raw prompts that begin with the same so many tokens are worth comparing; what is pinned of them is cut to a multiple
-# of the step, so that users whose texts happen to begin alike do not move its end.
-_MIN_SHARED_TOKENS = 1024
-_SHARED_STEP = 64
-_MAX_HEADS = 256
-_MAX_HEAD_TOKENS = 2_000_000
 _CLASS_OF_MARKERS = {"soft": PinClass.SOFT, "hard": PinClass.HARD}
 
 
 @dataclass(frozen=True)
 class Want:
-    """A prefix of a request that is to be pinned: its first `num_tokens` tokens."""
+    """A prefix of a request that is to be pinned: its first `num_tokens` tokens.
+
+    Attributes:
+        reused: It is known to be no newcomer: an operator's, or one that several requests have shared.
+    """
 
     num_tokens: int
     pin: PinClass
     ttl: float | None
     source: str
     scope: bytes
+    reused: bool = False
 
 
 class Decision(NamedTuple):
@@ -73,8 +90,8 @@ class Decision(NamedTuple):
 
     Attributes:
         known: Pinned or coming prefixes that it may read, shortest first; one token is left to compute.
-        creates: Prefixes to pin for it, shortest first.
-        refused: Prefixes that cannot be pinned, and why.
+        creates: Prefixes to compute into the pool for it, shortest first.
+        refused: Prefixes that cannot be, and why.
     """
 
     known: list[PinnedPrompt]
@@ -83,7 +100,7 @@ class Decision(NamedTuple):
 
     @property
     def num_pinned_tokens(self) -> int:
-        """Tokens that it would read from pinned extents."""
+        """Tokens that it would read from extents of the pool."""
         ends = [p.num_tokens for p in self.known[-1:]] + [w.num_tokens for w in self.creates[-1:]]
         return max(ends, default=0)
 
@@ -99,6 +116,12 @@ class SystemPromptPool:
         clock: Seconds since the epoch; replaced in tests.
         bytes_per_block: Of K and V, over all layers and ranks; shown in listings.
         tiers: Where prompts are kept besides the device; by default nowhere.
+
+    Attributes:
+        pending: Prompts that wait for room.
+        computing: Those that have a place and are being computed.
+        loading: Those that have a place and come from a tier.
+        pinned_tokens: Tokens in extents, on probation or not.
     """
 
     def __init__(
@@ -120,14 +143,16 @@ class SystemPromptPool:
         self._clock = clock
         self._prompts: dict[str, PinnedPrompt] = {}
         self._trees: dict[bytes, PrefixTree[PinnedPrompt]] = {}
-        self._pending: deque[PinnedPrompt] = deque()
         self._promised_blocks = 0
         self._expiries: list[tuple[float, str]] = []
-        self._refused: OrderedDict[str, RefusedPromptInfo] = OrderedDict()
-        self._varying = VaryingPrompts()
-        self._heads: OrderedDict[tuple[bytes, int], TokenIds] = OrderedDict()
-        self._head_tokens = 0
-        self.computing: PinnedPrompt | None = None
+        self.refused: OrderedDict[str, RefusedPromptInfo] = OrderedDict()
+        self.varying = VaryingPrompts()
+        self._heads = SharedHeads()
+        self._sightings = Sightings()
+        self._num_requests = 0
+        self.pending: list[PinnedPrompt] = []
+        self.computing: list[PinnedPrompt] = []
+        self.loading: list[PinnedPrompt] = []
         self.outcomes: Counter[str] = Counter()
         self.num_prefills = 0
         self.num_displaced = 0
@@ -162,11 +187,12 @@ class SystemPromptPool:
         if seq.sampling_params.prompt_logprobs is not None:
             # Every position's logits are asked for, so every position is computed.
             return Outcome.PROMPT_LOGPROBS if in_play else None
-        wants = self._wants(seq, num_system_tokens, marks) or self._shared_head(seq)
+        wants = self.wants(seq, num_system_tokens, marks) or self._shared_head(seq)
+        if not seq.goes_on:
+            self._num_requests += 1
         decision = self.decide(seq, wants)
         for want, refusal in decision.refused:
             self._note_refusal(seq.token_ids[: want.num_tokens], want, refusal, seq)
-        now = self._clock()
         lengths = {want.num_tokens: want for want in wants}
         for prompt in decision.known:
             if prompt.num_tokens in lengths:
@@ -176,18 +202,23 @@ class SystemPromptPool:
             leaf.hits += 1
             leaf.tokens_saved += leaf.num_tokens
             self.tokens_reused += leaf.num_tokens
+            leaf.use(self._num_requests)
+            # Whoever brought it was its first use.
+            self._promote(leaf)
         for want in decision.creates:
-            leaf = self._register(seq.token_ids[: want.num_tokens], want)
-            leaf.order = seq.order
+            leaf = self._register(seq.token_ids[: want.num_tokens], want, is_use=not seq.goes_on)
+            leaf.serve_by(seq.priority, seq.order)
             leaf.payer = seq
             seq.num_cache_write_tokens += leaf.num_own_tokens
         if leaf is None:
             return decision.refused[-1][1] if decision.refused else None
         self._attach(seq, leaf)
-        leaf.touch(now)
-        return Outcome.CREATED if decision.creates else Outcome.HIT
+        leaf.touch(self._clock())
+        if not decision.creates:
+            return Outcome.HIT
+        return Outcome.PROBATION if leaf.on_probation else Outcome.CREATED
 
-    def _wants(self, seq: Sequence, num_system_tokens: int | None, marks: Several[CacheMark]) -> list[Want]:
+    def wants(self, seq: Sequence, num_system_tokens: int | None, marks: Several[CacheMark]) -> list[Want]:
         """Prefixes that a request asks to have pinned, shortest first.
 
         Everything up to the end of the system part is pinned like any system prompt; a mark there can only make it
@@ -232,7 +263,7 @@ class SystemPromptPool:
             if n <= longest:
                 continue
             start, depth = max(
-                ((m, d) for m, d, scope in chain if m < n and d < MAX_CHAIN and self._may_extend(want.scope, scope)),
+                ((m, d) for m, d, scope in chain if m < n and d < MAX_DEPTH and self._may_extend(want.scope, scope)),
                 default=(0, 0),
             )
             more = num_blocks + self._blocks_of(n - start)
@@ -241,7 +272,7 @@ class SystemPromptPool:
             elif self.config.mode == "declared" and want.pin != PinClass.HARD:
                 refusal = Outcome.DISABLED
             else:
-                refusal = self._refusal(n, more, want.pin)
+                refusal = self._refusal(seq.token_ids[:n], want, more, known)
             if refusal is not None:
                 refused.append((want, refusal))
                 continue
@@ -265,6 +296,11 @@ class SystemPromptPool:
         found.sort(key=lambda p: p.num_tokens)
         return found
 
+    def nearest(self, seq: Sequence) -> Walk[PinnedPrompt] | None:
+        """What a request meets in the tree in which it agrees with some prompt furthest."""
+        walks = [self._trees[scope].walk(seq.token_ids) for scope in self._scopes(seq) if scope in self._trees]
+        return max(walks, key=lambda walk: walk.num_matched, default=None)
+
     def is_waiting(self, seq: Sequence) -> bool:
         """Whether `seq` waits for its system prompt's prefill, or for its way back to the device."""
         prompt = seq.system_prompt
@@ -277,6 +313,7 @@ class SystemPromptPool:
         self.num_readers += 1
         if self.is_waiting(seq):
             prompt.waiters.append(seq)
+            prompt.serve_by(seq.priority, seq.order)
 
     def attach_sibling(self, seq: Sequence, sibling: Sequence) -> None:
         """Lets another output of one request read what the first one reads; its request was counted already."""
@@ -284,110 +321,62 @@ class SystemPromptPool:
             self._attach(seq, sibling.system_prompt)
 
     def _shared_head(self, seq: Sequence) -> list[Want]:
-        """The head that a long prompt without a system part has in common with an earlier one of its namespace.
-
-        A prompt that merely continues an earlier one is the next turn of a conversation, which the cache of suffixes
-        serves; it is a shared head only if both go on differently after it.
-        """
-        if self.config.mode != "auto" or seq.num_prompt_tokens <= _MIN_SHARED_TOKENS or seq.goes_on:
+        """The head that a long prompt without a system part has in common with an earlier one of its namespace."""
+        if self.config.mode != "auto" or seq.num_prompt_tokens <= MIN_SHARED_TOKENS or seq.goes_on:
             return []
-        key = (seq.namespace, hash(seq.token_ids[:_MIN_SHARED_TOKENS].tobytes()))
-        earlier = self._heads.pop(key, token_array([]))
-        self._heads[key] = seq.token_ids[:]
-        self._head_tokens += seq.num_prompt_tokens - len(earlier)
-        while len(self._heads) > _MAX_HEADS or self._head_tokens > _MAX_HEAD_TOKENS:
-            self._head_tokens -= len(self._heads.popitem(last=False)[1])
-        same = common_prefix_len(seq.token_ids, earlier)
-        if same < _MIN_SHARED_TOKENS or same in (len(earlier), seq.num_prompt_tokens):
+        size = self._heads.see(seq)
+        if not size:
             return []
-        size = same // _SHARED_STEP * _SHARED_STEP
         pinned = self._path(seq.token_ids, self._scopes(seq))
-        if pinned and size - pinned[-1].num_tokens < _MIN_SHARED_TOKENS:
+        if pinned and size - pinned[-1].num_tokens < MIN_SHARED_TOKENS:
             return []
-        return [Want(size, PinClass.AUTOMATIC, self.config.ttl, "shared_prefix", seq.namespace)]
+        return [Want(size, PinClass.AUTOMATIC, self.config.ttl, "shared_prefix", seq.namespace, reused=True)]
 
     def _renew(self, prompt: PinnedPrompt, want: Want) -> None:
-        """A request asks again for what is pinned already; it may only make the pin firmer and longer."""
+        """A request asks again for what is known already; it may only make the pin firmer and longer."""
         if prompt.source in ("declared", "preload"):
             return
         prompt.pin = max(prompt.pin, want.pin)
+        if prompt.pin == PinClass.HARD:
+            self._promote(prompt)
         ttl = _longer(prompt.ttl, want.ttl)
         if ttl != prompt.ttl:
             prompt.ttl = ttl
             self._track_ttl(prompt)
         self.tiers.note_change(prompt)
 
+    def _promote(self, prompt: PinnedPrompt) -> None:
+        """Ends the probation of a prompt and of those that it continues."""
+        above: PinnedPrompt | None = prompt
+        while above is not None and above.on_probation:
+            above.on_probation = False
+            logger.info("System prompt %s is used again: pinned.", above.id)
+            self._save(above)
+            above = above.parent
+
     def _note_refusal(self, token_ids: TokenIds, want: Want, outcome: Outcome, seq: Sequence) -> None:
         if seq.goes_on:
             return
         key = prompt_id(token_ids, want.scope)
+        if outcome in (Outcome.OVER_BUDGET, Outcome.BUSY) and key not in self._prompts:
+            self._sightings.note(key, self._num_requests)
         self._watch_variation(key, token_ids, want)
-        info = self._refused.pop(key, None)
+        info = self.refused.pop(key, None)
         if info is None or info.outcome != outcome.value:
             logger.info("System prompt %s runs unpinned: %s (request %s).", key, outcome.value, seq.request_id)
             info = RefusedPromptInfo(key, len(token_ids), outcome.value, 0, 0.0)
         info.requests += 1
         info.last_seen = self._clock()
-        self._refused[key] = info
-        if len(self._refused) > _MAX_REFUSED:
-            self._refused.popitem(last=False)
+        self.refused[key] = info
+        if len(self.refused) > _MAX_REFUSED:
+            self.refused.popitem(last=False)
 
     def _watch_variation(self, key: str, token_ids: TokenIds, want: Want) -> None:
         # What clients keep for themselves is nobody else's business, and no advice to the operator.
         if want.source == "auto" and want.scope == _EVERYBODY:
-            span = self._varying.see(key, token_ids)
+            span = self.varying.see(key, token_ids)
             if span is not None:
                 self.new_spans.append(span)
-
-    def explain(self, seq: Sequence, num_system_tokens: int | None, marks: Several[CacheMark] = ()) -> dict[str, Any]:
-        """What would happen to a request, and why; changes nothing.
-
-        Returns `outcome`, `pinned_tokens` (tokens read from pinned extents), `id` of the prompt that it would read,
-        `refused` (tokens and outcome of what cannot be pinned) and, where a pinned prompt is left early, `nearest`:
-        its id, name and length, `position` of the first token that differs, and the two tokens there.
-        """
-        in_play = bool(num_system_tokens or marks)
-        report: dict[str, Any] = {"outcome": None, "pinned_tokens": 0, "id": None, "refused": [], "nearest": None}
-        if self.config.mode == "off":
-            return report | {"outcome": Outcome.DISABLED.value if in_play else None}
-        if seq.sampling_params.prompt_logprobs is not None:
-            return report | {"outcome": Outcome.PROMPT_LOGPROBS.value if in_play else None}
-        decision = self.decide(seq, self._wants(seq, num_system_tokens, marks))
-        report["pinned_tokens"] = decision.num_pinned_tokens
-        report["refused"] = [
-            {"num_tokens": want.num_tokens, "outcome": refusal.value, "reason": self._explain(refusal, want.num_tokens)}
-            for want, refusal in decision.refused
-        ]
-        if decision.creates:
-            want = decision.creates[-1]
-            report |= {"outcome": Outcome.CREATED.value, "id": prompt_id(seq.token_ids[: want.num_tokens], want.scope)}
-        elif decision.known:
-            report |= {"outcome": Outcome.HIT.value, "id": decision.known[-1].id}
-        elif decision.refused:
-            report["outcome"] = decision.refused[-1][1].value
-        report["nearest"] = self._nearest(seq, decision.known[-1].num_tokens if decision.known else 0)
-        return report
-
-    def _nearest(self, seq: Sequence, at_least: int) -> dict[str, Any] | None:
-        """The pinned prompt that a request follows furthest before it differs, if that is further than `at_least`."""
-        best = None
-        for scope in self._scopes(seq):
-            tree = self._trees.get(scope)
-            walk = tree.walk(seq.token_ids) if tree is not None else None
-            if walk is not None and walk.nearest is not None and (best is None or walk.num_matched > best.num_matched):
-                best = walk
-        if best is None or best.nearest is None or best.num_matched <= at_least:
-            return None
-        prompt, position = best.nearest, best.num_matched
-        ends = position >= seq.num_prompt_tokens
-        return {
-            "id": prompt.id,
-            "name": prompt.name,
-            "num_tokens": prompt.num_tokens,
-            "position": position,
-            "pinned_token": prompt.token_ids[position] if position < prompt.num_tokens else None,
-            "request_token": None if ends else seq.token_ids[position],
-        }
 
     # Registry --------------------------------------------------------------------------------------------------
 
@@ -415,40 +404,42 @@ class SystemPromptPool:
             existing.name = name or existing.name
             self._track_ttl(existing)
             self.tiers.note_change(existing)
+            self._promote(existing)
             self._recall(existing)
-            if existing.state == PromptState.PINNED and not existing.is_being_saved:
-                existing.is_being_saved = self.tiers.save(existing)
+            self._save(existing)
             return existing
+        want = Want(len(token_ids), pin, ttl, source, _EVERYBODY, reused=True)
         refusal = Outcome.DISABLED if self.config.mode == "off" else None
         if refusal is None:
             parent = self._parent(token_ids, _EVERYBODY)
             own = len(token_ids) - (parent.num_tokens if parent is not None else 0)
-            refusal = self._refusal(len(token_ids), self._blocks_of(own), pin)
+            keep = [] if parent is None else [parent]
+            refusal = self._refusal(token_ids, want, self._blocks_of(own), keep)
         if refusal is not None:
-            raise SystemPromptRefusedError(refusal, self._explain(refusal, len(token_ids)))
-        return self._register(token_ids, Want(len(token_ids), pin, ttl, source, _EVERYBODY), name)
+            raise SystemPromptRefusedError(refusal, pool_report.reason(self, refusal, len(token_ids)))
+        return self._register(token_ids, want, name)
 
-    def restore(self, record: SnapshotRecord) -> bool:
-        """Pins again, with the next steps, what a snapshot is of. Returns False where it may not be pinned now."""
+    def restore(self, record: SnapshotRecord) -> PinnedPrompt | None:
+        """Pins again, with the next steps, what a snapshot is of. Returns None where it may not be pinned now."""
         pin, scope = PinClass[record.pin.upper()], bytes.fromhex(record.scope)
         key = prompt_id(record.token_ids, scope)
         if key != record.prompt_id or key in self._prompts or self.config.mode == "off":
-            return False
+            return None
         if pin != PinClass.HARD and self.config.mode == "declared":
-            return False
+            return None
         token_ids = token_array(record.token_ids)
         parent = self._parent(token_ids, scope)
         start = parent.num_tokens if parent is not None else 0
         # Of an operator's prompt the tokens are enough: what the snapshot cannot give is computed.
         if start != record.start and pin != PinClass.HARD:
-            return False
-        refusal = self._refusal(len(token_ids), self._blocks_of(len(token_ids) - start), pin)
+            return None
+        want = Want(len(token_ids), pin, record.ttl, record.source, scope, reused=True)
+        keep = [] if parent is None else [parent]
+        refusal = self._refusal(token_ids, want, self._blocks_of(len(token_ids) - start), keep)
         if refusal is not None:
             logger.warning("System prompt %s is not brought back from its snapshot: %s.", key, refusal.value)
-            return False
-        want = Want(len(token_ids), pin, record.ttl, record.source, scope)
-        self._register(token_ids, want, record.name)
-        return True
+            return None
+        return self._register(token_ids, want, record.name)
 
     def update(self, key: str, **changes: Any) -> PinnedPrompt:
         """Changes the `name` or `ttl` of a prompt; its ttl counts from now on.
@@ -484,12 +475,19 @@ class SystemPromptPool:
             ValueError: more than that is pinned or promised already.
         """
         num_blocks = num_tokens // self.block_size
-        taken = self.blocks.pinned_blocks + self._promised_blocks
-        if num_blocks < taken:
+        while self.taken_blocks > num_blocks and self.give_way():
+            pass
+        if num_blocks < self.taken_blocks:
             raise ValueError(
-                f"{taken * self.block_size} tokens are pinned already, more than {num_tokens}; remove prompts first."
+                f"{self.taken_blocks * self.block_size} tokens are pinned already, more than {num_tokens}; "
+                "remove prompts first."
             )
         self.blocks.set_budget(num_blocks)
+
+    @property
+    def taken_blocks(self) -> int:
+        """Blocks that are pinned or promised."""
+        return self.blocks.pinned_blocks + self._promised_blocks
 
     def detach(self, seq: Sequence) -> None:
         """Ends the reading of a finished sequence."""
@@ -505,6 +503,8 @@ class SystemPromptPool:
 
     def _let_go(self, prompt: PinnedPrompt) -> None:
         """A reader or a child no longer holds `prompt`."""
+        if prompt.on_probation and prompt.state == PromptState.PENDING and not prompt.is_held:
+            self._drop_pending(prompt)
         self._release_if_done(prompt)
         if prompt.next_expiry is None and not prompt.is_held and prompt.state != PromptState.REMOVED:
             self._track_ttl(prompt)
@@ -539,106 +539,161 @@ class SystemPromptPool:
         return prompt.info(self.bytes_per_block)
 
     def info(self) -> SystemPromptPoolInfo:
-        return SystemPromptPoolInfo(
-            mode=self.config.mode,
-            budget_tokens=self.budget_tokens,
-            pinned_tokens=self.pinned_tokens,
-            prompts=self.num_prompts,
-            readers=self.num_readers,
-            tokens_reused=self.tokens_reused,
-            prefills=self.num_prefills,
-            displaced=self.num_displaced,
-            outcomes=dict(self.outcomes),
-            refused=list(self._refused.values()),
-            varying=self._varying.spans,
-        )
+        return pool_report.info(self)
+
+    def explain(self, seq: Sequence, num_system_tokens: int | None, marks: Several[CacheMark] = ()) -> dict[str, Any]:
+        """What would happen to a request, and why; see `pool_report.explain`."""
+        return pool_report.explain(self, seq, num_system_tokens, marks)
 
     @property
     def num_prompts(self) -> int:
         return len(self._prompts)
 
     @property
+    def probation_tokens(self) -> int:
+        """Tokens in extents of prompts on probation."""
+        return sum(p.num_own_tokens for p in self._prompts.values() if p.on_probation and p.extents)
+
+    @property
     def budget_tokens(self) -> int:
         return self.blocks.budget_blocks * self.block_size
 
-    def _refusal(self, num_tokens: int, num_blocks: int, pin: PinClass) -> Outcome | None:
-        """Why a prompt of `num_tokens` that needs `num_blocks` cannot be pinned; None if it can."""
-        if num_tokens < self.config.min_tokens:
+    def is_reused(self, token_ids: TokenIds, want: Want) -> bool:
+        """Whether a prompt that is not in the pool would be pinned at once, not put on probation."""
+        if want.reused or want.pin == PinClass.HARD:
+            return True
+        sighting = self._sightings.get(prompt_id(token_ids, want.scope))
+        return sighting is not None and sighting.uses + 1 >= USES_OF_A_PIN
+
+    def _refusal(
+        self, token_ids: TokenIds, want: Want, num_blocks: int, keep: Several[PinnedPrompt] = ()
+    ) -> Outcome | None:
+        """Why a prompt that needs `num_blocks` cannot be pinned; None if it can.
+
+        Args:
+            keep: Prompts that must not give way to it.
+        """
+        if len(token_ids) < self.config.min_tokens:
             return Outcome.TOO_SHORT
-        needed = self._promised_blocks + num_blocks
-        if self.blocks.fits(needed):
+        missing = self.taken_blocks + num_blocks - self.blocks.budget_blocks
+        if missing <= 0:
             return None
-        missing = self.blocks.pinned_blocks + needed - self.blocks.budget_blocks
-        going: set[PinnedPrompt] = set()
-        # What takes another one's place on the device must be able to leave it again, or both would be stuck.
-        if pin == PinClass.HARD or self.tiers.has_room(needed):
-            going.update(self._demotable())
-        if pin == PinClass.HARD:
-            going.update(self._displaceable())
-        return None if sum(p.num_blocks for p in going) >= missing else Outcome.OVER_BUDGET
+        if num_blocks > self.blocks.budget_blocks:
+            return Outcome.OVER_BUDGET
+        claim, value = Claim.NEW, 0.0
+        if want.pin == PinClass.HARD:
+            claim = Claim.HARD
+        elif self.is_reused(token_ids, want):
+            claim = Claim.REUSED
+            sighting = self._sightings.get(prompt_id(token_ids, want.scope))
+            value = self._value_now(sighting)
+        returns = self._has_host_room(num_blocks, claim != Claim.NEW, value)
+        for prompt in self._giving_way(claim, want.pin, value, returns, keep):
+            missing -= prompt.num_blocks
+            if missing <= 0:
+                return None
+        return Outcome.OVER_BUDGET
 
-    def _demotable(self) -> list[PinnedPrompt]:
-        """Prompts that could leave the device at once without being lost, the oldest use first. Children may, but no
-        parent: what its children hold must stay."""
-        if not self.tiers.host.budget_blocks:
-            return []
-        on_host = [
-            p
-            for p in self._prompts.values()
-            if p.state == PromptState.PINNED
-            and p.pin != PinClass.HARD
-            and not (p.is_held or p.doomed)
-            and self.tiers.is_on_host(p)
-        ]
-        return sorted(on_host, key=lambda p: p.last_used)
+    def _value_now(self, sighting: Sighting | None) -> float:
+        """What a prompt is worth that the latest request asks for."""
+        if sighting is None:
+            return worth(1, self._num_requests, self._num_requests, self._num_requests)
+        return worth(sighting.uses + 1, sighting.first_use, self._num_requests, self._num_requests)
 
-    def _demote(self, prompt: PinnedPrompt) -> None:
-        """Ends the extent of a prompt that the host tier holds."""
-        logger.debug("System prompt %s leaves the device for the host.", prompt.id)
-        self._enter(prompt, PromptState.HOST)
-        self._give_back_extent(prompt)
+    # Giving way ------------------------------------------------------------------------------------------------
 
-    def _recall(self, prompt: PinnedPrompt) -> None:
-        """A prompt that is on the host only is asked for: it waits for room on the device like a new one."""
-        if prompt.state == PromptState.HOST:
-            self._enter(prompt, PromptState.PENDING)
+    def _giving_way(
+        self, claim: Claim, pin: PinClass, value: float, may_leave_again: bool, keep: Iterable[PinnedPrompt] = ()
+    ) -> Iterable[PinnedPrompt]:
+        prompts, now = self._prompts.values(), self._num_requests
+        return giving_way(prompts, claim, pin, value, may_leave_again, now, self.tiers.is_on_host, keep)
 
-    def _displaceable(self) -> list[PinnedPrompt]:
-        """Soft pins that could make room at once, in the order in which they would go: the oldest use first."""
-        soft = [
-            p
-            for p in self._prompts.values()
-            if p.pin == PinClass.SOFT and p.state == PromptState.PINNED and not p.is_being_saved
-        ]
-        going: list[PinnedPrompt] = []
-        # A parent is used whenever a child is, so children of the same age are all that must be put before it.
-        for p in sorted(soft, key=lambda p: (p.last_used, -p.num_tokens)):
-            if not p.readers and p.children <= set(going):
-                going.append(p)
-        return going
+    def _has_host_room(self, num_blocks: int, is_reused: bool, value: float) -> bool:
+        """Whether the host has room for a prompt, or would make some."""
+        if num_blocks > self.tiers.host.budget_blocks:
+            return False
+        if self.tiers.has_room(num_blocks):
+            return True
+        going = leaving_host(self.tiers.idle_owners(), is_reused, value, self._num_requests)
+        return any(num_blocks <= total for total in accumulate(p.num_blocks for p in going))
+
+    def give_way(self) -> bool:
+        """The prompt on probation that is worth least makes room for whatever needs it. Returns whether there was one.
+
+        Blocks that the cache of suffixes keeps go first: behind a system prompt they are of no use without it, and as
+        pins, what is on probation never takes more than the budget.
+        """
+        going = next(iter(self._giving_way(Claim.NEW, PinClass.SOFT, 0.0, False)), None)
+        if going is None:
+            return False
+        self._displace(going)
+        return True
+
+    def _make_room(self, prompt: PinnedPrompt, is_enough: Callable[[], bool]) -> None:
+        """Displaces what gives way to `prompt` until there is enough, if there can be."""
+        if is_enough():
+            return
+        value = worth_now(prompt, self._num_requests) if prompt.uses else 1.0
+        returns = self.tiers.is_on_host(prompt) or self._has_host_room(
+            prompt.num_blocks, not prompt.on_probation, value
+        )
+        parents, above = [], prompt.parent
+        while above is not None:
+            parents.append(above)
+            above = above.parent
+        for other in self._giving_way(claim_of(prompt), prompt.pin, value, returns, parents):
+            self._displace(other)
+            if is_enough():
+                return
 
     def _displace(self, prompt: PinnedPrompt) -> None:
-        logger.info("System prompt %s gives way to a hard pin.", prompt.id)
-        self.num_displaced += 1
-        self.remove(prompt.id)
+        """A prompt that nobody reads leaves the device, for the host if that has it."""
+        if prompt.is_being_saved:
+            self.tiers.cancel_save(prompt)
+            prompt.is_being_saved = False
+        if self.tiers.is_on_host(prompt):
+            logger.debug("System prompt %s leaves the device for the host.", prompt.id)
+            self._enter(prompt, PromptState.HOST)
+            self._give_back_extents(prompt)
+            return
+        log = logger.debug if prompt.on_probation else logger.info
+        log("System prompt %s gives way to another one.", prompt.id)
+        self.num_displaced += not prompt.on_probation
+        self._forget_all(prompt)
 
-    def _explain(self, refusal: Outcome, num_tokens: int) -> str:
-        if refusal == Outcome.TOO_SHORT:
-            return (
-                f"The system prompt has {num_tokens} tokens; --system-prompt-min-tokens asks for at least "
-                f"{self.config.min_tokens}."
-            )
-        if refusal == Outcome.OVER_BUDGET:
-            used = (self.blocks.pinned_blocks + self._promised_blocks) * self.block_size
-            return (
-                f"The system prompt has {num_tokens} tokens, but {used} of the pool's {self.budget_tokens} tokens are "
-                "taken; remove a prompt or raise --system-prompt-cache-tokens."
-            )
-        if refusal == Outcome.BUSY:
-            return "The system prompt is being removed; its last readers still run."
-        if self.config.mode == "declared":
-            return "Only prompts that an operator added are pinned (--system-prompt-cache declared)."
-        return "The system-prompt pool is off (--system-prompt-cache off)."
+    def _forget_all(self, prompt: PinnedPrompt) -> None:
+        """Ends a prompt that nobody reads, and those on the host that continue it."""
+        for child in list(prompt.children):
+            self._forget_all(child)
+        self._forget(prompt)
+
+    def _recall(self, prompt: PinnedPrompt) -> None:
+        """A prompt that is on the host only is asked for: it waits for room on the device like a new one, behind those
+        that it continues."""
+        if prompt.state == PromptState.HOST:
+            if prompt.parent is not None:
+                self._recall(prompt.parent)
+            self._enter(prompt, PromptState.PENDING)
+
+    def _save(self, prompt: PinnedPrompt) -> None:
+        """Begins to copy a prompt to the host, if it is to be kept there or on disk and is not yet."""
+        if prompt.doomed or prompt.is_being_saved or prompt.is_being_written or prompt.state != PromptState.PINNED:
+            return
+        if self.tiers.wants_room(prompt):
+            value = worth_now(prompt, self._num_requests)
+            for other in leaving_host(self.tiers.idle_owners(), not prompt.on_probation, value, self._num_requests):
+                self._leave_host(other)
+                if self.tiers.has_room(prompt.num_blocks):
+                    break
+        prompt.is_being_saved = self.tiers.save(prompt)
+
+    def _leave_host(self, prompt: PinnedPrompt) -> None:
+        """The host tier needs the room of a prompt that is not just being copied."""
+        self.tiers.drop(prompt)
+        if prompt.state == PromptState.HOST:
+            self._forget_all(prompt)
+
+    # Registration and end --------------------------------------------------------------------------------------
 
     def _blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -649,11 +704,11 @@ class SystemPromptPool:
         fitting = [
             p
             for p in self._path(token_ids, allowed)
-            if p.num_tokens < len(token_ids) and p.depth < MAX_CHAIN and not p.doomed
+            if p.num_tokens < len(token_ids) and p.depth < MAX_DEPTH and not p.doomed
         ]
         return fitting[-1] if fitting else None
 
-    def _register(self, token_ids: TokenIds, want: Want, name: str | None = None) -> PinnedPrompt:
+    def _register(self, token_ids: TokenIds, want: Want, name: str | None = None, is_use: bool = False) -> PinnedPrompt:
         parent = self._parent(token_ids, want.scope)
         if parent is not None:
             self._recall(parent)
@@ -666,21 +721,29 @@ class SystemPromptPool:
             pin=want.pin,
             ttl=want.ttl,
             scope=want.scope,
+            on_probation=not self.is_reused(token_ids, want),
             now=self._clock(),
         )
+        sighting = self._sightings.take(prompt.id)
+        if sighting is not None:
+            prompt.uses, prompt.first_use, prompt.last_use = sighting
+        if is_use:
+            prompt.uses, prompt.last_use = prompt.uses + 1, self._num_requests
+            prompt.first_use = prompt.first_use or self._num_requests
+        if not prompt.on_probation and parent is not None:
+            self._promote(parent)
         # Room that others take is only worth having for what replaces them, so they go no sooner than now.
-        while not self.blocks.fits(self._promised_blocks + prompt.num_blocks) and (going := self._demotable()):
-            self._demote(going[0])
-        while not self.blocks.fits(self._promised_blocks + prompt.num_blocks) and (going := self._displaceable()):
-            self._displace(going[0])
+        self._make_room(prompt, lambda: self.blocks.fits(self._promised_blocks + prompt.num_blocks))
         self._watch_variation(prompt.id, token_ids, want)
-        self._refused.pop(prompt.id, None)
+        self.refused.pop(prompt.id, None)
         self._prompts[prompt.id] = prompt
         self._trees.setdefault(prompt.scope, PrefixTree()).insert(token_ids, prompt)
         self._enqueue(prompt)
         prompt.touch(prompt.created)
         self._track_ttl(prompt)
-        logger.info("System prompt %s: %d tokens to be pinned (%s).", prompt.id, prompt.num_tokens, prompt.source)
+        # What comes once may come often.
+        log, how = (logger.debug, "put on probation") if prompt.on_probation else (logger.info, "pinned")
+        log("System prompt %s: %d tokens to be %s (%s).", prompt.id, prompt.num_tokens, how, prompt.source)
         return prompt
 
     def _track_ttl(self, prompt: PinnedPrompt) -> None:
@@ -694,6 +757,19 @@ class SystemPromptPool:
         if prompt.doomed and settled and not prompt.is_held:
             self._forget(prompt)
 
+    def _drop_pending(self, prompt: PinnedPrompt) -> None:
+        """A prompt without a place is given up; what the host has of it stays there."""
+        prompt.payer = None
+        if prompt.pin != PinClass.HARD and self.tiers.is_on_host(prompt) and self._may_wait_on_host(prompt):
+            self._enter(prompt, PromptState.HOST)
+            self._release_if_done(prompt)
+        else:
+            self._forget_all(prompt)
+
+    @staticmethod
+    def _may_wait_on_host(prompt: PinnedPrompt) -> bool:
+        return not prompt.readers and not prompt.num_children_on_device
+
     def _forget(self, prompt: PinnedPrompt) -> None:
         """Ends a prompt that nobody holds, and gives its room back."""
         self._enter(prompt, PromptState.REMOVED)
@@ -702,102 +778,100 @@ class SystemPromptPool:
         tree.remove(prompt.token_ids)
         if not tree:
             del self._trees[prompt.scope]
-        if prompt.extent is not None:
-            self._give_back_extent(prompt)
+        if prompt.extents:
+            self._give_back_extents(prompt)
         self.tiers.forget(prompt)
+        if prompt.uses and not prompt.doomed:
+            self._sightings.keep(prompt.id, Sighting(prompt.uses, prompt.first_use, prompt.last_use))
         if prompt.parent is not None:
             prompt.parent.children.discard(prompt)
             self._let_go(prompt.parent)
 
-    def _give_back_extent(self, prompt: PinnedPrompt) -> None:
-        self._on_release(self.blocks.unpin(prompt.id))
+    def _give_back_extents(self, prompt: PinnedPrompt) -> None:
+        for extent in self.blocks.unpin(prompt.id):
+            self._on_release(extent)
         self.pinned_tokens -= prompt.num_own_tokens
-        prompt.extent = None
+        prompt.leave()
 
     def _enter(self, prompt: PinnedPrompt, state: PromptState) -> None:
         if prompt.state == PromptState.PENDING:
-            self._pending.remove(prompt)
+            self.pending.remove(prompt)
             self._promised_blocks -= prompt.num_blocks
-        if prompt is self.computing:
-            self.computing = None
+        if prompt.state == PromptState.COMPUTING:
+            self.computing.remove(prompt)
+        if prompt.state == PromptState.LOADING:
+            self.loading.remove(prompt)
         prompt.state = state
         if state == PromptState.PENDING:
             self._enqueue(prompt)
-        if state in (PromptState.COMPUTING, PromptState.LOADING):
-            self.computing = prompt
+        if state == PromptState.COMPUTING:
+            self.computing.append(prompt)
+        if state == PromptState.LOADING:
+            self.loading.append(prompt)
 
     def _enqueue(self, prompt: PinnedPrompt) -> None:
-        self._pending.append(prompt)
+        self.pending.append(prompt)
         self._promised_blocks += prompt.num_blocks
 
     # Prefill, driven by the scheduler ---------------------------------------------------------------------------
 
     @property
     def has_prefill(self) -> bool:
-        return self.computing is not None or bool(self._pending)
+        return bool(self.pending or self.computing or self.loading)
 
-    @property
-    def next_pending(self) -> PinnedPrompt | None:
-        return self._pending[0] if self._pending else None
+    def find_room(self, prompt: PinnedPrompt) -> tuple[Extent, ...] | None:
+        """The place for a pending prompt, in as few extents as there is room for; None when none can be had."""
+        above = len(prompt.parent.prefix) if prompt.parent is not None else 0
+        most = MAX_CHAIN - above - (MAX_DEPTH - prompt.depth)  # One is left for each that may continue it.
+        found: tuple[Extent, ...] | None = None
 
-    def find_window(self) -> int | None:
-        """First block of the place for the first pending prompt; None when no contiguous room can be had."""
-        prompt = self._pending[0]
-        start = self.blocks.find_window(prompt.num_blocks)
-        if start is None:
-            going = self._demotable()
-            missing = self.blocks.pinned_blocks + prompt.num_blocks - self.blocks.budget_blocks
-            if sum(p.num_blocks for p in going) >= missing:
-                while start is None and going:
-                    self._demote(going.pop(0))
-                    start = self.blocks.find_window(prompt.num_blocks)
-        while start is None and prompt.pin == PinClass.HARD and (going := self._displaceable()):
-            self._displace(going[0])
-            start = self.blocks.find_window(prompt.num_blocks)
-        return start
+        def is_enough() -> bool:
+            nonlocal found
+            found = self.blocks.find_room(prompt.num_blocks, most)
+            return found is not None
 
-    def begin_prefill(self, start: int) -> PinnedPrompt:
-        """The first pending prompt gets the (emptied) blocks from `start` on and is computed from now, or loaded where
-        a tier has it."""
-        prompt = self._pending[0]
+        self._make_room(prompt, is_enough)
+        return found
+
+    def place(self, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
+        """A pending prompt gets these (emptied) blocks and is computed from now on, or loaded where a tier has it."""
         may_load = self.tiers.can_load(prompt)
-        self._enter(prompt, PromptState.LOADING)
-        prompt.place(self.blocks.pin(prompt.id, start, prompt.num_blocks))
+        self._enter(prompt, PromptState.LOADING if may_load else PromptState.COMPUTING)
+        self.blocks.pin(prompt.id, extents)
+        prompt.place(extents)
         self.pinned_tokens += prompt.num_own_tokens
         if may_load:
             self.tiers.begin_load(prompt)
-        else:
-            self._begin_computing(prompt)
-        return prompt
 
-    def _begin_computing(self, prompt: PinnedPrompt) -> None:
-        self._enter(prompt, PromptState.COMPUTING)
+    def begin_prefill(self, prompt: PinnedPrompt) -> None:
+        """The first chunk of a prompt is planned."""
         prompt.prefill_started = time.perf_counter()
         self.num_prefills += 1
 
     def fail_load(self, prompt: PinnedPrompt) -> None:
-        """What a tier had of a prompt was worth nothing; it is computed, in the extent that it has."""
-        self._begin_computing(prompt)
+        """What a tier had of a prompt was worth nothing; it is computed, in the place that it has."""
+        self._enter(prompt, PromptState.COMPUTING)
 
     def end_load(self, prompt: PinnedPrompt) -> list[Sequence]:
         """A prompt is back on the device; returns the sequences that waited for it."""
         if prompt.payer is not None:
             prompt.payer.num_cache_write_tokens -= prompt.num_own_tokens
         prompt.sequence.num_computed_tokens = prompt.num_tokens
-        waiters = self.end_prefill()
+        waiters = self._end_wait(prompt)
         self._release_if_done(prompt)
         return waiters
 
     def end_save(self, prompt: PinnedPrompt) -> None:
-        """The extent of a prompt has been copied to the host."""
+        """The extents of a prompt have been copied to the host."""
         prompt.is_being_saved = False
         self._let_go(prompt)
 
-    def end_prefill(self) -> list[Sequence]:
-        """The last chunk of the prompt under computation is planned; returns the sequences that waited for it."""
-        prompt = self.computing
-        if prompt is None:
-            raise RuntimeError("no system prompt is being computed")
+    def end_prefill(self, prompt: PinnedPrompt) -> list[Sequence]:
+        """The last chunk of a prompt is planned; returns the sequences that waited for it."""
+        prompt.is_being_written = True
+        return self._end_wait(prompt)
+
+    def _end_wait(self, prompt: PinnedPrompt) -> list[Sequence]:
         self._enter(prompt, PromptState.PINNED)
         prompt.payer = None
         prompt.touch(self._clock())
@@ -807,20 +881,21 @@ class SystemPromptPool:
     def note_prefill(self, prompt: PinnedPrompt) -> None:
         """The last chunk of a prompt has run. Keeps how long its prefill took; a prompt that was removed meanwhile goes
         only now, since its blocks were being written."""
-        if not (prompt.doomed or prompt.is_being_saved):  # One that was declared anew meanwhile may be under way.
-            prompt.is_being_saved = self.tiers.save(prompt)
+        prompt.is_being_written = False
+        self._save(prompt)
         self._release_if_done(prompt)
         self.prefill_seconds.append(time.perf_counter() - prompt.prefill_started)
 
-    def refuse_pending(self) -> list[Sequence]:
-        """The first pending prompt finds no contiguous room. Its children continue its parent instead, its waiters
-        read its parent or nothing; returns those of them that need not wait any more."""
-        prompt = self._pending[0]
+    def refuse(self, prompt: PinnedPrompt) -> list[Sequence]:
+        """A pending prompt finds no room. Its children continue its parent instead, its waiters read its parent or
+        nothing; returns those of them that need not wait any more."""
         parent = prompt.parent
         for child in list(prompt.children):
-            self._promised_blocks -= child.num_blocks
-            child.follow(parent)
-            self._promised_blocks += child.num_blocks
+            if child.state == PromptState.PENDING:
+                self._promised_blocks -= child.num_blocks
+                self.tiers.drop(child)  # It has less of it than the child must hold now.
+                child.follow(parent)
+                self._promised_blocks += child.num_blocks
         waiters, prompt.waiters = prompt.waiters, []
         prompt.readers -= len(waiters)
         self.num_readers -= len(waiters)
@@ -832,12 +907,7 @@ class SystemPromptPool:
             self._note_refusal(prompt.token_ids, want, Outcome.BUSY, seq)
             if parent is not None:
                 self._attach(seq, parent)
-        prompt.payer = None
-        if prompt.pin != PinClass.HARD and self.tiers.is_on_host(prompt):
-            self._enter(prompt, PromptState.HOST)
-            self._release_if_done(prompt)
-        else:
-            self._forget(prompt)
+        self._drop_pending(prompt)
         return [seq for seq in waiters if not self.is_waiting(seq)]
 
     def check_integrity(self, readers: dict[str, int]) -> None:
@@ -848,30 +918,39 @@ class SystemPromptPool:
         """
         self.blocks.check_integrity()
         prompts = list(self._prompts.values())
-        extents = {p.id: p.extent for p in prompts if p.extent is not None}
+        extents = {p.id: p.extents for p in prompts if p.extents}
         assert extents == self.blocks.extents, (extents, self.blocks.extents)
         for p in prompts:
             assert p.readers == readers.get(p.id, 0), (p.id, p.readers, readers.get(p.id, 0))
             assert len(p.waiters) <= p.readers
-            assert (p.state == PromptState.PENDING) == (p in self._pending)
-            assert (p.state in (PromptState.PENDING, PromptState.HOST)) == (p.extent is None)
-            assert (p.state in (PromptState.COMPUTING, PromptState.LOADING)) == (p is self.computing)
-            assert p.state != PromptState.HOST or (self.tiers.is_on_host(p) and not p.is_held), p
+            for state, those in (
+                (PromptState.PENDING, self.pending),
+                (PromptState.COMPUTING, self.computing),
+                (PromptState.LOADING, self.loading),
+            ):
+                assert (p.state == state) == (p in those), (p, those)
+            assert (p.state in (PromptState.PENDING, PromptState.HOST)) == (not p.extents)
+            assert p.state != PromptState.HOST or (self.tiers.is_on_host(p) and self._may_wait_on_host(p)), p
             assert p.children == {c for c in prompts if c.parent is p}, (p, p.children)
-            assert p.depth <= MAX_CHAIN and p.num_blocks == self._blocks_of(p.num_own_tokens), p
+            assert p.depth <= MAX_DEPTH and p.num_blocks == self._blocks_of(p.num_own_tokens), p
+            assert not (p.on_probation and p.pin == PinClass.HARD), p
             if p.parent is not None:
                 assert self._prompts.get(p.parent.id) is p.parent, (p, "its parent is gone")
                 assert p.token_ids[: p.start] == p.parent.token_ids
                 assert self._may_extend(p.scope, p.parent.scope)
-                assert p.extent is None or p.parent.state == PromptState.PINNED, (p, p.parent)
+                assert not p.extents or p.parent.extents, (p, p.parent)
+                assert p.state != PromptState.PINNED or p.parent.state == PromptState.PINNED, (p, p.parent)
                 assert p.last_used <= p.parent.last_used
-            if p.extent is not None:
+                assert p.rank > p.parent.rank or not p.waiters, (p.rank, p.parent.rank)
+                assert p.on_probation or not p.parent.on_probation
+            if p.extents:
                 assert sum(e.num_tokens for e in p.prefix) == p.num_tokens, p.prefix
+                assert len(p.prefix) <= MAX_CHAIN
         self.tiers.check_integrity(self._prompts)
         assert {p.id for tree in self._trees.values() for p in tree} == set(self._prompts)
-        assert self._promised_blocks == sum(p.num_blocks for p in self._pending)
+        assert self._promised_blocks == sum(p.num_blocks for p in self.pending)
         assert self.num_readers == sum(readers.values()), (self.num_readers, readers)
-        assert self.pinned_tokens == sum(p.num_own_tokens for p in prompts if p.extent is not None)
+        assert self.pinned_tokens == sum(p.num_own_tokens for p in prompts if p.extents)
         assert set(readers) <= set(self._prompts), set(readers) - set(self._prompts)
 
 

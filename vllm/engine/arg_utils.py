@@ -69,11 +69,14 @@ _OTHER_BACKENDS = (
 # On an H100 twice 32 tokens for each of its 132 multiprocessors: tiles of matrix products then come out even. 262,144
 # tokens of prompts take 5.84 s, by steps of 8,192 tokens 5.95 s.
 _BATCHED_TOKENS = {"cpu": 512, "cuda": 8448}
-_CHUNK_TOKENS = {"cpu": 512, "cuda": 4096}
 
-# What a step copies between device and host for prompts that change tiers, so that no token comes much later for it:
-# some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.
+# What a decode step copies between device and host for prompts that change tiers, so that no token comes much later for
+# it: some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.
 _COPY_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+
+# Of the host's free memory: with it, two servers on one host do not take more than there is, and as much is left for
+# what reads weights and for the page cache.
+_HOST_SHARE = 0.4
 
 
 @dataclass
@@ -116,7 +119,7 @@ class EngineArgs:
     system_prompt_markers: SystemPromptMarkers = "soft"
     system_prompt_cache_dir: str | None = None
     system_prompt_cache_dir_gib: float = 20.0
-    system_prompt_host_cache_gib: float = 0.0
+    system_prompt_host_cache_gib: float | Literal["auto"] = "auto"
     tensor_parallel_size: int = 1
     device: str = "auto"
     attention_backend: str | None = None
@@ -205,7 +208,12 @@ class EngineArgs:
         )
         add("system_prompt_cache_dir", "Folder for snapshots of pinned prompts, which outlive a restart.")
         add("system_prompt_cache_dir_gib", "Most GiB that snapshots take; the longest unused go first.", type=float)
-        add("system_prompt_host_cache_gib", "Host memory for prompts that do not fit the pool's budget.", type=float)
+        add(
+            "system_prompt_host_cache_gib",
+            "Host memory for prompts that do not fit the pool's budget; auto takes, as it is used, up to 40 %% of what "
+            "is free beside a GPU, and none on a CPU.",
+            type=_gib_or_auto,
+        )
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
         add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
@@ -242,7 +250,6 @@ class EngineArgs:
             raise StartupError(
                 f"--max-num-batched-tokens ({batched}) must be at least --max-num-seqs ({self.max_num_seqs})."
             )
-        chunk = min(batched, _CHUNK_TOKENS[platform.device_type]) // self.block_size * self.block_size
         return VllmConfig(
             model=model,
             cache=CacheConfig(
@@ -260,10 +267,9 @@ class EngineArgs:
                 ttl=self.system_prompt_ttl,
                 private=self.system_prompt_private,
                 markers=self.system_prompt_markers,
-                chunk_tokens=max(self.block_size, chunk),
                 snapshot_dir=self.system_prompt_cache_dir,
                 snapshot_bytes=int(self.system_prompt_cache_dir_gib * 2**30),
-                host_bytes=int(self.system_prompt_host_cache_gib * 2**30),
+                host_bytes=self._host_bytes(platform),
                 copy_bytes=_COPY_BYTES[platform.device_type],
             ),
             scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),
@@ -346,6 +352,14 @@ class EngineArgs:
             )
         return asked
 
+    def _host_bytes(self, platform: Platform) -> int:
+        """Host memory for system prompts."""
+        if self.system_prompt_host_cache_gib != "auto":
+            return int(self.system_prompt_host_cache_gib * 2**30)
+        if platform.device_type == "cpu" or self.system_prompt_cache == "off":
+            return 0  # A CPU's KV cache is host memory itself.
+        return int(_HOST_SHARE * platform.available_host_memory_bytes())
+
     def _check_ranges(self) -> None:
         if self.block_size not in _BLOCK_SIZES:
             raise StartupError(f"--block-size must be a power of two up to {_BLOCK_SIZES[-1]}, got {self.block_size}.")
@@ -372,6 +386,8 @@ class EngineArgs:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
+            if value == "auto" and name == "system_prompt_host_cache_gib":
+                continue
             if value is not None and not low <= value <= high:
                 raise StartupError(f"--{name.replace('_', '-')} must be from {low} to {high}, got {value}.")
 
@@ -412,6 +428,13 @@ def _human_int(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 8192, 8k or 4G") from None
+
+
+def _gib_or_auto(text: str) -> float | Literal["auto"]:
+    try:
+        return "auto" if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number of GiB") from None
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class EngineCore:
             config.system_prompt,
             pinned,
             block_size,
-            on_release=lambda e: blocks.give_back(e.start, e.num_blocks),
+            on_release=blocks.give_back,
             bytes_per_block=self._bytes_per_block * config.parallel.tensor_parallel_size,
             tiers=self._tiers(),
         )
@@ -119,7 +119,7 @@ class EngineCore:
         # Parents before their children; otherwise what was used last comes first.
         for record in sorted(found, key=lambda r: len(r.token_ids)):
             if record.pin == "hard":
-                self.pool.restore(record)
+                self.scheduler.restore(record)
         while self.pool.has_prefill:
             self.step()
         if self.pool.num_prompts:
@@ -138,8 +138,8 @@ class EngineCore:
         ]
         for parent in sorted(parents, key=lambda r: len(r.token_ids)):
             self._to_restore.remove(parent)
-            self.pool.restore(parent)
-        self.pool.restore(record)
+            self.scheduler.restore(parent)
+        self.scheduler.restore(record)
 
     def _budget_blocks(self, num_blocks: int) -> int:
         pool = self.config.system_prompt
@@ -433,7 +433,7 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Ends the ranks. What has been computed for pinned prompts is saved first."""
-        while self.pool.tiers.has_work and not any(self.scheduler.unfinished()):
+        while self.pool.tiers.must_end and not any(self.scheduler.unfinished()):
             self.step()
         self._constraints.shutdown()
         self._masks.shutdown()

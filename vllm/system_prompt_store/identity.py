@@ -10,7 +10,7 @@ import msgspec
 
 from vllm.config import ModelConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings")
 _NOT_OF_THE_NETWORK = ("_name_or_path", "transformers_version", "architectures", *_ROPE_KEYS)
@@ -25,6 +25,7 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         adapter: Digest of the adapter that the KV was computed with; empty for none.
         dtype: Of the computation.
         kv_dtype: Of the K/V bytes.
+        arithmetic: Which of several ways to multiply the processor takes, where they round differently.
         layout: How the attention backend orders the bytes inside a block.
         num_layers, block_bytes, block_size: Shape of one rank's K (or V): bytes of a block in a layer, tokens in it.
         rank, num_ranks: Which share of the KV heads it is.
@@ -39,6 +40,7 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     adapter: str
     dtype: str
     kv_dtype: str
+    arithmetic: str
     layout: str
     num_layers: int
     block_bytes: int
@@ -60,6 +62,7 @@ def snapshot_identity(
     model: ModelConfig,
     *,
     kv_dtype: str,
+    arithmetic: str,
     layout: str,
     block_size: int,
     block_bytes: int,
@@ -81,6 +84,7 @@ def snapshot_identity(
         adapter="",
         dtype=model.dtype,
         kv_dtype=kv_dtype,
+        arithmetic=arithmetic,
         layout=layout,
         num_layers=model.num_layers,
         block_bytes=block_bytes,

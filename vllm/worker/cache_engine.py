@@ -34,7 +34,8 @@ class PinnedBlockPool:
 
     Nothing is pinned at start and nothing is held back. The wall is the lowest pinned block: it falls when an extent is
     placed under it and rises when its lowest extent is released. Holes between extents are schedulable like the
-    blocks under the wall, so no memory is ever lost to them; a new extent first looks for a hole that fits.
+    blocks under the wall, so no memory is ever lost to them; a new extent first looks for a hole that fits. Where there
+    is none, and no room under the wall either, its owner gets several.
 
     Args:
         num_blocks: Blocks in the KV cache.
@@ -47,14 +48,14 @@ class PinnedBlockPool:
         self._most_blocks = max(0, num_blocks - floor_blocks)
         self.budget_blocks = min(budget_blocks, self._most_blocks)
         self.pinned_blocks = 0
-        self._extents: dict[str, Extent] = {}
+        self._extents: dict[str, tuple[Extent, ...]] = {}
 
     @property
     def wall(self) -> int:
-        return min((e.start for e in self._extents.values()), default=self.num_blocks)
+        return min((e.start for e in chain.from_iterable(self._extents.values())), default=self.num_blocks)
 
     @property
-    def extents(self) -> dict[str, Extent]:
+    def extents(self) -> dict[str, tuple[Extent, ...]]:
         """Pinned extents by owner."""
         return dict(self._extents)
 
@@ -71,49 +72,74 @@ class PinnedBlockPool:
 
         Returns None when the budget has no room, or no contiguous room is left.
         """
-        if not self.fits(num_blocks):
-            return None
-        ordered = sorted(self._extents.values())
-        best: Extent | None = None
-        for below, above in pairwise([*ordered, Extent(self.num_blocks, 0)]):
-            hole = Extent(below.end, above.start - below.end)
-            if num_blocks <= hole.num_blocks and (best is None or hole.num_blocks < best.num_blocks):
-                best = hole
-        if best is not None:
-            return best.end - num_blocks
-        start = self.wall - num_blocks
-        return start if start >= 0 else None
+        found = self.find_room(num_blocks, 1)
+        return None if found is None else found[0].start
 
-    def pin(self, owner: str, start: int, num_blocks: int) -> Extent:
-        """Marks blocks as the extent of `owner`; the caller has emptied them.
+    def find_room(self, num_blocks: int, max_extents: int) -> tuple[Extent, ...] | None:
+        """The place for `num_blocks`: one extent if there is contiguous room, else the fewest that hold them.
+
+        Returns None when the budget has no room, or when it would take more than `max_extents`.
+        """
+        if not self.fits(num_blocks) or max_extents < 1:
+            return None
+        holes = self._holes()
+        under_wall = holes.pop(0)
+        fitting = [hole for hole in holes if num_blocks <= hole.num_blocks]
+        if fitting or num_blocks <= under_wall.num_blocks:
+            best = min(fitting, key=lambda hole: hole.num_blocks, default=under_wall)
+            return (Extent(best.end - num_blocks, num_blocks),)
+        found: list[Extent] = []
+        left = num_blocks
+        for hole in sorted([*holes, under_wall], key=lambda hole: -hole.num_blocks):
+            size = min(left, hole.num_blocks)
+            if size and len(found) < max_extents:
+                found.append(Extent(hole.end - size, size))
+                left -= size
+        return None if left else tuple(found)
+
+    def _holes(self) -> list[Extent]:
+        """What is not pinned: the room under the wall, perhaps empty, then the holes over it."""
+        end, holes = 0, list[Extent]()
+        for extent in [*sorted(chain.from_iterable(self._extents.values())), Extent(self.num_blocks, 0)]:
+            if extent.start > end or not holes:
+                holes.append(Extent(end, extent.start - end))
+            end = extent.end
+        return holes
+
+    def pin(self, owner: str, extents: tuple[Extent, ...]) -> None:
+        """Marks blocks as the extents of `owner`; the caller has emptied them.
 
         Raises:
-            ValueError: over budget, out of range, overlapping another extent, or the owner has one already.
+            ValueError: over budget, out of range, overlapping another extent, or the owner has some already.
         """
-        extent = Extent(start, num_blocks)
         if owner in self._extents:
             raise ValueError(f"{owner} is pinned already")
-        if num_blocks < 1 or start < 0 or extent.end > self.num_blocks or not self.fits(num_blocks):
-            raise ValueError(f"blocks {start}..{extent.end} cannot be pinned")
-        if any(e.start < extent.end and start < e.end for e in self._extents.values()):
-            raise ValueError(f"blocks {start}..{extent.end} overlap a pinned extent")
-        self._extents[owner] = extent
+        num_blocks = sum(e.num_blocks for e in extents)
+        if not extents or not self.fits(num_blocks):
+            raise ValueError(
+                f"{num_blocks} blocks cannot be pinned: {self.budget_blocks - self.pinned_blocks} are left"
+            )
+        if any(e.num_blocks < 1 or e.start < 0 or e.end > self.num_blocks for e in extents):
+            raise ValueError(f"{extents} cannot be pinned: there are {self.num_blocks} blocks")
+        for a, b in pairwise(sorted([*chain.from_iterable(self._extents.values()), *extents])):
+            if b.start < a.end:
+                raise ValueError(f"{a} and {b} overlap: one is a pinned extent")
+        self._extents[owner] = extents
         self.pinned_blocks += num_blocks
-        return extent
 
-    def unpin(self, owner: str) -> Extent:
-        """Ends the pin of `owner` and returns its blocks, which are schedulable again.
+    def unpin(self, owner: str) -> tuple[Extent, ...]:
+        """Ends the pin of `owner` and returns its extents, whose blocks are schedulable again.
 
         Raises:
             KeyError: the owner has no extent.
         """
-        extent = self._extents.pop(owner)
-        self.pinned_blocks -= extent.num_blocks
-        return extent
+        extents = self._extents.pop(owner)
+        self.pinned_blocks -= sum(e.num_blocks for e in extents)
+        return extents
 
     def check_integrity(self) -> None:
         """Raises AssertionError with numbers when the books do not add up."""
-        ordered = sorted(self._extents.values())
+        ordered = sorted(chain.from_iterable(self._extents.values()))
         assert sum(e.num_blocks for e in ordered) == self.pinned_blocks, (ordered, self.pinned_blocks)
         assert self.pinned_blocks <= self.budget_blocks, (self.pinned_blocks, self.budget_blocks)
         for a, b in pairwise(ordered):
@@ -127,9 +153,6 @@ class HasRow(Protocol):
     @property
     def row(self) -> int: ...
 
-    @property
-    def is_system_prompt(self) -> bool: ...
-
 
 class CacheEngine:
     """K and V tensors of a rank, and the block tables of the sequences that run on it.
@@ -139,7 +162,7 @@ class CacheEngine:
 
     Args:
         num_layers, num_blocks, block_size, num_kv_heads, head_dim: Shape.
-        max_num_seqs: Rows of `block_tables`.
+        max_num_seqs: Rows of `block_tables`, those for system prompts included.
         max_blocks_per_seq: Columns of `block_tables`.
         dtype, device: Of the K/V tensors.
     """
@@ -250,10 +273,6 @@ class CacheEngine:
                 cache[slots].zero_()
 
     def free(self, seq: HasRow) -> None:
-        """Forgets the block table of a sequence that no longer runs.
-
-        Does nothing for a system prompt: its KV is an extent, read by others, and ends only when it is unpinned.
-        """
-        if seq.is_system_prompt:
-            return
+        """Forgets the block table of a sequence that no longer runs. Of a system prompt, too, that is all that ends:
+        its KV lies in extents, read by others, which only their unpinning ends."""
         self._num_blocks_of_row[seq.row] = 0

@@ -19,11 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
-from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotOutcome, SnapshotStore
 from vllm.worker.cache_engine import CacheEngine
+from vllm.worker.host_arena import HostArena
 
 logger = init_logger(__name__)
 
@@ -36,11 +36,11 @@ class ExtentTransfers:
 
     Args:
         cache: The KV memory that extents lie in.
-        host_blocks: Blocks of the host tier; its memory is taken now.
+        host_blocks: Blocks of the host tier; its memory is taken as it is used.
         store: Snapshots of this rank; None where none are kept.
 
     Raises:
-        StartupError: the host tier does not fit in memory.
+        StartupError: there cannot be a host tier of this size.
     """
 
     def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
@@ -48,7 +48,7 @@ class ExtentTransfers:
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
         self._block_bytes = self._caches[0].shape[1]
         self._on_gpu = caches[0].device.type == "cuda"
-        self._arena = self._take_host_memory(host_blocks)
+        self._arena = HostArena(host_blocks * len(caches) * self._block_bytes, caches[0].device)
         self._own: dict[str, torch.Tensor] = {}
         self._store = store
         self._stream: torch.cuda.Stream | None = None
@@ -59,22 +59,16 @@ class ExtentTransfers:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots", initializer=_give_way)
         self._running: deque[tuple[SnapshotJob, Future[str]]] = deque()
 
-    def _take_host_memory(self, num_blocks: int) -> torch.Tensor:
-        num_bytes = num_blocks * len(self._caches) * self._block_bytes
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
-        except (MemoryError, RuntimeError) as error:
-            raise StartupError(
-                f"--system-prompt-host-cache-gib: {num_bytes / 2**30:.1f} GiB of host memory cannot be had: "
-                f"{str(error).splitlines()[0]}"
-            ) from None
-
-    def begin(self, plan: StepPlan) -> None:
-        """Starts what a plan says; the blocks that it moves are in their places already."""
+    def join(self) -> None:
+        """What is put on the device from now on runs after the copies of the plans so far: it may read what they have
+        written, and write what they have read."""
         if self._copied is not None and self._to_follow:
-            # From here on, steps see what the copies of the step before have written.
             self._copied.wait()
             self._to_follow = False
+
+    def begin(self, plan: StepPlan) -> None:
+        """Starts what a plan says, beside its batch; its blocks are in their places already, and `join` has been
+        called."""
         for image in plan.dropped:
             self._own.pop(image.prompt_id, None)
         if plan.transfers:
@@ -96,15 +90,17 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            for layer, there in _slice_of(transfer, len(self._caches)):
-                here = slice(transfer.start_block + there.start, transfer.start_block + there.stop)
+            for layer, there, here in _pieces_of(transfer, len(self._caches)):
                 on_host, on_device = image[layer, there], self._caches[layer][here]
                 source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
-                if self._on_gpu:
-                    target.copy_(source, non_blocking=True)
-                else:
+                if not self._on_gpu:
                     # A slice is small: waking torch's threads for it costs more than copying it.
                     np.copyto(target.numpy(), source.numpy())
+                elif transfer.image.start is None:
+                    target.copy_(source, non_blocking=True)
+                else:
+                    for part in self._arena.parts_of(on_host):
+                        target.view(-1)[part].copy_(source.view(-1)[part], non_blocking=True)
 
     def _image(self, image: HostImage) -> torch.Tensor:
         shape = (len(self._caches), image.num_blocks, self._block_bytes)
@@ -113,7 +109,7 @@ class ExtentTransfers:
                 self._own[image.prompt_id] = torch.empty(shape, dtype=torch.uint8)
             return self._own[image.prompt_id]
         block = len(self._caches) * self._block_bytes
-        return self._arena[image.start * block : (image.start + image.num_blocks) * block].view(shape)
+        return self._arena.tensor[image.start * block : (image.start + image.num_blocks) * block].view(shape)
 
     # Snapshots -------------------------------------------------------------------------------------------------
 
@@ -125,15 +121,14 @@ class ExtentTransfers:
         if job.image is None:
             return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
         array = self._image(job.image).numpy()
-        if job.op == "load":
-            return lambda: store.read(record, array)
 
-        def write() -> str:
+        def work() -> str:
+            # Copies that fill what is written, or that still read what was in this memory before.
             if self._copied is not None:
                 self._copied.synchronize()
-            return store.write(record, array)
+            return store.read(record, array) if job.op == "load" else store.write(record, array)
 
-        return write
+        return work
 
     def ended_jobs(self, patience_s: float = 0.0) -> list[EndedJob]:
         """Jobs that have ended, in their order; waits up to `patience_s` for the first one."""
@@ -150,12 +145,15 @@ class ExtentTransfers:
         return ended
 
     def close(self) -> None:
-        """Waits until every job has ended."""
+        """Waits until every copy and every job has ended."""
+        if self._stream is not None:
+            self._stream.synchronize()
         self._thread.shutdown(wait=True)
+        self._arena.close()
 
 
-def _slice_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice]]:
-    """What of an image a copy is of: layers, and blocks in them.
+def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice, slice]]:
+    """What a copy is of: layers, blocks of the image in them, and the blocks of the device that these are.
 
     Copies carry whole layers one after the other, as many bytes as their blocks take in all layers. So each lies in one
     piece in the image: where memory is used for the first time, that costs by the piece that the system hands out, and
@@ -166,8 +164,13 @@ def _slice_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slic
     while row < end:
         layer, block = divmod(row, num_blocks)
         stop = min(num_blocks, block + end - row)
-        yield layer, slice(block, stop)
         row += stop - block
+        before = 0
+        for start, size in transfer.extents:
+            first, last = max(block, before), min(stop, before + size)
+            if first < last:
+                yield layer, slice(first, last), slice(start + first - before, start + last - before)
+            before += size
 
 
 def _give_way() -> None:

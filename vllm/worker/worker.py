@@ -13,6 +13,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
+from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.model_loader.load import load_model
 from vllm.platforms import current_platform
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
@@ -178,6 +179,7 @@ class Worker:
             identity = snapshot_identity(
                 model,
                 kv_dtype=model.dtype,
+                arithmetic=self._arithmetic(),
                 layout=self.backend.kv_layout,
                 block_size=self.config.cache.block_size,
                 block_bytes=self.bytes_per_block // (2 * model.num_layers),
@@ -187,6 +189,12 @@ class Worker:
             store = SnapshotStore(Path(tiers.snapshot_dir).expanduser() / "snapshots", identity, tiers.snapshot_bytes)
             self._snapshots = store.scan()
         return ExtentTransfers(kv, host_blocks, store)
+
+    def _arithmetic(self) -> str:
+        """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
+        is measured at each start, and need not be the same one."""
+        narrow = self.dtype != torch.float32 or self.config.model.quantization is not None
+        return str(cpu_kernels.arithmetic()) if narrow and isinstance(self.backend, CpuAttentionBackend) else ""
 
     def snapshots(self) -> list[SnapshotRecord]:
         """What this rank has on disk, the last used first."""
@@ -204,6 +212,8 @@ class Worker:
         if self.runner is None or self.transfers is None:
             raise RuntimeError("initialize_cache() has not been called")
         transfers, patience = self.transfers, plan.job_patience_s
+        # Copies of the step before run beside it; nothing of this one may come before they are done.
+        transfers.join()
         self.runner.apply(plan)
         transfers.begin(plan)
         draw = self.runner.run(plan)

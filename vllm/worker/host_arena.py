@@ -1,0 +1,103 @@
+"""Host memory for copies of extents, taken as it is used.
+
+The range of addresses is there from the start, its pages come with their first use. Copies from and to a GPU only run
+beside its work, and at the speed of its link, where the memory is page-locked. That takes about as long as filling it,
+so a thread locks slab after slab, a little ahead of what is used.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from vllm.exceptions import StartupError
+from vllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+# Some 50 ms of zeroing and locking: what a step may wait for a slab that is not ready yet.
+_SLAB = 256 << 20
+# Slabs locked ahead: a prompt of 8,192 tokens of Llama-3.1-8B.
+_AHEAD = 4
+
+
+class HostArena:
+    """One array of bytes on the host.
+
+    Args:
+        num_bytes: Its size.
+        device: Whose copies it serves; memory is page-locked for a GPU only.
+
+    Attributes:
+        tensor: The bytes; uint8 [num_bytes].
+
+    Raises:
+        StartupError: the system does not give so many addresses.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._device = device
+        self._slabs: dict[int, Future[bool]] = {}
+        self._thread: ThreadPoolExecutor | None = None
+        if not num_bytes:
+            self.tensor = torch.empty(0, dtype=torch.uint8)
+            return
+        try:
+            memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError, OverflowError) as error:
+            raise StartupError(
+                f"--system-prompt-host-cache-gib: {num_bytes / 2**30:.1f} GiB of host memory cannot be had: {error}"
+            ) from None
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        if device.type == "cuda":
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="host-memory")
+
+    def parts_of(self, view: torch.Tensor) -> Iterator[slice]:
+        """Makes a contiguous part of the arena ready to be copied from or to, perhaps waiting for that. Returns the
+        parts of it that lie in one slab each, in bytes: a copy must not cross from one to the next, since they are
+        locked one by one."""
+        start = int(view.storage_offset())
+        first, end = start, start + view.numel()
+        while first < end:
+            slab = first // _SLAB
+            self._prepare(slab)
+            stop = min(end, (slab + 1) * _SLAB)
+            yield slice(first - start, stop - start)
+            first = stop
+
+    def _prepare(self, slab: int) -> None:
+        if self._thread is None:
+            return
+        for ahead in range(slab, max(-1, slab - _AHEAD), -1):  # The tier is filled from its end on.
+            if ahead not in self._slabs:
+                self._slabs[ahead] = self._thread.submit(self._lock, ahead)
+        self._slabs[slab].result()
+
+    def _lock(self, slab: int) -> bool:
+        """Page-locks a slab; without that, its copies are slower and hold up the steps, but right."""
+        first, end = slab * _SLAB, min((slab + 1) * _SLAB, len(self.tensor))
+        with torch.cuda.device(self._device):
+            error = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr() + first, end - first, 0))
+        if error:
+            logger.warning(
+                "%d MiB of host memory for system prompts cannot be page-locked (CUDA error %d); copies from and to it "
+                "are slow. A limit on locked memory (ulimit -l) may be the reason.",
+                (end - first) >> 20,
+                error,
+            )
+        return not error
+
+    def close(self) -> None:
+        """Gives page-locked memory back; no copy may be under way."""
+        if self._thread is None:
+            return
+        self._thread.shutdown(wait=True)
+        for slab, locked in self._slabs.items():
+            if locked.result():
+                torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr() + slab * _SLAB)
+        self._slabs = {}
