@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from vllm.engine.mailbox import Mailbox
-from vllm.outputs import CompletionOutput, Logprob, RequestOutput
+from vllm.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind
 
 
@@ -57,3 +58,55 @@ def test_an_error_comes_after_the_news_before_it() -> None:
             await box.take()
 
     asyncio.run(go())
+
+
+class Counted(CompletionOutput):
+    """An output that counts the characters and items that anybody reads from it."""
+
+    work = 0
+
+    @property
+    def text(self) -> str:
+        Counted.work += len(self._text)
+        return self._text
+
+    @text.setter
+    def text(self, value: str) -> None:
+        self._text = value
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        Counted.work += len(self._token_ids)
+        return self._token_ids
+
+    @token_ids.setter
+    def token_ids(self, value: Sequence[int]) -> None:
+        self._token_ids = value
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs] | None:
+        Counted.work += len(self._logprobs or ())
+        return self._logprobs
+
+    @logprobs.setter
+    def logprobs(self, value: list[TokenLogprobs] | None) -> None:
+        self._logprobs = value
+
+
+def test_deltas_that_wait_cost_as_much_as_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    count, num_outputs = 2000, 3
+    monkeypatch.setattr(Counted, "work", 0)
+
+    async def go() -> RequestOutput:
+        box = Mailbox(RequestOutputKind.DELTA)
+        for i in range(count):
+            output = Counted(i % num_outputs, "ab", [i], None, [{i: Logprob(-1.0)}])
+            box.put(RequestOutput("r", None, [1], [output], i == count - 1))
+        return await box.take()
+
+    taken = asyncio.run(go())
+    read = Counted.work
+    assert [o.text for o in taken.outputs] == ["ab" * len(range(i, count, num_outputs)) for i in range(num_outputs)]
+    assert [list(o.token_ids) for o in taken.outputs] == [[*range(i, count, num_outputs)] for i in range(num_outputs)]
+    # Two characters, a token and its log-probability each, looked at a few times.
+    assert read <= 4 * (4 * count)

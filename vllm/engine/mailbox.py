@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
-from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind
 
 
@@ -21,6 +22,7 @@ class Mailbox:
     def __init__(self, kind: RequestOutputKind) -> None:
         self._joins = kind == RequestOutputKind.DELTA
         self._news: RequestOutput | None = None
+        self._joined: JoinedDeltas | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -29,7 +31,9 @@ class Mailbox:
         if isinstance(news, Exception):
             self._error = news
         elif self._news is not None and self._joins:
-            join_deltas(self._news, news)
+            if self._joined is None:
+                self._joined = JoinedDeltas(self._news)
+            self._joined.add(news)
         else:
             self._news = news
         if self._waiter is not None and not self._waiter.done():
@@ -39,33 +43,51 @@ class Mailbox:
         """Waits for news, on behalf of the one reader. Raises the error that ended the request."""
         while True:
             news, self._news = self._news, None
+            joined, self._joined = self._joined, None
             if news is not None:
-                return news
+                return news if joined is None else joined.output()
             if self._error is not None:
                 raise self._error
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
 
-def join_deltas(first: RequestOutput, later: RequestOutput) -> None:
-    """Appends the later deltas of a request to the first ones."""
-    for delta in later.outputs:
-        known = next((out for out in first.outputs if out.index == delta.index), None)
-        if known is None:
-            first.outputs.append(delta)
-        else:
-            _join(known, delta)
-    first.finished = later.finished
-    first.metrics = later.metrics
-    first.num_cached_tokens = later.num_cached_tokens
-    first.num_cache_write_tokens = later.num_cache_write_tokens
-    first.prompt_logprobs = later.prompt_logprobs
+class JoinedDeltas:
+    """Deltas of one request as one. Each is copied once when it comes and once when all are taken, however many wait."""
+
+    def __init__(self, first: RequestOutput) -> None:
+        self._latest = first
+        self._outputs: dict[int, _JoinedOutput] = {}
+        self.add(first)
+
+    def add(self, later: RequestOutput) -> None:
+        """Appends what comes after all that has been added."""
+        self._latest = later
+        for delta in later.outputs:
+            known = self._outputs.get(delta.index)
+            if known is None:
+                self._outputs[delta.index] = _JoinedOutput(delta)
+            else:
+                known.add(delta)
+
+    def output(self) -> RequestOutput:
+        """All that was added; an output of the request has its place by its first delta."""
+        return replace(self._latest, outputs=[joined.output() for joined in self._outputs.values()])
 
 
-def _join(first: CompletionOutput, later: CompletionOutput) -> None:
-    first.text += later.text
-    first.token_ids = [*first.token_ids, *later.token_ids]
-    if first.logprobs is not None and later.logprobs is not None:
-        first.logprobs = [*first.logprobs, *later.logprobs]
-    first.cumulative_logprob = later.cumulative_logprob
-    first.finish_reason, first.stop_reason = later.finish_reason, later.stop_reason
+class _JoinedOutput:
+    def __init__(self, first: CompletionOutput) -> None:
+        self._latest = first
+        self._texts = [first.text]
+        self._token_ids = list(first.token_ids)
+        self._logprobs: list[TokenLogprobs] | None = None if first.logprobs is None else list(first.logprobs)
+
+    def add(self, later: CompletionOutput) -> None:
+        self._latest = later
+        self._texts.append(later.text)
+        self._token_ids += later.token_ids
+        if self._logprobs is not None and later.logprobs is not None:
+            self._logprobs += later.logprobs
+
+    def output(self) -> CompletionOutput:
+        return replace(self._latest, text="".join(self._texts), token_ids=self._token_ids, logprobs=self._logprobs)
