@@ -173,9 +173,9 @@ def engine(steps_per_s: float, times: Path) -> None:
     import msgspec
     import zmq
 
-    from vllm.engine.core_process import CoreProcessArgs
     from vllm.engine.messages import (
         AbortRequests,
+        CoreProcessArgs,
         EngineInput,
         EngineOutput,
         EngineReady,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SystemPromptMode = Literal["auto", "declared", "off"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 SystemPromptMarkers = Literal["off", "soft", "hard"]
 
 
@@ -137,15 +138,19 @@ class SystemPromptConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of one step.
+    """Limits of one step, and who comes first.
 
     Attributes:
         max_num_seqs: Most sequences that run together.
         max_num_batched_tokens: Most tokens computed in one step.
+        policy: `fcfs` serves requests in the order in which they come, `priority` those of the lowest number first.
+        max_num_queued_reqs: Most outputs that wait or run before the server turns requests away; None for no limit.
     """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    policy: SchedulingPolicy = "fcfs"
+    max_num_queued_reqs: int | None = None
 
 
 @dataclass(frozen=True)

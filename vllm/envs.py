@@ -38,6 +38,12 @@ def engine_ready_timeout_s() -> int:
     return int(_number("VLLM_ENGINE_READY_TIMEOUT_S", "600", at_least=1))
 
 
+def execute_model_timeout_s() -> int:
+    """Seconds that the engine may have work and finish no step before `/health` says so
+    (`VLLM_EXECUTE_MODEL_TIMEOUT_S`), at least 1."""
+    return int(_number("VLLM_EXECUTE_MODEL_TIMEOUT_S", "300", at_least=1))
+
+
 def cpu_kvcache_space_gib() -> float | None:
     """`VLLM_CPU_KVCACHE_SPACE` in GiB; None or 0 lets the engine choose."""
     return _number("VLLM_CPU_KVCACHE_SPACE", "0") or None

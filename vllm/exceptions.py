@@ -33,3 +33,18 @@ class EngineDeadError(RuntimeError):
         advice = "it is being started again, try again soon" if restarts else "restart the server"
         super().__init__(f"The engine process has ended; {advice}.")
         self.restarts = restarts
+
+
+class EngineStalledError(RuntimeError):
+    """The engine has work and does not get on with it; it may yet.
+
+    Args:
+        seconds: How long it has finished no step.
+        limit: How long that may be.
+    """
+
+    def __init__(self, seconds: float, limit: float) -> None:
+        super().__init__(
+            f"The engine has work and has finished no step for {seconds:.0f} s; more than {limit:g} s are too long "
+            "(VLLM_EXECUTE_MODEL_TIMEOUT_S)."
+        )

@@ -89,6 +89,9 @@ class ExtentCopy:
     to_host: bool
 
 
+SnapshotOp = Literal["load", "save", "update", "delete"]
+
+
 @dataclass(frozen=True)
 class SnapshotJob:
     """Work on a snapshot in the background of the steps; its end is told by `StepResult.ended_jobs`.
@@ -97,7 +100,7 @@ class SnapshotJob:
         image: Where K and V are loaded to or saved from; None for the other kinds.
     """
 
-    op: Literal["load", "save", "update", "delete"]
+    op: SnapshotOp
     record: SnapshotRecord
     image: HostImage | None = None
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from vllm.core.pinned_prompt import PinClass, PinnedPrompt
-from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
+from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, SnapshotOp, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
@@ -293,9 +293,7 @@ class PromptTiers:
             self.delete_snapshot(prompt)
         self.drop(prompt)
 
-    def _begin_job(
-        self, op: Literal["load", "save", "update", "delete"], record: SnapshotRecord, image: _Image | None = None
-    ) -> None:
+    def _begin_job(self, op: SnapshotOp, record: SnapshotRecord, image: _Image | None = None) -> None:
         job = SnapshotJob(op, record, image.place if image is not None else None)
         self._jobs.append(job)
         self._under_way.append(job)

@@ -19,6 +19,7 @@ from vllm.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SchedulingPolicy,
     SystemPromptConfig,
     SystemPromptMarkers,
     SystemPromptMode,
@@ -110,6 +111,8 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    max_num_queued_reqs: int | None = None
+    scheduling_policy: SchedulingPolicy = "fcfs"
     system_prompt_cache: SystemPromptMode = "auto"
     system_prompt_cache_tokens: int | None = None
     system_prompt_cache_fraction: float = 0.5
@@ -193,6 +196,17 @@ class EngineArgs:
         add = adder("scheduler")
         add("max_num_seqs", "Most sequences that run together.", type=int)
         add("max_num_batched_tokens", "Most tokens computed in a step.", type=_human_int)
+        add(
+            "max_num_queued_reqs",
+            "Most requests that wait or run, each of its n outputs counted; what comes beyond is answered 503. "
+            "No limit if not given.",
+            type=_human_int,
+        )
+        add(
+            "scheduling_policy",
+            "fcfs: first come first served, whatever a request's priority; priority: lowest priority first.",
+            choices=_choices("scheduling_policy"),
+        )
         add = adder("system prompts")
         add("system_prompt_cache", "auto pins every system prompt, declared only added ones.", choices=_choices("mode"))
         add("system_prompt_cache_tokens", "Most tokens pinned together; wins over the fraction.", type=_human_int)
@@ -272,7 +286,12 @@ class EngineArgs:
                 host_bytes=self._host_bytes(platform),
                 copy_bytes=_COPY_BYTES[platform.device_type],
             ),
-            scheduler=SchedulerConfig(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=batched),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=batched,
+                policy=self.scheduling_policy,
+                max_num_queued_reqs=self.max_num_queued_reqs,
+            ),
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
             device=platform.device_type,
             attention_backend=_attention_backend(self.attention_backend) or platform.attention_backend(),
@@ -367,6 +386,8 @@ class EngineArgs:
             raise StartupError(
                 f"--tensor-parallel-size {self.tensor_parallel_size} is not supported in this version; only 1 is."
             )
+        if self.scheduling_policy not in _choices("scheduling_policy"):
+            raise StartupError(f"--scheduling-policy must be fcfs or priority, got {self.scheduling_policy}.")
         if self.dtype not in _DTYPES:
             raise StartupError(f"--dtype must be one of {', '.join(_DTYPES)}, got {self.dtype}.")
         limits: dict[str, tuple[float, float]] = {
@@ -376,6 +397,7 @@ class EngineArgs:
             "kv_cache_memory_bytes": (1, 2**60),
             "max_num_seqs": (1, _MAX_SEQS),
             "max_num_batched_tokens": (1, 2**31 - 1),
+            "max_num_queued_reqs": (1, 2**31 - 1),
             "system_prompt_cache_tokens": (0, 2**40),
             "system_prompt_cache_fraction": (0.0, 1.0),
             "system_prompt_min_tokens": (1, 2**31 - 1),
@@ -408,7 +430,11 @@ def _attention_backend(name: str | None) -> str | None:
 
 
 def _choices(name: str) -> tuple[str, ...]:
-    return {"load_format": ("auto", "gguf", "safetensors", "dummy"), "mode": ("auto", "declared", "off")}[name]
+    return {
+        "load_format": ("auto", "gguf", "safetensors", "dummy"),
+        "mode": ("auto", "declared", "off"),
+        "scheduling_policy": ("fcfs", "priority"),
+    }[name]
 
 
 def _quantization(name: str | None) -> Literal["int8_cpu"] | None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 import zmq
@@ -23,39 +21,43 @@ from transformers import PreTrainedTokenizerFast
 
 from vllm import envs
 from vllm.config import VllmConfig
+from vllm.engine.admission import Admission
 from vllm.engine.arg_utils import EngineArgs
-from vllm.engine.core_process import CoreProcessArgs
-from vllm.engine.engine_core import PinName
-from vllm.engine.input_processor import InputProcessor, ProcessedPrompt
+from vllm.engine.calls import MAX_BUDGET_TOKENS, PinName, PinOptions, PromptChanges, check_prompt_id
+from vllm.engine.core_client import CoreClient
+from vllm.engine.input_processor import InputProcessor, ProcessedPrompt, check_sampling_params
 from vllm.engine.mailbox import Mailbox
 from vllm.engine.messages import (
     AbortRequests,
+    CoreProcessArgs,
     EngineInput,
-    EngineReady,
     EngineStats,
     StepOutputs,
     UtilityCall,
-    to_wire,
 )
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.output_processor import OutputProcessor, SearchCount
 from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
 from vllm.engine.varying_prompts import log_varying_prompts
+from vllm.engine.watchdog import Watchdog
 from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType, TokensPrompt
 from vllm.logger import init_logger
 from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
-from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams, check_int
 from vllm.structured_output.compiler import ConstraintCompiler
 from vllm.structured_output.constraint import CompiledConstraint
 from vllm.transformers_utils.chat_template import ChatRenderer, RenderedChat
 from vllm.transformers_utils.tokenizer import load_tokenizer
 
 logger = init_logger(__name__)
+_T = TypeVar("_T")
 
 _RENDER_THREADS = 2
 _STOP_GRACE_S = 5.0
+# A process that was killed may take its time to give memory back.
+_END_GRACE_S = 30.0
 
 
 class AsyncLLMEngine:
@@ -88,23 +90,24 @@ class AsyncLLMEngine:
         self.input_processor = InputProcessor(model, self.tokenizer, self.renderer)
         self._compiler = ConstraintCompiler(model)
         self.stats = EngineStats()
+        self._watchdog = Watchdog(envs.execute_model_timeout_s())
         self._dead: EngineDeadError | None = None
         self._closed = False
+        self._is_sleeping = False
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._call_ids = itertools.count()
-        self._kept: dict[str, tuple[list[int], dict[str, Any]]] = {}
+        self._kept: dict[str, tuple[list[int], PinOptions]] = {}
         self._reader: asyncio.Task[None] | None = None
         self._stats_log: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=to_wire)
         self._threads = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="render")
         # Only this user may enter the folder, so only this user's processes can reach the sockets.
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
         self._context = zmq.asyncio.Context()
-        self._open()
+        self._client = self._open()
         try:
-            ready = self._wait_until_ready()
+            ready = self._client.wait_until_ready(lambda: self._closed)
         except BaseException:
             self.shutdown()
             raise
@@ -112,6 +115,11 @@ class AsyncLLMEngine:
         self.pool_budget_tokens = ready.pool_budget_tokens
         self.metrics = EngineMetrics(self.vllm_config, ready.num_blocks)
         self._processor = OutputProcessor(self.tokenizer, self.metrics)
+        self._admission = Admission(
+            self.vllm_config.scheduler.max_num_queued_reqs,
+            lambda: self._processor.num_outputs,
+            self.metrics.on_refusal,
+        )
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs, max_restarts: int = 0) -> AsyncLLMEngine:
@@ -123,85 +131,48 @@ class AsyncLLMEngine:
 
     # The process -----------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Sockets of their own for each process: what was meant for one that has died never reaches the next."""
+    def _open(self) -> CoreClient:
         self._incarnation += 1
-        self._inputs = self._socket(zmq.PUSH, "in")
-        self._outputs = self._socket(zmq.PULL, "out")
-        self._process = self._start(self._args)
 
-    def _close(self) -> None:
-        self._inputs.close()
-        self._outputs.close()
+        def make_args(input_address: str, output_address: str) -> CoreProcessArgs:
+            return CoreProcessArgs(self._args, input_address, output_address)
 
-    def _socket(self, kind: int, name: str) -> zmq.asyncio.Socket:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.RCVHWM, 0)
-        socket.bind(self._address(name))
-        return socket
-
-    def _address(self, name: str) -> str:
-        return f"ipc://{Path(self._folder.name) / f'{name}{self._incarnation}'}"
-
-    def _start(self, args: EngineArgs) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            self.process_command,
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-        )
-        handed_over = CoreProcessArgs(args, self._address("in"), self._address("out"))
-        if process.stdin is None:
-            raise RuntimeError("the engine process has no standard input")
-        process.stdin.write(msgspec.json.encode(handed_over) + b"\n")
-        process.stdin.flush()
-        return process
-
-    def _wait_until_ready(self) -> EngineReady:
-        timeout = envs.engine_ready_timeout_s()
-        deadline = time.monotonic() + timeout
-        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._outputs.underlying)
-        while not socket.poll(100):
-            if self._closed:
-                raise StartupError("The server was stopped while the engine was loading.")
-            if self._process.poll() is not None:
-                code = self._process.returncode
-                why = "the machine may have too little memory for this model" if code < 0 else "the lines above say why"
-                raise StartupError(f"The engine process ended with code {code} while it was loading; {why}.")
-            if time.monotonic() > deadline:
-                raise StartupError(f"The engine was not ready after {timeout} s (VLLM_ENGINE_READY_TIMEOUT_S).")
-        ready = msgspec.msgpack.decode(socket.recv(), type=EngineReady)
-        if ready.error is not None:
-            raise StartupError(ready.error)
-        return ready
+        name = str(self._incarnation)
+        return CoreClient(self.process_command, make_args, self._context, Path(self._folder.name), name)
 
     def _ensure_reading(self) -> None:
         """Starts taking in news; needs a running event loop, so it happens with the first use."""
         if self._reader is None and self._dead is None and not self._closed:
             loop = asyncio.get_running_loop()
-            self._reader = loop.create_task(self._read())
-            threading.Thread(target=self._watch, args=(loop, self._process), name="engine-watch", daemon=True).start()
+            self._reader = loop.create_task(self._read(self._client))
+            threading.Thread(target=self._watch, args=(loop, self._client), name="engine-watch", daemon=True).start()
             if self._stats_log is None and not self._args.disable_log_stats:
                 self._stats_log = loop.create_task(StatsLog(self.metrics, lambda: self.stats).run())
 
-    def _watch(self, loop: asyncio.AbstractEventLoop, process: subprocess.Popen[bytes]) -> None:
-        code = process.wait()
+    def _watch(self, loop: asyncio.AbstractEventLoop, client: CoreClient) -> None:
+        code = client.process.wait()
         if not self._closed:
-            loop.call_soon_threadsafe(self._on_death, code)
+            loop.call_soon_threadsafe(self._on_end, client, code)
 
-    def _on_death(self, code: int) -> None:
-        logger.error("The engine process ended unexpectedly (code %d).", code)
-        self._dead = EngineDeadError(restarts=self._restarts_left > 0)
+    def _on_end(self, client: CoreClient, code: int) -> None:
+        if client is self._client and self._dead is None:
+            logger.error("The engine process ended unexpectedly (code %d).", code)
+            self._die()
+
+    def _die(self) -> None:
+        """The engine is lost: ends what was in flight, and starts another one if that is allowed."""
+        restarts = self._restarts_left > 0
+        self._dead = EngineDeadError(restarts=restarts)
+        if self._reader is not None and self._reader is not asyncio.current_task():
+            self._reader.cancel()
+        self._reader = None
+        self._client.process.kill()
         self._processor.fail_all(self._dead)
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(self._dead)
         self._calls.clear()
-        if self._reader is not None:
-            self._reader.cancel()
-            self._reader = None
-        if self._restarts_left > 0:
+        if restarts:
             self._restarts_left -= 1
             self._restarting = asyncio.get_running_loop().create_task(self._restart())
         else:
@@ -209,70 +180,99 @@ class AsyncLLMEngine:
 
     async def _restart(self) -> None:
         logger.warning("Starting the engine again; it may die %d more times.", self._restarts_left)
-        self._close()
-        self._open()
+        loop = asyncio.get_running_loop()
         try:
-            ready = await asyncio.get_running_loop().run_in_executor(None, self._wait_until_ready)
-        except StartupError as error:
-            logger.error("The engine could not be started again: %s", error)
+            # What it held, memory of the device above all, is needed again.
+            await loop.run_in_executor(None, self._client.process.wait, _END_GRACE_S)
+            self._client.close()
+            self._client = self._open()
+            ready = await loop.run_in_executor(None, self._client.wait_until_ready, lambda: self._closed)
+            self.num_blocks = ready.num_blocks
+            self.pool_budget_tokens = ready.pool_budget_tokens
+            self.stats = EngineStats()
+            self.metrics.on_restart(ready.num_blocks)
+        except Exception as error:
+            known = isinstance(error, StartupError)
+            logger.error("The engine could not be started again: %s", error, exc_info=None if known else error)
             self._dead = EngineDeadError()
             self._ended.set()
             return
-        self.num_blocks = ready.num_blocks
-        self.pool_budget_tokens = ready.pool_budget_tokens
-        self.stats = EngineStats()
-        self.metrics.on_restart(ready.num_blocks)
         self._dead = None
+        self._is_sleeping = False
         self._ensure_reading()
-        await self._pin_again()
-        logger.info("The engine serves again.")
+        if await self._pin_again():
+            logger.info("The engine serves again.")
 
-    async def _pin_again(self) -> None:
-        """Gives a new engine process what operators pinned for good in the one that died."""
+    async def _pin_again(self) -> bool:
+        """Gives a new engine process what operators pinned for good in the one that died; False if it dies of it."""
         for prompt_id, (token_ids, options) in list(self._kept.items()):
             try:
                 await self._call("add_system_prompt", token_ids, options)
-            except (VLLMValidationError, EngineDeadError) as error:
+            except EngineDeadError:
+                return False
+            except Exception as error:
                 logger.error("System prompt %s is not pinned again: %s", prompt_id, error)
+        return True
 
-    async def _read(self) -> None:
-        decoder = msgspec.msgpack.Decoder(StepOutputs)
-        while True:
-            news = decoder.decode(await self._outputs.recv())
-            to_abort = self._processor.process(news.outputs)
-            if to_abort:
-                await self._send(AbortRequests(to_abort))
-            if news.stats is not None:
-                self.stats = news.stats
-                self.metrics.on_stats(news.stats)
-                log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
-            for result in news.results:
-                future = self._calls.pop(result.call_id, None)
-                if future is None or future.done():
-                    continue
-                if result.error is None:
-                    future.set_result(result.result)
-                else:
-                    future.set_exception(VLLMValidationError(result.error, result.param))
+    async def _read(self, client: CoreClient) -> None:
+        """Takes in what the engine says, until it or we end. Without it nobody would get an answer any more."""
+        try:
+            while True:
+                await self._take_in(await client.receive())
+        except Exception:
+            # Not the fault of one request, which ends by itself: there is no telling what is right any more.
+            if self._dead is None and not self._closed:
+                logger.exception("The engine's news could not be taken in; the engine process is ended.")
+                self._die()
+
+    async def _take_in(self, news: StepOutputs) -> None:
+        if news.outputs or news.results or (news.stats is not None and news.stats.iteration_tokens):
+            self._watchdog.note_progress()
+        to_abort = self._processor.process(news.outputs)
+        if to_abort:
+            await self._send(AbortRequests(to_abort))
+        if news.stats is not None:
+            self.stats = news.stats
+            self.metrics.on_stats(news.stats)
+            log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
+        for result in news.results:
+            future = self._calls.pop(result.call_id, None)
+            if future is None or future.done():
+                continue
+            if result.error is None:
+                future.set_result(result.result)
+            else:
+                future.set_exception(VLLMValidationError(result.error, result.param))
 
     async def _send(self, message: EngineInput) -> None:
         if self._dead is not None:
             raise self._dead
-        await self._inputs.send(self._encoder.encode(message))
+        await self._client.send(message)
 
     @property
     def errored(self) -> bool:
         """Whether the engine process has ended, for good or until it is started again."""
-        return self._dead is not None or (not self._closed and self._process.poll() is not None)
+        return self._dead is not None or (not self._closed and self._client.has_ended)
 
     @property
     def dead_error(self) -> EngineDeadError:
         return self._dead or EngineDeadError()
 
+    def _has_work(self) -> bool:
+        """Whether the engine ought to finish steps."""
+        return not self._is_sleeping and bool(self._processor.requests or self._calls)
+
+    def _expect_work(self) -> None:
+        """Work is about to go to the engine."""
+        if not self._has_work():
+            self._watchdog.note_progress()
+
     async def check_health(self) -> None:
-        """Raises `EngineDeadError` if the engine process has ended."""
+        """Raises `EngineDeadError` if the engine process has ended, `EngineStalledError` while it has work and has not
+        finished a step for long."""
         if self.errored:
             raise self.dead_error
+        self._watchdog.check(self._has_work())
 
     async def wait_until_dead(self) -> None:
         """Returns when the engine process has ended and is not started again."""
@@ -284,19 +284,13 @@ class AsyncLLMEngine:
         if self._closed:
             return
         self._closed = True
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        try:
-            self._process.wait(_STOP_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for task in (self._reader, self._stats_log):
+        self._client.stop(_STOP_GRACE_S)
+        for task in (self._reader, self._stats_log, self._restarting):
             if task is not None:
                 task.cancel()
         self._compiler.shutdown()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._close()
+        self._client.close()
         self._context.term()
         self._folder.cleanup()
 
@@ -324,32 +318,36 @@ class AsyncLLMEngine:
 
         Raises:
             VLLMValidationError: a value is not allowed; before the first item.
+            ServerBusyError: too many are on their way; before the first item.
             EngineDeadError: the engine process has ended.
         """
         self._ensure_reading()
         if arrival_time is None:
             arrival_time = time.time()
-        if isinstance(prompt, str):
-            prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
-        wanted = sampling_params.structured_outputs
-        request, processed = self.input_processor.request(
-            request_id,
-            prompt,
-            sampling_params,
-            constraint=None if wanted is None else await self._compile(wanted),
-            num_system_tokens=num_system_tokens,
-            cache_salt=cache_salt,
-            priority=priority,
-            marks=marks,
-            tenant=current_tenant.get(),
-            arrival_time=arrival_time,
-            search_step=search_step,
-        )
-        mailbox = Mailbox(sampling_params.output_kind)
-        try:
-            state = self._processor.add(request, processed, mailbox.put)
-        except ValueError as error:
-            raise VLLMValidationError(str(error), "request_id") from None
+        check_sampling_params(sampling_params)
+        with self._admission.entry(sampling_params.n, goes_on=bool(search_step)):
+            if isinstance(prompt, str):
+                prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
+            wanted = sampling_params.structured_outputs
+            request, processed = self.input_processor.request(
+                request_id,
+                prompt,
+                sampling_params,
+                constraint=None if wanted is None else await self._compile(wanted),
+                num_system_tokens=num_system_tokens,
+                cache_salt=cache_salt,
+                priority=priority,
+                marks=marks,
+                tenant=current_tenant.get(),
+                arrival_time=arrival_time,
+                search_step=search_step,
+            )
+            mailbox = Mailbox(sampling_params.output_kind)
+            self._expect_work()
+            try:
+                state = self._processor.add(request, processed, mailbox.put)
+            except ValueError as error:
+                raise VLLMValidationError(str(error), "request_id") from None
         try:
             await self._send(request)
             while True:
@@ -365,6 +363,19 @@ class AsyncLLMEngine:
         finally:
             if not state.finished and self._processor.requests.get(request_id) is state:
                 await self.abort(request_id)
+
+    async def admitted(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Awaits work that begins with one request, for which it keeps a place from now on. What it does before that,
+        reading and rendering, is spent on nobody who is then turned away.
+
+        Raises:
+            ServerBusyError: too many are on their way; `work` was not begun.
+        """
+        try:
+            with self._admission.place():
+                return await work
+        finally:
+            work.close()
 
     def count_search(self, prompt_token_ids: list[int], params: SamplingParams) -> SearchCount:
         """Counts a search as one request that arrives now; see `SearchCount`."""
@@ -420,15 +431,15 @@ class AsyncLLMEngine:
         """Pins a system prompt; returns once it is computed. See `LLMEngine.add_system_prompt`.
 
         Raises:
-            VLLMValidationError: empty, too long, or no room in the pool.
+            VLLMValidationError: empty, too long, an option is not allowed, or no room in the pool.
         """
+        options = PinOptions.checked(name, ttl, pin, source)
         token_ids = await self._in_thread(self.input_processor.system_prompt, prompt_or_ids)
-        options = {"name": name, "ttl": ttl, "pin": pin, "source": source}
         info = SystemPromptInfo(**await self._call("add_system_prompt", token_ids, options))
         self._keep(info, token_ids, options)
         return info
 
-    def _keep(self, info: SystemPromptInfo, token_ids: list[int], options: dict[str, Any]) -> None:
+    def _keep(self, info: SystemPromptInfo, token_ids: list[int], options: PinOptions) -> None:
         """Remembers what is pinned until an operator says otherwise, for an engine process that follows this one."""
         if info.pin == "hard" and info.ttl is None:
             self._kept[info.id] = (token_ids, options)
@@ -439,12 +450,14 @@ class AsyncLLMEngine:
         """Changes the `name` or `ttl` of a prompt; its ttl counts from now on.
 
         Raises:
-            VLLMValidationError: there is no such system prompt.
+            VLLMValidationError: there is no such system prompt, or a value is not allowed.
         """
-        info = SystemPromptInfo(**await self._call("update_system_prompt", prompt_id, changes))
+        check_prompt_id(prompt_id)
+        checked = PromptChanges.checked(changes)
+        info = SystemPromptInfo(**await self._call("update_system_prompt", prompt_id, checked))
         if prompt_id in self._kept:
             token_ids, options = self._kept[prompt_id]
-            self._keep(info, token_ids, options | changes)
+            self._keep(info, token_ids, msgspec.structs.replace(options, **checked.as_dict()))
         return info
 
     async def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
@@ -453,6 +466,7 @@ class AsyncLLMEngine:
         Raises:
             VLLMValidationError: there is no such system prompt.
         """
+        check_prompt_id(prompt_id)
         self._kept.pop(prompt_id, None)
         return SystemPromptInfo(**await self._call("remove_system_prompt", prompt_id))
 
@@ -467,8 +481,9 @@ class AsyncLLMEngine:
         """Changes how many tokens may be pinned; returns what it is now, whole blocks and as far as memory allows.
 
         Raises:
-            VLLMValidationError: more than that is pinned.
+            VLLMValidationError: not such a number, or more than that is pinned.
         """
+        check_int("num_tokens", num_tokens, 0, MAX_BUDGET_TOKENS)
         return int(await self._call("set_system_prompt_budget", num_tokens))
 
     async def explain_request(
@@ -498,18 +513,28 @@ class AsyncLLMEngine:
         return bool(await self._call("reset_prefix_cache"))
 
     async def sleep(self, level: int = 1) -> None:
-        """Starts no step until `wake_up`; see `EngineCore.sleep`."""
+        """Starts no step until `wake_up`; see `EngineCore.sleep`.
+
+        Raises:
+            VLLMValidationError: there is no such level.
+        """
+        check_int("level", level, 0, 2)
         await self._call("sleep", level)
+        self._is_sleeping = True
 
     async def wake_up(self) -> None:
         await self._call("wake_up")
+        self._expect_work()
+        self._is_sleeping = False
 
     async def is_sleeping(self) -> bool:
         return bool(await self._call("is_sleeping"))
 
     async def _call(self, method: str, *args: Any) -> Any:
         self._ensure_reading()
-        await self.check_health()
+        if self.errored:
+            raise self.dead_error
+        self._expect_work()
         call_id = next(self._call_ids)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future

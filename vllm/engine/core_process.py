@@ -14,17 +14,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import msgspec
 import zmq
 
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptRefusedError
-from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.calls import PinOptions, PromptChanges
 from vllm.engine.engine_core import EngineCore
 from vllm.engine.messages import (
     AbortRequests,
+    CoreProcessArgs,
     EngineInput,
+    EngineOutput,
     EngineReady,
     EngineRequest,
     StepOutputs,
@@ -40,17 +42,31 @@ logger = init_logger(__name__)
 # While idle, the loop wakes up so often to end pins whose time has come.
 _IDLE_POLL_MS = 1000
 
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
-class CoreProcessArgs(msgspec.Struct):
-    """What the parent hands over.
+
+class _Method(NamedTuple):
+    """A method that may be called from the other side.
 
     Attributes:
-        input_address / output_address: ZeroMQ endpoints, PULL and PUSH on this side.
+        arguments: Types of what comes after the id of the call.
     """
 
-    engine_args: EngineArgs
-    input_address: str
-    output_address: str
+    run: Callable[..., Any]
+    arguments: Any
+
+    @classmethod
+    def of(cls, run: Callable[..., Any]) -> _Method:
+        hints = get_type_hints(run, include_extras=True)
+        del hints["call_id"], hints["return"]
+        return cls(run, tuple[tuple(hints.values())])  # type: ignore[misc]
+
+
+class _Sender(msgspec.Struct):
+    """Whoever is to be told that a message cannot be read."""
+
+    request_id: str | None = None
+    call_id: int | None = None
 
 
 class CoreProcess:
@@ -62,28 +78,31 @@ class CoreProcess:
         self._outputs = outputs
         self._decoder = msgspec.msgpack.Decoder(EngineInput, dec_hook=from_wire)
         self._encoder = msgspec.msgpack.Encoder()
+        self._refused: list[EngineOutput] = []
         self._results: list[UtilityResult] = []
         self._until_computed: list[tuple[int, PinnedPrompt]] = []
-        self._methods: dict[str, Callable[..., Any]] = {
-            "add_system_prompt": self._add_system_prompt,
-            "update_system_prompt": self._update_system_prompt,
-            "remove_system_prompt": self._remove_system_prompt,
-            "list_system_prompts": self._list_system_prompts,
-            "system_prompt_pool": self._system_prompt_pool,
-            "set_system_prompt_budget": self._set_system_prompt_budget,
-            "explain_request": self._explain_request,
-            "reset_prefix_cache": self._reset_prefix_cache,
-            "sleep": self._sleep,
-            "wake_up": self._wake_up,
-            "is_sleeping": self._is_sleeping,
-        }
+        methods = (
+            self._add_system_prompt,
+            self._update_system_prompt,
+            self._remove_system_prompt,
+            self._list_system_prompts,
+            self._system_prompt_pool,
+            self._set_system_prompt_budget,
+            self._explain_request,
+            self._reset_prefix_cache,
+            self._sleep,
+            self._wake_up,
+            self._is_sleeping,
+        )
+        self._methods = {method.__name__.removeprefix("_"): _Method.of(method) for method in methods}
 
     def run(self) -> None:
         while True:
             self._receive(wait=not self._core.has_work())
             news = self._core.step()
             self._answer_computed()
-            news.results, self._results = self._results, []
+            news.outputs += self._refused
+            news.results, self._results, self._refused = self._results, [], []
             self.send(news)
 
     def send(self, message: StepOutputs) -> None:
@@ -94,7 +113,12 @@ class CoreProcess:
         if wait:
             self._inputs.poll(_IDLE_POLL_MS)
         while self._inputs.poll(0):
-            message = self._decoder.decode(self._inputs.recv())
+            data = self._inputs.recv()
+            try:
+                message = self._decoder.decode(data)
+            except msgspec.ValidationError as error:
+                self._refuse(data, error)
+                continue
             if isinstance(message, EngineRequest):
                 self._core.add_request(message)
             elif isinstance(message, AbortRequests):
@@ -103,10 +127,29 @@ class CoreProcess:
             else:
                 self._call(message)
 
+    def _refuse(self, data: bytes, error: msgspec.ValidationError) -> None:
+        """Answers a message with a value of a wrong type, which only its sender is to suffer for."""
+        sender = msgspec.msgpack.decode(data, type=_Sender)
+        text = f"The engine cannot take this: {error}."
+        if sender.request_id is not None:
+            self._refused.append(EngineOutput(sender.request_id, 0, [], finish_reason="abort", error=text))
+        elif sender.call_id is not None:
+            self._results.append(UtilityResult(sender.call_id, error=text))
+        else:
+            raise error
+
     def _call(self, call: UtilityCall) -> None:
-        """Runs a call; what goes wrong in it is the caller's to know, not the engine's end."""
+        """Runs a call. What its arguments are is the caller's to know, not the engine's end; any other error is ours,
+        and the state that it leaves behind is not known."""
         try:
-            result = self._methods[call.method](call.call_id, *call.args)
+            method = self._methods.get(call.method)
+            if method is None:
+                raise VLLMValidationError(f"The engine has no method {call.method!r}.")
+            try:
+                arguments = msgspec.convert(call.args, method.arguments, dec_hook=from_wire)
+            except msgspec.ValidationError as error:
+                raise VLLMValidationError(f"The arguments of {call.method} are not valid: {error}.") from None
+            result = method.run(call.call_id, *arguments)
         except (SystemPromptRefusedError, VLLMValidationError) as error:
             param = getattr(error, "param", None)
             self._results.append(UtilityResult(call.call_id, error=str(error), param=param))
@@ -114,9 +157,10 @@ class CoreProcess:
         if result is not None:
             self._results.append(UtilityResult(call.call_id, result=result))
 
-    def _add_system_prompt(self, call_id: int, token_ids: list[int], options: dict[str, Any]) -> None:
+    def _add_system_prompt(self, call_id: int, token_ids: list[TokenId], options: PinOptions) -> None:
         """Answered once the prompt is computed."""
-        self._until_computed.append((call_id, self._core.add_system_prompt(token_ids, **options)))
+        prompt = self._core.add_system_prompt(token_ids, **msgspec.structs.asdict(options))
+        self._until_computed.append((call_id, prompt))
 
     def _answer_computed(self) -> None:
         waiting = []
@@ -136,9 +180,9 @@ class CoreProcess:
         except KeyError:
             raise VLLMValidationError(f"There is no system prompt {prompt_id!r}.", "id") from None
 
-    def _update_system_prompt(self, call_id: int, prompt_id: str, changes: dict[str, Any]) -> dict[str, Any]:
+    def _update_system_prompt(self, call_id: int, prompt_id: str, changes: PromptChanges) -> dict[str, Any]:
         try:
-            return self._described(self._core.update_system_prompt(prompt_id, **changes))
+            return self._described(self._core.update_system_prompt(prompt_id, **changes.as_dict()))
         except KeyError:
             raise VLLMValidationError(f"There is no system prompt {prompt_id!r}.", "id") from None
 
@@ -158,8 +202,8 @@ class CoreProcess:
             raise VLLMValidationError(str(error), "budget_tokens") from None
         return self._core.pool.budget_tokens
 
-    def _explain_request(self, call_id: int, request: dict[str, Any]) -> dict[str, Any]:
-        return self._core.explain_request(msgspec.convert(request, EngineRequest, dec_hook=from_wire))
+    def _explain_request(self, call_id: int, request: EngineRequest) -> dict[str, Any]:
+        return self._core.explain_request(request)
 
     def _reset_prefix_cache(self, call_id: int) -> bool:
         self._core.reset_prefix_cache()

@@ -7,13 +7,14 @@ import secrets
 from collections import deque
 from collections.abc import Iterable
 from concurrent import futures
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import PlannedBatch, Scheduler
 from vllm.core.system_prompt_pool import PinClass, PinnedPrompt, PromptState, SystemPromptPool
+from vllm.engine.calls import PinName
 from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
@@ -36,7 +37,6 @@ logger = init_logger(__name__)
 _CONSTRAINT_POLL_S = 0.005
 
 _FIELD_SEPARATOR = b"\x00"
-PinName = Literal["hard", "soft"]
 
 
 class EngineCore:
@@ -179,13 +179,15 @@ class EngineCore:
         seed = self._seed(params.seed)
         tenant, namespace = self._namespaces(request)
         cache_seed = self._cache_seed(namespace)
+        # Where the order is that of arrival, no client may put itself before others.
+        priority = request.priority if self.config.scheduler.policy == "priority" else 0
         sequences = [
             Sequence(
                 request.request_id,
                 request.prompt_token_ids,
                 params,
                 index=i,
-                priority=request.priority,
+                priority=priority,
                 seed=seed + i,
                 arrival_time=request.arrival_time,
                 cache_seed=cache_seed,

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, SupportsIndex, TypeVar
 
+import msgspec
 import numpy as np
 
 from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, check_float, check_int
 from vllm.structured_output.constraint import CompiledConstraint
 from vllm.token_ids import KnownPrefixes, TokenIds, token_array
 from vllm.transformers_utils.chat_template import ChatRenderer
@@ -124,8 +125,9 @@ class InputProcessor:
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
+        params = _checked_copy(params)
+        _check_options(request_id, num_system_tokens, cache_salt, priority, marks, arrival_time, search_step)
         processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt, num_system_tokens, tenant)
-        params = params.clone()
         params.structured_outputs = None
         if params.truncate_prompt_tokens is not None:
             processed = ProcessedPrompt(
@@ -183,7 +185,7 @@ class InputProcessor:
         if isinstance(prompt, str):
             self.check_text_length(len(prompt))
             token_ids = self.renderer.text_prefix(prompt)
-        elif prompt and isinstance(prompt[0], dict):
+        elif isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], dict):
             found = self.renderer.system_prefix([m for m in prompt if isinstance(m, dict)])
             if found is None:
                 raise VLLMValidationError(
@@ -271,6 +273,50 @@ class InputProcessor:
                 if ids and ids not in found:
                     found.append(ids)
         return found
+
+
+def check_sampling_params(params: object) -> None:
+    """Raises `VLLMValidationError` for what are no sampling parameters at all."""
+    if not isinstance(params, SamplingParams):
+        raise VLLMValidationError(f"sampling_params must be SamplingParams, got {params!r}.", "sampling_params")
+
+
+def _checked_copy(params: SamplingParams) -> SamplingParams:
+    """A copy, whose fields have the types they should: fields may have been set since the parameters were made."""
+    check_sampling_params(params)
+    try:
+        return params.clone()
+    except (msgspec.ValidationError, TypeError, OverflowError) as error:
+        raise VLLMValidationError(f"The sampling parameters are not valid: {error}.", "sampling_params") from None
+
+
+def _check_options(
+    request_id: object,
+    num_system_tokens: object,
+    cache_salt: object,
+    priority: object,
+    marks: object,
+    arrival_time: object,
+    search_step: object,
+) -> None:
+    """Raises `VLLMValidationError` for a value whose type is not the one that the engine core relies on."""
+    for name, text in (("request_id", request_id), ("cache_salt", cache_salt)):
+        if not isinstance(text, str) and (text is not None or name == "request_id"):
+            raise VLLMValidationError(f"{name} must be a string, got {text!r}.", name)
+    check_int("priority", priority, -(2**31), 2**31 - 1)
+    for name, count in (("num_system_tokens", num_system_tokens), ("search_step", search_step)):
+        if count is not None:
+            check_int(name, count, -(2**31), 2**31 - 1)
+    if arrival_time is not None:
+        check_float("arrival_time", arrival_time, 0.0, 1e11)
+    if not isinstance(marks, list | tuple):
+        raise VLLMValidationError(f"marks must be a list of CacheMark, got {marks!r}.", "marks")
+    for mark in marks:
+        if not isinstance(mark, CacheMark):
+            raise VLLMValidationError(f"marks must hold CacheMark values, got {mark!r}.", "marks")
+        check_int("marks", mark.num_tokens, -(2**31), 2**31 - 1)
+        if mark.ttl is not None:
+            check_float("marks", mark.ttl, 0.0, 1e11)
 
 
 def _is_integer_below(size: int, value: object) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import msgspec
 from transformers import PreTrainedTokenizerFast
 
 from vllm.config import VllmConfig
 from vllm.core.system_prompt_pool import Outcome, PromptState, SystemPromptRefusedError
 from vllm.engine.arg_utils import EngineArgs
-from vllm.engine.engine_core import EngineCore, PinName
+from vllm.engine.calls import PinName, PinOptions, check_prompt_id
+from vllm.engine.engine_core import EngineCore
 from vllm.engine.input_processor import InputProcessor
 from vllm.engine.output_processor import OutputProcessor
 from vllm.engine.varying_prompts import log_varying_prompts
@@ -147,10 +149,12 @@ class LLMEngine:
             pin: `hard` stays; `soft` gives way to hard pins that need its room.
 
         Raises:
-            VLLMValidationError: empty or too long.
+            VLLMValidationError: empty or too long, or an option is not allowed.
             SystemPromptRefusedError: the pool has no room for it.
         """
-        prompt = self.core.add_system_prompt(self.input_processor.system_prompt(prompt_or_ids), name, ttl, pin)
+        options = PinOptions.checked(name, ttl, pin)
+        token_ids = self.input_processor.system_prompt(prompt_or_ids)
+        prompt = self.core.add_system_prompt(token_ids, **msgspec.structs.asdict(options))
         while not self.core.is_computed(prompt):
             self._advance()
         if prompt.state == PromptState.REMOVED:
@@ -165,6 +169,7 @@ class LLMEngine:
         Raises:
             VLLMValidationError: there is no such system prompt.
         """
+        check_prompt_id(prompt_id)
         try:
             return self.core.pool.describe(self.core.remove_system_prompt(prompt_id))
         except KeyError:

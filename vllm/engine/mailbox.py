@@ -53,7 +53,7 @@ class Mailbox:
 
 
 class JoinedDeltas:
-    """Deltas of one request as one. Each is copied once when it comes and once when all are taken, however many wait."""
+    """Deltas of one request as one: each is copied when it comes and when all are taken, however many there are."""
 
     def __init__(self, first: RequestOutput) -> None:
         self._latest = first

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import CacheMark
 from vllm.outputs import VaryingSpanInfo
 from vllm.sampling_params import SamplingParams
@@ -158,3 +159,15 @@ class EngineReady(msgspec.Struct, omit_defaults=True):
     num_blocks: int = 0
     pool_budget_tokens: int = 0
     error: str | None = None
+
+
+class CoreProcessArgs(msgspec.Struct):
+    """What a new engine process is given, as one JSON line on its standard input.
+
+    Attributes:
+        input_address / output_address: ZeroMQ endpoints, PULL and PUSH on the engine's side.
+    """
+
+    engine_args: EngineArgs
+    input_address: str
+    output_address: str

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
 from vllm.config import VllmConfig
+from vllm.core.pinned_prompt import Outcome
 from vllm.engine.messages import EngineStats
 from vllm.engine.output_processor import ObservedRequest, RequestObserver
+from vllm.sequence import FINISH_REASONS
+from vllm.step import SnapshotOp
+from vllm.system_prompt_store import SnapshotOutcome
 
 _LABELS = ("model_name", "engine")
 _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# Values of labels, each of which is there from the start: a dashboard cannot tell what is missing from what is zero.
+_FINISHED_REASONS = tuple(dict.fromkeys((*FINISH_REASONS.values(), "error")))
 _POOL_STATES = ("pinned", "free", "host")
+_OUTCOMES = tuple(Outcome)
+_SNAPSHOT_OPS = tuple(itertools.product(get_args(SnapshotOp), SnapshotOutcome))
+_REFUSED_BY = ("max_num_queued_reqs",)
+
+
+def _each(values: Iterable[str]) -> list[tuple[str]]:
+    """Values of a metric's only label."""
+    return [(value,) for value in values]
 
 
 def _token_buckets(longest: int) -> tuple[int, ...]:
@@ -31,6 +47,9 @@ def _token_buckets(longest: int) -> tuple[int, ...]:
                 return tuple(buckets) or (1,)
             buckets.append(step * decade)
         decade *= 10
+
+
+_M = TypeVar("_M", Counter, Gauge)
 
 
 class _Histogram:
@@ -98,8 +117,15 @@ class EngineMetrics(RequestObserver):
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got their first token.")
         self._cached_tokens = counter("prompt_tokens_cached", "Prompt tokens that requests did not have to compute.")
         self._generation_tokens = counter("generation_tokens", "Generated tokens.")
-        self._success = Counter(
-            "vllm:request_success", "Requests by how they ended.", (*_LABELS, "finished_reason"), registry=self.registry
+        self._success = self._labelled(
+            Counter, "request_success", "Requests by how they ended.", ("finished_reason",), _each(_FINISHED_REASONS)
+        )
+        self._refusals = self._labelled(
+            Counter,
+            "admission_rejections",
+            "Requests answered 503 because of a limit on those that wait or run.",
+            ("reason",),
+            _each(_REFUSED_BY),
         )
         self._iteration_tokens = hist("iteration_tokens_total", "Tokens computed in a step.", _ITERATION_TOKENS)
         self._ttft = hist("time_to_first_token_seconds", "Arrival to first token.", _LATENCY_S)
@@ -115,25 +141,24 @@ class EngineMetrics(RequestObserver):
         self._request_max = hist("request_params_max_tokens", "max_tokens of a request.", tokens)
         self._request_n = hist("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
 
-        self._pool_tokens = Gauge(
-            "vllm:system_prompt_pool_tokens",
-            "Tokens of the pool by state.",
-            (*_LABELS, "state"),
-            registry=self.registry,
+        self._pool_tokens = self._labelled(
+            Gauge, "system_prompt_pool_tokens", "Tokens of the pool by state.", ("state",), _each(_POOL_STATES)
         )
         self._pool_budget = gauge("system_prompt_pool_budget_tokens", "Tokens that may be pinned.")
         self._pool_pinned = gauge("system_prompt_pinned", "System prompts in the pool.")
-        self._pool_requests = Counter(
-            "vllm:system_prompt_requests",
+        self._pool_requests = self._labelled(
+            Counter,
+            "system_prompt_requests",
             "Requests by what the pool did for them.",
-            (*_LABELS, "outcome"),
-            registry=self.registry,
+            ("outcome",),
+            _each(_OUTCOMES),
         )
-        self._pool_snapshots = Counter(
-            "vllm:system_prompt_snapshot",
+        self._pool_snapshots = self._labelled(
+            Counter,
+            "system_prompt_snapshot",
             "Operations on snapshots of system prompts by how they ended.",
-            (*_LABELS, "op", "outcome"),
-            registry=self.registry,
+            ("op", "outcome"),
+            _SNAPSHOT_OPS,
         )
         self._pool_reused = counter("system_prompt_tokens_reused", "System-prompt tokens read instead of computed.")
         self._pool_prefills = counter("system_prompt_prefills", "Prefills of system prompts.")
@@ -163,6 +188,15 @@ class EngineMetrics(RequestObserver):
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"vllm:{name}", text, _LABELS, registry=self.registry).labels(**self._values)
+
+    def _labelled(
+        self, kind: type[_M], name: str, text: str, labels: tuple[str, ...], values: Iterable[tuple[str, ...]]
+    ) -> _M:
+        """A counter or gauge with labels of its own, whose known values begin at 0."""
+        metric = kind(f"vllm:{name}", text, (*_LABELS, *labels), registry=self.registry)
+        for value in values:
+            metric.labels(*self._values.values(), *value)
+        return metric
 
     def _set_cache_info(self, num_blocks: int) -> None:
         self._cache_info.clear()
@@ -211,6 +245,10 @@ class EngineMetrics(RequestObserver):
         before = self._totals.get((name, label), 0)
         self._totals[name, label] = total
         return total - before
+
+    def on_refusal(self) -> None:
+        """A request was turned away since too many wait or run."""
+        self._refusals.labels(**self._values, reason="max_num_queued_reqs").inc()
 
     def on_first_token(self, request: ObservedRequest, now: float) -> None:
         self._prompt_tokens.inc(len(request.prompt_token_ids))

@@ -13,11 +13,14 @@ from typing import Protocol, Self
 from vllm.engine.input_processor import ProcessedPrompt
 from vllm.engine.messages import EngineOutput, EngineRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.step import PositionLogprobs
 from vllm.transformers_utils.detokenizer import incremental_detokenizer
 from vllm.transformers_utils.tokenizer import Tokenizer
+
+logger = init_logger(__name__)
 
 
 class OutputText:
@@ -282,12 +285,21 @@ class SearchCount:
 
 
 class OutputProcessor:
-    """All requests in flight, on the API's side of the engine."""
+    """All requests in flight, on the API's side of the engine.
+
+    What goes wrong with one request's text, stop strings, log-probabilities or receiver ends that request. What an
+    observer raises is raised: it concerns all of them.
+
+    Attributes:
+        requests: Those in flight by their ids.
+        num_outputs: Outputs of them, `n` a request.
+    """
 
     def __init__(self, tokenizer: Tokenizer, observer: RequestObserver | None = None) -> None:
         self.tokenizer = tokenizer
         self.observer = observer or RequestObserver()
         self.requests: dict[str, RequestState] = {}
+        self.num_outputs = 0
 
     def add(
         self, request: EngineRequest, prompt: ProcessedPrompt, deliver: Callable[[RequestOutput | Exception], None]
@@ -302,22 +314,36 @@ class OutputProcessor:
         observer = self.observer if request.search_step is None else _UNOBSERVED
         state = RequestState(request, prompt, self.tokenizer, deliver, observer)
         self.requests[request.request_id] = state
+        self.num_outputs += len(state.outputs)
         return state
+
+    def _remove(self, state: RequestState) -> None:
+        del self.requests[state.request_id]
+        self.num_outputs -= len(state.outputs)
 
     def drop(self, request_id: str) -> None:
         """Forgets a request that is aborted; later news of it are ignored."""
-        state = self.requests.pop(request_id, None)
+        state = self.requests.get(request_id)
         if state is not None:
             self._cut_off(state, "abort")
 
     def fail_all(self, error: Exception) -> None:
-        """Ends every request with an error."""
+        """Ends every request with an error, whatever else goes wrong."""
         for state in list(self.requests.values()):
-            self.requests.pop(state.request_id, None)
-            self._cut_off(state, "error")
+            try:
+                self._fail(state, error)
+            except Exception:
+                logger.exception("The end of request %s could not be observed.", state.request_id)
+
+    def _fail(self, state: RequestState, error: Exception) -> None:
+        try:
             state.deliver(error)
+        except Exception:
+            logger.exception("Request %s could not be told of its end: %s", state.request_id, error)
+        self._cut_off(state, "error")
 
     def _cut_off(self, state: RequestState, reason: str) -> None:
+        self._remove(state)
         for out in state.outputs:
             out.finish_reason = out.finish_reason or reason
         state.observer.on_finish(state, time.time())
@@ -325,7 +351,8 @@ class OutputProcessor:
     def process(self, outputs: list[EngineOutput]) -> list[tuple[str, int | None]]:
         """Takes in a step's news and delivers them.
 
-        Returns the outputs that ended here, by a stop string, and that the engine core must be told to abort.
+        Returns the outputs that ended here, by a stop string or an error, and that the engine core must be told to
+        abort.
         """
         to_abort: list[tuple[str, int | None]] = []
         now = time.time()
@@ -334,28 +361,39 @@ class OutputProcessor:
             if state is None:
                 continue
             if news.error is not None:
-                del self.requests[news.request_id]
-                self._cut_off(state, "error")
                 blamed = news.param is not None
-                state.deliver(VLLMValidationError(news.error, news.param) if blamed else RuntimeError(news.error))
+                self._fail(state, VLLMValidationError(news.error, news.param) if blamed else RuntimeError(news.error))
                 continue
             out = state.outputs[news.index]
             if out.finish_reason is not None:
                 continue
-            if self._take(state, out, news, now) and news.finish_reason is None:
-                to_abort.append((news.request_id, news.index))
+            try:
+                count = self._take(state, out, news)
+            except Exception as error:
+                self._fail(state, _own_fault(state, error))
+                to_abort.append((state.request_id, None))
+                continue
+            self._observe_tokens(state, out, count, now)
+            if out.text.stop_string is not None and news.finish_reason is None:
+                to_abort.append((state.request_id, news.index))
             finished = state.finished
             if finished:
                 state.metrics.finished_time = now
-                del self.requests[news.request_id]
+            try:
+                result = state.request_output(news.index, finished)
+                if result is not None:
+                    state.deliver(result)
+            except Exception as error:
+                self._fail(state, _own_fault(state, error))
+                to_abort.append((state.request_id, None))
+                continue
+            if finished:
+                self._remove(state)
                 state.observer.on_finish(state, now)
-            result = state.request_output(news.index, finished)
-            if result is not None:
-                state.deliver(result)
         return to_abort
 
-    def _take(self, state: RequestState, out: OutputState, news: EngineOutput, now: float) -> bool:
-        """Takes in the news of one output; returns whether a stop string ended it."""
+    def _take(self, state: RequestState, out: OutputState, news: EngineOutput) -> int:
+        """Takes in the news of one output, up to a stop string; returns how many tokens these are."""
         if news.num_cached_tokens is not None and news.index == 0:
             state.num_cached_tokens = news.num_cached_tokens
             state.num_cache_write_tokens = news.num_cache_write_tokens
@@ -370,17 +408,22 @@ class OutputProcessor:
             out.token_ids.append(token_id)
             ended = news.finish_reason is not None and i == last
             out.text.append(token_id, ended and news.finish_reason == "stop", ended)
-            if state.metrics.first_token_time is None:
-                state.metrics.first_token_time = now
-                state.observer.on_first_token(state, now)
-            state.observer.on_token(now, out.last_token_time or None)
-            state.metrics.last_token_time = out.last_token_time = now
             if out.text.stop_string is not None:
                 out.finish_reason, out.stop_reason = "stop", out.text.stop_string
-                return True
+                return i + 1
         if news.finish_reason is not None:
             out.finish_reason, out.stop_reason = news.finish_reason, news.stop_reason
-        return False
+        return len(news.new_token_ids)
+
+    def _observe_tokens(self, state: RequestState, out: OutputState, count: int, now: float) -> None:
+        if not count:
+            return
+        if state.metrics.first_token_time is None:
+            state.metrics.first_token_time = now
+            state.observer.on_first_token(state, now)
+        for _ in range(count):
+            state.observer.on_token(now, out.last_token_time or None)
+            state.metrics.last_token_time = out.last_token_time = now
 
     def _logprobs(self, positions: PositionLogprobs) -> list[TokenLogprobs]:
         """One mapping a position: the chosen token, then the most likely ones by rank."""
@@ -391,3 +434,12 @@ class OutputProcessor:
                 entry.setdefault(token_id, Logprob(value, i, self.tokenizer.token_text(token_id)))
             found.append(entry)
         return found
+
+
+def _own_fault(state: RequestState, error: Exception) -> RuntimeError:
+    """What a request is told whose output we could not read or hand over."""
+    told = RuntimeError(
+        f"Request {state.request_id} has ended: its output could not be read ({type(error).__name__}: {error})."
+    )
+    told.__cause__ = error
+    return told

@@ -41,7 +41,10 @@ class StatsLog:
     async def run(self) -> None:
         while True:
             await asyncio.sleep(INTERVAL_S)
-            self.write()
+            try:
+                self.write()
+            except Exception:  # a line less; the next one may be right
+                logger.exception("The state of the engine could not be logged.")
 
     def write(self) -> None:
         """Writes the line of the time since the last one, unless nothing happened in it."""

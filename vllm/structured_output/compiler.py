@@ -106,7 +106,7 @@ class ConstraintCompiler:
                 if self._process is None:
                     self._process = self._start()
                 write_frame(cast(BinaryIO, self._process.stdin), msgspec.msgpack.encode(job))
-            except OSError as error:  # the process ended just now, or could not be started
+            except Exception as error:  # the process ended just now, or could not be started
                 with self._lock:
                     entry = self._pending.pop(job.id, None)
                 if entry is not None:
@@ -135,16 +135,12 @@ class ConstraintCompiler:
         return process
 
     def _read(self, process: subprocess.Popen[bytes]) -> None:
-        stream = cast(BinaryIO, process.stdout)
-        while (frame := read_frame(stream)) is not None:
-            result = msgspec.msgpack.decode(frame, type=CompileResult)
-            with self._lock:
-                key, outcome = self._pending.pop(result.id)
-                self._remember(key, outcome, len(result.data))
-            if result.error is None:
-                outcome.set_result(CompiledConstraint(key, result.data))
-            else:
-                outcome.set_exception(_refused(result.error))
+        try:
+            self._take_in_results(cast(BinaryIO, process.stdout))
+        except Exception:
+            # Nobody would read what it says any more.
+            logger.exception("The process that compiles structured outputs is not understood, and is ended.")
+            process.kill()
         # What was handed over after it had ended is lost as well.
         with self._lock:
             failed, self._pending = list(self._pending.values()), {}
@@ -154,6 +150,17 @@ class ConstraintCompiler:
             logger.error("The process that compiles structured outputs ended (code %d).", process.returncode)
         for _, outcome in failed:
             outcome.set_exception(_interrupted("the process ended"))
+
+    def _take_in_results(self, stream: BinaryIO) -> None:
+        while (frame := read_frame(stream)) is not None:
+            result = msgspec.msgpack.decode(frame, type=CompileResult)
+            with self._lock:
+                key, outcome = self._pending.pop(result.id)
+                self._remember(key, outcome, len(result.data))
+            if result.error is None:
+                outcome.set_result(CompiledConstraint(key, result.data))
+            else:
+                outcome.set_exception(_refused(result.error))
 
     def _remember(self, key: bytes, outcome: Outcome, num_bytes: int) -> None:
         self._results[key] = outcome

@@ -50,7 +50,7 @@ from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
 from vllm.entrypoints.openai.serving_tokenization import ServingTokenization
 from vllm.entrypoints.openai.streaming import ClientGoneError, EventStream, unless_disconnected
 from vllm.entrypoints.openai.turns import Turns
-from vllm.exceptions import EngineDeadError
+from vllm.exceptions import EngineDeadError, EngineStalledError
 from vllm.version import __version__
 
 # What servers conventionally record when the client left first; nobody reads it.
@@ -72,9 +72,9 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
     app.add_exception_handler(Exception, handle_exception)
 
     services = Services(engine, args)
-    _add_completion_routes(app, services)
-    _add_responses_routes(app, services.responses)
-    _add_anthropic_routes(app, services.messages)
+    _add_completion_routes(app, engine, services)
+    _add_responses_routes(app, engine, services.responses)
+    _add_anthropic_routes(app, engine, services.messages)
     _add_model_routes(app, services.models)
     _add_tokenization_routes(app, services.tokenization)
     admin_key = args.admin_api_key or envs.admin_api_key()
@@ -139,19 +139,19 @@ def _client_request_id(request: Request) -> str | None:
     return request.headers.get("x-request-id", "")[:MAX_REQUEST_ID_CHARS] or None
 
 
-def _add_completion_routes(app: FastAPI, services: Services) -> None:
+def _add_completion_routes(app: FastAPI, engine: AsyncLLMEngine, services: Services) -> None:
     @app.post("/v1/chat/completions")
     async def create_chat_completion(request: Request) -> Response:
         request_id = _client_request_id(request)
         return await _answer_body(
-            request, ChatCompletionRequest, lambda parsed: services.chat.create(parsed, request_id)
+            request, ChatCompletionRequest, lambda parsed: engine.admitted(services.chat.create(parsed, request_id))
         )
 
     @app.post("/v1/completions")
     async def create_completion(request: Request) -> Response:
         request_id = _client_request_id(request)
         return await _answer_body(
-            request, CompletionRequest, lambda parsed: services.completion.create(parsed, request_id)
+            request, CompletionRequest, lambda parsed: engine.admitted(services.completion.create(parsed, request_id))
         )
 
     @app.post("/invocations")
@@ -171,14 +171,16 @@ def _add_completion_routes(app: FastAPI, services: Services) -> None:
                 raise ApiError(400, "The body must have messages, prompt or input, as the API it is meant for has.")
         except Exception as exc:
             return _error(exc, request)
-        return await _answer(work, request)
+        return await _answer(engine.admitted(work), request)
 
 
-def _add_responses_routes(app: FastAPI, responses: ServingResponses) -> None:
+def _add_responses_routes(app: FastAPI, engine: AsyncLLMEngine, responses: ServingResponses) -> None:
     @app.post("/v1/responses")
     async def create_response(request: Request) -> Response:
         request_id = _client_request_id(request)
-        return await _answer_body(request, ResponsesRequest, lambda parsed: responses.create(parsed, request_id))
+        return await _answer_body(
+            request, ResponsesRequest, lambda parsed: engine.admitted(responses.create(parsed, request_id))
+        )
 
     @app.post("/v1/responses/input_tokens")
     async def count_response_tokens(request: Request) -> Response:
@@ -210,11 +212,13 @@ def _add_responses_routes(app: FastAPI, responses: ServingResponses) -> None:
         return await _answer(responses.delete(response_id), request)
 
 
-def _add_anthropic_routes(app: FastAPI, messages: ServingMessages) -> None:
+def _add_anthropic_routes(app: FastAPI, engine: AsyncLLMEngine, messages: ServingMessages) -> None:
     @app.post("/v1/messages")
     async def create_message(request: Request) -> Response:
         request_id = _client_request_id(request)
-        return await _answer_body(request, MessagesRequest, lambda parsed: messages.create(parsed, request_id))
+        return await _answer_body(
+            request, MessagesRequest, lambda parsed: engine.admitted(messages.create(parsed, request_id))
+        )
 
     @app.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request) -> Response:
@@ -297,7 +301,7 @@ def _add_status_routes(app: FastAPI, engine: AsyncLLMEngine, registry: Collector
     async def health(request: Request) -> Response:
         try:
             await engine.check_health()
-        except EngineDeadError as exc:
+        except (EngineDeadError, EngineStalledError) as exc:
             return error_response(ApiError(503, str(exc)), request.scope)
         return Response(status_code=200)
 

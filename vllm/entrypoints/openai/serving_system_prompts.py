@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.calls import MAX_BUDGET_TOKENS, MAX_NAME_CHARS, MAX_TTL_SECONDS
 from vllm.engine.varying_prompts import describe_varying
 from vllm.entrypoints.openai.chat_messages import check_messages
 from vllm.entrypoints.openai.errors import ApiError
@@ -20,9 +21,6 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import SystemPromptInfo
 from vllm.sampling_params import check_float
 
-MAX_NAME_CHARS = 256
-MAX_TTL_SECONDS = 10 * 365 * 86400.0
-MAX_BUDGET_TOKENS = 2**40
 _SYSTEM_ROLES = ("system", "developer")
 # The system part of a chat ends where the next turn's text begins, so a turn must follow it.
 _NEXT_TURN = {"role": "user", "content": "Hello"}
