@@ -15,6 +15,7 @@ from vllm.exceptions import StartupError
 def test_a_number_that_is_none_is_named(monkeypatch, value):
     for name, read, least in (
         ("VLLM_ENGINE_READY_TIMEOUT_S", envs.engine_ready_timeout_s, 1),
+        ("VLLM_EXECUTE_MODEL_TIMEOUT_S", envs.execute_model_timeout_s, 1),
         ("VLLM_CPU_KVCACHE_SPACE", envs.cpu_kvcache_space_gib, 0),
     ):
         monkeypatch.setenv(name, value)

@@ -12,7 +12,7 @@ from vllm.core.system_prompt_pool import Outcome, PromptState, SystemPromptRefus
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.calls import PinName, PinOptions, check_prompt_id
 from vllm.engine.engine_core import EngineCore
-from vllm.engine.input_processor import InputProcessor
+from vllm.engine.input_processor import InputProcessor, check_sampling_params
 from vllm.engine.output_processor import OutputProcessor
 from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.exceptions import VLLMValidationError
@@ -66,13 +66,14 @@ class LLMEngine:
         Args:
             num_system_tokens: Length of the system prompt at the head of the prompt, as `ChatRenderer.render` found it.
             cache_salt: Namespace; suffix KV is shared only within it.
-            priority: Smaller runs first.
+            priority: Smaller runs first, where `--scheduling-policy` is `priority`; no effect otherwise.
             marks: Further prefixes to keep; each continues the one before it and shares its KV.
             search_step: As of `EngineRequest`.
 
         Raises:
             VLLMValidationError: a value is not allowed.
         """
+        check_sampling_params(params)
         wanted = params.structured_outputs
         request, processed = self.input_processor.request(
             request_id,

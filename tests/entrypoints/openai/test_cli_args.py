@@ -95,7 +95,7 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
         (["--node-rank", "false"], "only 0 is"),
         (["--lora-modules", "a=b", "c=d"], "--lora-modules"),
         (["--structured-outputs-config", '{"backend": "outlines"}'], "only {} or"),
-        (["--max-num-queued-reqs", "9"], "--max-num-queued-reqs"),
+        (["--max-num-queued-tokens", "9"], "--max-num-queued-tokens"),
         (["--port", "eighty"], "0 to 65535"),
         (["--port", "70000"], "0 to 65535"),
         (["--api-key", ""], "empty"),
