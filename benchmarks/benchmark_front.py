@@ -185,7 +185,7 @@ def engine(steps_per_s: float, times: Path) -> None:
         from_wire,
     )
 
-    args = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoreProcessArgs)
+    args = CoreProcessArgs.read(sys.stdin.buffer.readline(), dict)
     context = zmq.Context()
     outputs, inputs = context.socket(zmq.PUSH), context.socket(zmq.PULL)
     outputs.connect(args.output_address)

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+else:
+    # Whoever reads these values as messages brings the class, which is slow to import.
+    PretrainedConfig = Any
 
 SystemPromptMode = Literal["auto", "declared", "off"]
 SchedulingPolicy = Literal["fcfs", "priority"]

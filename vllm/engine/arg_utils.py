@@ -37,6 +37,7 @@ from vllm.transformers_utils.config import (
     resolve_model,
     weights_digest,
 )
+from vllm.transformers_utils.gguf import gguf_file
 from vllm.transformers_utils.tokenizer import Tokenizer, load_tokenizer
 
 logger = init_logger(__name__)
@@ -238,6 +239,10 @@ class EngineArgs:
         return parser
 
     def create_engine_config(self) -> VllmConfig:
+        """What `resolve` settles, without the tokenizer that it had to load for that."""
+        return self.resolve()[0]
+
+    def resolve(self) -> tuple[VllmConfig, Tokenizer]:
         """Finds the model, reads what it says about itself and settles every value.
 
         Raises:
@@ -252,6 +257,8 @@ class EngineArgs:
         if self.tokenizer is not None or self.tokenizer_revision not in (None, self.revision):
             name = self.tokenizer or self.model
             tokenizer_path = fetch(name, self.tokenizer_revision, False)[1]
+        # Both the tokenizer and the configuration may come from it.
+        held = gguf_file(model_path) if model_path.endswith(".gguf") else None
         tokenizer = load_tokenizer(tokenizer_path, self.trust_remote_code)
         model = self._model_config(display_name, model_path, tokenizer_path, tokenizer, platform)
         if _DTYPE_NAMES.get(self.kv_cache_dtype, self.kv_cache_dtype) not in ("auto", model.dtype):
@@ -264,7 +271,7 @@ class EngineArgs:
             raise StartupError(
                 f"--max-num-batched-tokens ({batched}) must be at least --max-num-seqs ({self.max_num_seqs})."
             )
-        return VllmConfig(
+        config = VllmConfig(
             model=model,
             cache=CacheConfig(
                 block_size=self.block_size,
@@ -297,6 +304,8 @@ class EngineArgs:
             attention_backend=_attention_backend(self.attention_backend) or platform.attention_backend(),
             enforce_eager=self.enforce_eager,
         )
+        del held
+        return config, tokenizer
 
     def _model_config(
         self, display_name: str, model_path: str, tokenizer_path: str, tokenizer: Tokenizer, platform: Platform

@@ -49,7 +49,6 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams, check_
 from vllm.structured_output.compiler import ConstraintCompiler
 from vllm.structured_output.constraint import CompiledConstraint
 from vllm.transformers_utils.chat_template import ChatRenderer, RenderedChat
-from vllm.transformers_utils.tokenizer import load_tokenizer
 
 logger = init_logger(__name__)
 _T = TypeVar("_T")
@@ -64,7 +63,7 @@ class AsyncLLMEngine:
     """Client of an engine process that it starts and ends with itself.
 
     Args:
-        args: Flags; the engine process gets the same ones.
+        args: Flags; the engine process gets what they are resolved to.
         max_restarts: How often an engine process that has died is started again. What was in flight fails with
             `EngineDeadError`, as does whatever comes until the new process is ready; its caches start empty.
 
@@ -80,12 +79,12 @@ class AsyncLLMEngine:
     process_command: ClassVar[Sequence[str]] = (sys.executable, "-m", "vllm.engine.core_process")
 
     def __init__(self, args: EngineArgs, max_restarts: int = 0) -> None:
-        self._args = args
+        self._logs_stats = not args.disable_log_stats
         self._restarts_left = max_restarts
         self._incarnation = 0
-        self.vllm_config: VllmConfig = args.create_engine_config()
+        self.vllm_config: VllmConfig
+        self.vllm_config, self.tokenizer = args.resolve()
         model = self.vllm_config.model
-        self.tokenizer = load_tokenizer(model.tokenizer_path, args.trust_remote_code)
         self.renderer = ChatRenderer(self.tokenizer, model.chat_template)
         self.input_processor = InputProcessor(model, self.tokenizer, self.renderer)
         self._compiler = ConstraintCompiler(model)
@@ -135,7 +134,7 @@ class AsyncLLMEngine:
         self._incarnation += 1
 
         def make_args(input_address: str, output_address: str) -> CoreProcessArgs:
-            return CoreProcessArgs(self._args, input_address, output_address)
+            return CoreProcessArgs(self.vllm_config, input_address, output_address)
 
         name = str(self._incarnation)
         return CoreClient(self.process_command, make_args, self._context, Path(self._folder.name), name)
@@ -146,7 +145,7 @@ class AsyncLLMEngine:
             loop = asyncio.get_running_loop()
             self._reader = loop.create_task(self._read(self._client))
             threading.Thread(target=self._watch, args=(loop, self._client), name="engine-watch", daemon=True).start()
-            if self._stats_log is None and not self._args.disable_log_stats:
+            if self._stats_log is None and self._logs_stats:
                 self._stats_log = loop.create_task(StatsLog(self.metrics, lambda: self.stats).run())
 
     def _watch(self, loop: asyncio.AbstractEventLoop, client: CoreClient) -> None:

@@ -49,7 +49,7 @@ class CoreClient:
         )
         if self.process.stdin is None:
             raise RuntimeError("the engine process has no standard input")
-        self.process.stdin.write(msgspec.json.encode(make_args(*addresses)) + b"\n")
+        self.process.stdin.write(make_args(*addresses).to_line())
         self.process.stdin.flush()
 
     def wait_until_ready(self, is_stopped: Callable[[], bool]) -> EngineReady:

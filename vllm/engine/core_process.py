@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 import zmq
 
+from vllm.config import ModelConfig
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptRefusedError
 from vllm.engine.calls import PinOptions, PromptChanges
 from vllm.engine.engine_core import EngineCore
@@ -36,6 +37,7 @@ from vllm.engine.messages import (
 )
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
+from vllm.transformers_utils.config import hf_config_of, weights_digest
 
 logger = init_logger(__name__)
 
@@ -229,8 +231,15 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
+def _check_weights(model: ModelConfig) -> None:
+    """Raises `StartupError` for weights that are not the ones of the configuration: what was computed with others, and
+    is kept under their digest, must not be taken for theirs."""
+    if weights_digest(model.model_path, model.quantization) != model.weights_digest:
+        raise StartupError(f"The model in {model.model_path} has changed since the server was started; restart it.")
+
+
 def main() -> None:
-    args = msgspec.json.decode(sys.stdin.buffer.readline(), type=CoreProcessArgs)
+    args = CoreProcessArgs.read(sys.stdin.buffer.readline(), hf_config_of)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     # The parent decides when to stop, so that it can let running requests finish. Ctrl-C reaches the whole group, and
     # so does what a supervisor or `timeout` sends.
@@ -243,7 +252,8 @@ def main() -> None:
     inputs = context.socket(zmq.PULL)
     inputs.connect(args.input_address)
     try:
-        core = EngineCore(args.engine_args.create_engine_config())
+        _check_weights(args.config.model)
+        core = EngineCore(args.config)
     except StartupError as error:
         outputs.send(msgspec.msgpack.encode(EngineReady(error=str(error))))
         outputs.close()

@@ -29,14 +29,15 @@ class LLMEngine:
 
     Args:
         config: What to run; `LLMEngine.from_engine_args` makes it from flags.
+        tokenizer: Of the model, if it has been loaded.
 
     Raises:
         StartupError: it cannot run on this machine with these settings.
     """
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, config: VllmConfig, tokenizer: Tokenizer | None = None) -> None:
         self.vllm_config = config
-        self.tokenizer: Tokenizer = load_tokenizer(config.model.tokenizer_path)
+        self.tokenizer = tokenizer or load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
         self.renderer = ChatRenderer(self.tokenizer, config.model.chat_template)
         self.input_processor = InputProcessor(config.model, self.tokenizer, self.renderer)
         self.core = EngineCore(config)
@@ -47,7 +48,7 @@ class LLMEngine:
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
-        return cls(args.create_engine_config())
+        return cls(*args.resolve())
 
     def add_request(
         self,

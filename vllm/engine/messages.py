@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import VllmConfig
 from vllm.inputs import CacheMark
 from vllm.outputs import VaryingSpanInfo
 from vllm.sampling_params import SamplingParams
@@ -165,9 +167,26 @@ class CoreProcessArgs(msgspec.Struct):
     """What a new engine process is given, as one JSON line on its standard input.
 
     Attributes:
+        config: Its `model.hf_config` as the fields of that configuration; see `read`.
         input_address / output_address: ZeroMQ endpoints, PULL and PUSH on the engine's side.
     """
 
-    engine_args: EngineArgs
+    config: VllmConfig
     input_address: str
     output_address: str
+
+    def to_line(self) -> bytes:
+        """The line. The configuration of the model becomes the fields that its JSON has."""
+        fields = msgspec.json.decode(self.config.model.hf_config.to_json_string())
+        return msgspec.json.encode(self._with_hf_config(fields)) + b"\n"
+
+    @classmethod
+    def read(cls, line: bytes, hf_config_of: Callable[[dict[str, Any]], Any]) -> CoreProcessArgs:
+        """What `to_line` has written; `hf_config_of` makes the configuration of a model from its fields."""
+        args = msgspec.json.decode(line, type=cls)
+        fields: Any = args.config.model.hf_config
+        return args._with_hf_config(hf_config_of(fields))
+
+    def _with_hf_config(self, hf_config: Any) -> CoreProcessArgs:
+        config = replace(self.config, model=replace(self.config.model, hf_config=hf_config))
+        return CoreProcessArgs(config, self.input_address, self.output_address)

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
-from vllm.transformers_utils.gguf import GGUFFile, gguf_config
+from vllm.transformers_utils.gguf import gguf_config, gguf_file
 from vllm.transformers_utils.llama_config import LlamaConfig
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
     """
     path = Path(model_path)
     if path.is_file():
-        source, values = str(path), gguf_config(GGUFFile(path)).to_dict()
+        source, values = str(path), gguf_config(gguf_file(path)).to_dict()
     else:
         source, values = str(path / "config.json"), _read_json(path / "config.json")
     if overrides:
@@ -107,9 +107,14 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
         method = values["quantization_config"].get("quant_method", "unknown")
         raise StartupError(f"{source} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
     try:
-        return LlamaConfig.from_dict(values)
+        return hf_config_of(values)
     except Exception as error:  # transformers checks values in its own ways
         raise StartupError(f"{source} is not valid: {' '.join(str(error).split())}") from error
+
+
+def hf_config_of(values: dict[str, Any]) -> PretrainedConfig:
+    """The configuration whose fields are `values`, by the names of config.json: what its own JSON holds."""
+    return LlamaConfig.from_dict(values)
 
 
 def _check_values(source: str, values: Mapping[str, Any]) -> None:
@@ -154,7 +159,7 @@ def eos_token_ids(model_path: str, hf_config: PretrainedConfig, tokenizer: Token
     found = {tokenizer.eos_token_id, *_as_ids(hf_config.eos_token_id)}
     path = Path(model_path)
     if path.is_file():
-        file = GGUFFile(path)
+        file = gguf_file(path)
         found |= {file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")}
         template = str(file.get("tokenizer.chat_template", ""))
         found |= {tokenizer.backend.token_to_id(token) for token in _END_OF_TURN if token in template}

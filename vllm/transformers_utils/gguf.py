@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import gguf
 import numpy as np
@@ -165,6 +166,26 @@ class GGUFFile:
         values = layout.unpack_from(self._data, self._at)
         self._at += layout.size
         return values
+
+
+_in_use: WeakValueDictionary[tuple[str, int, int], GGUFFile] = WeakValueDictionary()
+
+
+def gguf_file(path: str | Path) -> GGUFFile:
+    """The file, read once for all who use it at the same time: parsing a vocabulary takes most of a second.
+
+    Raises:
+        StartupError: as of `GGUFFile`.
+    """
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        raise StartupError(f"Cannot open {path}: {error.strerror}.") from error
+    key = (str(path), status.st_size, status.st_mtime_ns)
+    file = _in_use.get(key)
+    if file is None:
+        file = _in_use[key] = GGUFFile(path)
+    return file
 
 
 def gguf_config(file: GGUFFile) -> LlamaConfig:

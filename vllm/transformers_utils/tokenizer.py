@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from vllm.exceptions import StartupError, VLLMValidationError
-from vllm.transformers_utils.gguf import GGUFFile
+from vllm.transformers_utils.gguf import gguf_file
 from vllm.transformers_utils.gguf_tokenizer import build_gguf_tokenizer
 
 _SPACE_MARK = "\u2581"
@@ -117,7 +117,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Tokenizer:
         StartupError: there is none, it is damaged, or it is not one of the `tokenizers` library ("fast").
     """
     if Path(path).is_file():
-        return Tokenizer(build_gguf_tokenizer(GGUFFile(path)))
+        return Tokenizer(build_gguf_tokenizer(gguf_file(path)))
     try:
         hf: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers of these files raise
