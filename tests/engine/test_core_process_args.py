@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.core_process import check_weights
 from vllm.engine.llm_engine import LLMEngine
 from vllm.engine.messages import CoreProcessArgs
 from vllm.exceptions import StartupError
-from vllm.transformers_utils import config as config_module
 from vllm.transformers_utils import gguf
-from vllm.transformers_utils.config import hf_config_of
+from vllm.transformers_utils.config import hf_config_of, weights_digest
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 
@@ -76,12 +75,8 @@ def test_an_engine_loads_its_tokenizer_once(tiny_model_dir: Path, monkeypatch: p
     engine.shutdown()
 
 
-def test_an_engine_process_does_not_take_other_weights_for_its_own(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    args = EngineArgs(str(tiny_model_dir), dtype="float32", num_gpu_blocks_override=256)
-    config, tokenizer = args.resolve()
-    config = replace(config, model=replace(config.model, weights_digest=config_module.weights_digest(__file__)))
-    monkeypatch.setattr(EngineArgs, "resolve", lambda self: (config, tokenizer))
+def test_an_engine_process_does_not_take_other_weights_for_its_own(tiny_model_dir: Path) -> None:
+    model = EngineArgs(str(tiny_model_dir)).create_engine_config().model
+    check_weights(model)
     with pytest.raises(StartupError, match=r"The model in .* has changed since the server was started; restart it\."):
-        AsyncLLMEngine.from_engine_args(args)
+        check_weights(replace(model, weights_digest=weights_digest(__file__)))

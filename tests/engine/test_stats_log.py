@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import cast
 
 import pytest
@@ -37,3 +38,26 @@ def test_a_line_says_what_came_since_the_last_one_and_none_comes_of_silence(monk
     stats = EngineStats()
     log.write()
     assert len(lines) == 2
+
+
+def test_a_line_that_cannot_be_written_does_not_end_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(stats_log.logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(stats_log, "INTERVAL_S", 0.001)
+    looks = 0
+
+    def stats() -> EngineStats:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            raise ZeroDivisionError
+        return EngineStats(num_running=1)
+
+    async def go() -> None:
+        task = asyncio.create_task(StatsLog(cast(EngineMetrics, Totals()), stats).run())
+        while not lines:
+            assert not task.done()
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    asyncio.run(go())

@@ -12,9 +12,11 @@ import pytest
 from vllm.entrypoints.openai.tool_parsers.forced import check_strict
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm.structured_output import compiler as compiler_module
 from vllm.structured_output.compiler import ConstraintCompiler
 from vllm.structured_output.constraint import MAX_CONSTRAINT_BYTES
 from vllm.structured_output.json_schema import unenforced
+from vllm.structured_output.messages import read_frame
 
 
 def params(**fields: object) -> StructuredOutputsParams:
@@ -132,6 +134,19 @@ def test_a_compiler_that_is_killed_fails_what_it_had_and_starts_again(compiler: 
     with pytest.raises(ServerBusyError, match="interrupted"):
         lost.result(60)
     assert compiler.compile(params(regex="after[a-z]")).result(60).data
+
+
+def test_an_answer_that_cannot_be_read_fails_whoever_waits(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler.compile(params(regex="start")).result(60)
+    with monkeypatch.context() as broken:
+        broken.setattr(compiler_module, "read_frame", lambda stream: read_frame(stream) and b"\xc1")
+        # The thread reads its first answer as before; that of the second one is broken.
+        compiler.compile(params(regex="one")).result(60)
+        with pytest.raises(ServerBusyError, match="interrupted"):
+            compiler.compile(params(regex="two")).result(60)
+    assert compiler.compile(params(regex="three[a-z]")).result(60).data
 
 
 def test_too_many_at_once_are_turned_away(compiler: ConstraintCompiler) -> None:

@@ -231,7 +231,7 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _check_weights(model: ModelConfig) -> None:
+def check_weights(model: ModelConfig) -> None:
     """Raises `StartupError` for weights that are not the ones of the configuration: what was computed with others, and
     is kept under their digest, must not be taken for theirs."""
     if weights_digest(model.model_path, model.quantization) != model.weights_digest:
@@ -252,7 +252,7 @@ def main() -> None:
     inputs = context.socket(zmq.PULL)
     inputs.connect(args.input_address)
     try:
-        _check_weights(args.config.model)
+        check_weights(args.config.model)
         core = EngineCore(args.config)
     except StartupError as error:
         outputs.send(msgspec.msgpack.encode(EngineReady(error=str(error))))
