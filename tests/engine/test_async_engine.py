@@ -58,7 +58,9 @@ def engine(tiny_model_dir: Path, run: Run) -> Iterator[AsyncLLMEngine]:
 
 async def generate(engine: AsyncLLMEngine, max_tokens: int = 4, request_id: str = "r", **more: Any) -> RequestOutput:
     params = greedy(max_tokens, output_kind=RequestOutputKind.FINAL_ONLY, **more)
-    return [output async for output in engine.generate(PROMPT, params, request_id)][-1]
+    # What waits for ever is to fail.
+    async with asyncio.timeout(120):
+        return [output async for output in engine.generate(PROMPT, params, request_id)][-1]
 
 
 async def until(condition: Callable[[], bool]) -> None:
