@@ -12,7 +12,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.utils import floatToGoString
 
 from vllm.config import VllmConfig
-from vllm.core.pinned_prompt import Outcome
+from vllm.core.pinned_prompt import Outcome, PoolTokens
 from vllm.engine.messages import EngineStats
 from vllm.engine.output_processor import ObservedRequest, RequestObserver
 from vllm.sequence import FINISH_REASONS
@@ -26,8 +26,6 @@ _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3,
 _ITERATION_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Values of labels, each of which is there from the start: a dashboard cannot tell what is missing from what is zero.
 _FINISHED_REASONS = tuple(dict.fromkeys((*FINISH_REASONS.values(), "error")))
-_POOL_STATES = ("pinned", "free", "host")
-_OUTCOMES = tuple(Outcome)
 _SNAPSHOT_OPS = tuple(itertools.product(get_args(SnapshotOp), SnapshotOutcome))
 _REFUSED_BY = ("max_num_queued_reqs",)
 
@@ -142,7 +140,7 @@ class EngineMetrics(RequestObserver):
         self._request_n = hist("request_params_n", "n of a request.", (1, 2, 5, 10, 20))
 
         self._pool_tokens = self._labelled(
-            Gauge, "system_prompt_pool_tokens", "Tokens of the pool by state.", ("state",), _each(_POOL_STATES)
+            Gauge, "system_prompt_pool_tokens", "Tokens of the pool by state.", ("state",), _each(PoolTokens)
         )
         self._pool_budget = gauge("system_prompt_pool_budget_tokens", "Tokens that may be pinned.")
         self._pool_pinned = gauge("system_prompt_pinned", "System prompts in the pool.")
@@ -151,7 +149,7 @@ class EngineMetrics(RequestObserver):
             "system_prompt_requests",
             "Requests by what the pool did for them.",
             ("outcome",),
-            _each(_OUTCOMES),
+            _each(Outcome),
         )
         self._pool_snapshots = self._labelled(
             Counter,
@@ -225,9 +223,13 @@ class EngineMetrics(RequestObserver):
         self._preemptions.inc(self._news("num_preemptions", stats.num_preemptions))
         if stats.iteration_tokens:
             self._iteration_tokens.observe(stats.iteration_tokens)
-        free = stats.pool_budget_tokens - stats.pinned_tokens
-        for state, value in zip(_POOL_STATES, (stats.pinned_tokens, free, stats.pool_host_tokens), strict=True):
-            self._pool_tokens.labels(**self._values, state=state).set(value)
+        tokens = {
+            PoolTokens.PINNED: stats.pinned_tokens,
+            PoolTokens.FREE: stats.pool_budget_tokens - stats.pinned_tokens,
+            PoolTokens.HOST: stats.pool_host_tokens,
+        }
+        for state, value in tokens.items():
+            self._pool_tokens.labels(**self._values, state=state.value).set(value)
         self._pool_budget.set(stats.pool_budget_tokens)
         self._pool_pinned.set(stats.pinned_prompts)
         for outcome, total in stats.pool_outcomes.items():
