@@ -15,8 +15,15 @@ MAX_STOP_STRINGS = 256
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
-MAX_ALLOWED_TOKEN_IDS = 200_000
+# Of bad words there are two spellings each, and the sampler's tables have room for so many tokens and sequences a row.
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 1024
+MAX_BAD_WORD_TOKENS = 2048
+MAX_BAD_SEQUENCES = 512
+# What is looked at for each output: stop strings at each of its tokens, and what the sampler's tables take when it
+# starts. A few outputs may have all of it. A hundred must share it, or one request would hold up the others' tokens.
+MAX_STOP_SEARCHES = 8192
+MAX_SAMPLER_ENTRIES = 262_144
 _SAMPLING_EPS = 1e-5
 MAX_LENGTH_PENALTY = 10.0
 _MAX_INT = 2**31 - 1
@@ -166,14 +173,10 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             for token_id, bias in self.logit_bias.items():
                 check_float(f"logit_bias[{token_id}]", bias, -math.inf, math.inf, param="logit_bias")
             self.logit_bias = {t: min(100.0, max(-100.0, b)) for t, b in self.logit_bias.items()}
-        if self.allowed_token_ids is not None:
-            if not self.allowed_token_ids:
-                raise VLLMValidationError("allowed_token_ids must name at least one token id.", "allowed_token_ids")
-            check_count("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+        if self.allowed_token_ids == []:
+            raise VLLMValidationError("allowed_token_ids must name at least one token id.", "allowed_token_ids")
         if self.bad_words:
-            check_count("bad_words", self.bad_words, MAX_BAD_WORDS)
-            if not all(self.bad_words):
-                raise VLLMValidationError("bad_words must not hold an empty string.", "bad_words")
+            check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
 
     def _verify_stops(self) -> None:
         check_stops(self.stop_strings)
@@ -194,8 +197,11 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         Raises:
             VLLMValidationError: a token id outside the vocabulary, or more log-probabilities than the server allows.
         """
+        if self.allowed_token_ids is not None:
+            check_count("allowed_token_ids", self.allowed_token_ids, vocab_size)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token_id in getattr(self, name) or ():
+            given = getattr(self, name)
+            for token_id in (min(given), max(given)) if given else ():
                 if not 0 <= token_id < vocab_size:
                     raise VLLMValidationError(
                         f"{name} holds token id {token_id}; ids of this model are 0 to {vocab_size - 1}.", name
@@ -204,6 +210,36 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value > max_logprobs:
                 raise VLLMValidationError(f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name)
+
+    def check_work(self, num_prompts: int = 1) -> None:
+        """Checks what the sampler has to take in for a request; `bad_words_token_ids` must be known.
+
+        Args:
+            num_prompts: Prompts that have these parameters, each with `n` outputs.
+
+        Raises:
+            VLLMValidationError: too many entries over all outputs.
+        """
+        lists = {
+            "bad_words": sum(map(len, self.bad_words_token_ids or ())),
+            "logit_bias": len(self.logit_bias or ()),
+            "stop_token_ids": len(self.stop_token_ids or ()),
+            "allowed_token_ids": len(self.allowed_token_ids or ()),
+        }
+        entries, outputs = sum(lists.values()), num_prompts * self.n
+        if outputs > 1 and outputs * len(self.stop_strings) > MAX_STOP_SEARCHES:
+            raise VLLMValidationError(
+                f"stop may have {MAX_STOP_SEARCHES} entries over all outputs of a request, got "
+                f"{len(self.stop_strings)} for each of {outputs}.",
+                "stop",
+            )
+        if outputs > 1 and outputs * entries > MAX_SAMPLER_ENTRIES:
+            longest = max(lists, key=lists.__getitem__)
+            raise VLLMValidationError(
+                f"{', '.join(lists)} may have {MAX_SAMPLER_ENTRIES} entries over all outputs of a request, got "
+                f"{entries} for each of {outputs}; most of them are in {longest}.",
+                longest,
+            )
 
 
 class BeamSearchParams(msgspec.Struct, omit_defaults=True):
@@ -260,13 +296,18 @@ def check_min_tokens(min_tokens: Any, max_tokens: int | None) -> None:
 
 def check_stops(stops: list[str]) -> None:
     """Raises `VLLMValidationError` for too many stop strings, or one that is empty or too long."""
-    check_count("stop", stops, MAX_STOP_STRINGS)
-    for text in stops:
+    check_texts("stop", stops, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
+
+
+def check_texts(name: str, texts: list[str], most: int, most_chars: int) -> None:
+    """Raises `VLLMValidationError` for more than `most` texts, or one that is empty or longer than `most_chars`."""
+    check_count(name, texts, most)
+    for text in texts:
         if not text:
-            raise VLLMValidationError("stop must not hold an empty string.", "stop")
-        if len(text) > MAX_STOP_STRING_CHARS:
+            raise VLLMValidationError(f"{name} must not hold an empty string.", name)
+        if len(text) > most_chars:
             raise VLLMValidationError(
-                f"A stop string may have at most {MAX_STOP_STRING_CHARS} characters, got {len(text)}.", "stop"
+                f"{name} may hold strings of at most {most_chars} characters, got one of {len(text)}.", name
             )
 
 

@@ -34,7 +34,7 @@ class LLMEngine:
 
     def __init__(self, config: VllmConfig) -> None:
         self.vllm_config = config
-        self.tokenizer: Tokenizer = load_tokenizer(config.model.tokenizer_path)
+        self.tokenizer: Tokenizer = load_tokenizer(config.model.tokenizer_path, config.model.trust_remote_code)
         self.renderer = ChatRenderer(self.tokenizer, config.model.chat_template)
         self.input_processor = InputProcessor(config.model, self.tokenizer, self.renderer)
         self.core = EngineCore(config)

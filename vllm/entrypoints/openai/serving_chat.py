@@ -156,6 +156,7 @@ class ServingChat:
             self._prompts.template_kwargs(options),
         )
         _constrain(params, answer_format, ended)
+        checked = await self._engine.check_params(params)
         as_token_ids = request.return_tokens_as_token_ids
         return _Call(
             id=public_id,
@@ -165,8 +166,8 @@ class ServingChat:
             outputs=generate(
                 self._engine,
                 request,
-                rendered.prompt_token_ids,
-                params,
+                self._engine.own_prompt(rendered.prompt_token_ids, rendered.num_system_tokens),
+                checked,
                 f"{public_id}-{random_id()[:12]}",
                 log=self._log,
                 text=rendered.text,

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.input_processor import ProcessedPrompt
+from vllm.engine.work_lanes import is_long
 from vllm.entrypoints.openai.generation import generate
 from vllm.entrypoints.openai.logprobs import completion_logprobs_json
 from vllm.entrypoints.openai.prompts import PromptReader, split_prompts
@@ -104,8 +107,10 @@ class ServingCompletion:
         else:
             max_tokens = request.max_tokens
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=request.logprobs)
-        prompts = split_prompts(request.prompt, params.n)
-        token_ids = [await self._token_ids(request, prompt) for prompt in prompts]
+        split = partial(split_prompts, request.prompt, params.n)
+        prompts = await self._engine.lanes.run(split) if is_long() else split()
+        checked = await self._engine.check_params(params, len(prompts))
+        processed = [await self._process(request, prompt) for prompt in prompts]
         public_id = f"cmpl-{request_id or request.request_id or random_id()}"
         # Clients may repeat an id; the engine's must be unique.
         engine_id = f"{public_id}-{random_id()[:12]}"
@@ -119,14 +124,14 @@ class ServingCompletion:
                     self._engine,
                     request,
                     ids,
-                    params,
+                    checked,
                     f"{engine_id}-{i}",
                     log=self._log,
                     text=prompt if isinstance(prompt, str) else None,
                     cache_salt=request.cache_salt,
                     priority=request.priority or 0,
                 )
-                for i, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True))
+                for i, (prompt, ids) in enumerate(zip(prompts, processed, strict=True))
             ],
             n=num_choices(request),
             texts=[prompt if isinstance(prompt, str) else None for prompt in prompts],
@@ -134,7 +139,7 @@ class ServingCompletion:
             as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,
         )
 
-    async def _token_ids(self, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+    async def _process(self, request: CompletionRequest, prompt: str | list[int]) -> list[int] | ProcessedPrompt:
         must_fit = request.truncate_prompt_tokens is None
         if not isinstance(prompt, str):
             if must_fit:
@@ -148,7 +153,7 @@ class ServingCompletion:
         )
         if not token_ids:
             raise VLLMValidationError("prompt must not be empty.", "prompt")
-        return token_ids
+        return self._engine.own_prompt(token_ids)
 
     def _echoed(self, call: _Call, prompt_index: int, item: RequestOutput) -> str:
         """The text of a prompt that its answers repeat first; "" without `echo`."""
