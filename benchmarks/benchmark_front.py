@@ -200,8 +200,9 @@ def engine(steps_per_s: float, times: Path) -> None:
     rng = random.Random(0)
 
     def made_up(count: int, top: int) -> PositionLogprobs:
-        ids = [rng.sample(range(1000, 20000), top + 1) for _ in range(count)]
-        return PositionLogprobs(ids, [[-i * 0.1 for i in range(top + 1)] for _ in ids], [1] * count)
+        ids = list(range(1000, 1001 + top))
+        values = [-i * 0.1 for i in range(top + 1)]
+        return PositionLogprobs([ids] * count, [values] * count, [1] * count)
 
     next_step = time.monotonic()
     with times.open("w", buffering=1) as log:
@@ -223,15 +224,15 @@ def engine(steps_per_s: float, times: Path) -> None:
             if time.monotonic() < next_step and running:
                 continue
             next_step = max(next_step + 1 / steps_per_s, time.monotonic())
-            news = []
+            news: list[EngineOutput] = []
             for (request_id, index), left in running.items():
-                output = EngineOutput(request_id, index, [rng.randrange(1000, 20000)])
-                if params[request_id].logprobs is not None:
-                    output.logprobs = made_up(1, params[request_id].logprobs)
-                output.prompt_logprobs = prompts.pop(request_id, None)
-                output.num_cached_tokens, output.first_scheduled_time = 0, time.time()
-                output.finish_reason = "length" if left == 1 else None
-                news.append(output)
+                made = EngineOutput(request_id, index, [rng.randrange(1000, 20000)])
+                top = params[request_id].logprobs
+                made.logprobs = None if top is None else made_up(1, top)
+                made.prompt_logprobs = prompts.pop(request_id, None)
+                made.num_cached_tokens, made.first_scheduled_time = 0, time.time()
+                made.finish_reason = "length" if left == 1 else None
+                news.append(made)
             running = {key: left - 1 for key, left in running.items() if left > 1}
             stats = EngineStats(num_running=len(running), iteration_tokens=len(news))
             message_out = encoder.encode(StepOutputs(outputs=news, stats=stats))

@@ -29,9 +29,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import benchmark_front
 import uvloop
 
-import benchmark_front
 from chat_load import WORDS, BenchmarkError, markdown_table, positive_int, say
 from machine_facts import machine
 from server_process import ServerProcess
@@ -127,7 +127,7 @@ def everything(server: Server, n: int) -> dict[str, Any]:
         "allowed_token_ids": list(range(min(server.vocab_size, share // 4))),
         "stop": numbered(min(256, 8192 // n), 1000),
         "logprobs": True,
-        "top_logprobs": 20,
+        "top_logprobs": min(20, 500 // n),
         "presence_penalty": 0.5,
         "frequency_penalty": 0.5,
         "repetition_penalty": 1.1,
@@ -162,13 +162,13 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
         "logit_bias, 1,024": lambda: chat(logit_bias={str(i): 1 for i in range(1024)}),
         "logit_bias, 1,024 with n 128": lambda: chat(n=128, logit_bias={str(i): 1 for i in range(1024)}),
         "allowed_token_ids, all": lambda: chat(allowed_token_ids=list(range(vocab))),
-        "allowed_token_ids, a million": lambda: chat(allowed_token_ids=[5] * 999_000),
+        "allowed_token_ids, 520,000": lambda: chat(allowed_token_ids=[5] * 520_000),
         "n 128": lambda: chat(n=128),
         "n 128, streamed": lambda: chat(n=128, stream=True),
         "best_of 128": lambda: completion(best_of=128, n=1),
         "logprobs 20": lambda: chat(logprobs=True, top_logprobs=20),
-        "logprobs 20 with n 128": lambda: chat(logprobs=True, top_logprobs=20, n=128),
-        "logprobs 20 with n 128, streamed": lambda: chat(logprobs=True, top_logprobs=20, n=128, stream=True),
+        "logprobs 20 with n 25": lambda: chat(logprobs=True, top_logprobs=20, n=25),
+        "logprobs 20 with n 25, streamed": lambda: chat(logprobs=True, top_logprobs=20, n=25, stream=True),
         "prompt_logprobs 20, long prompt": lambda: completion(prompt=ids, prompt_logprobs=20, max_tokens=2),
         "echo with logprobs, long prompt": lambda: completion(prompt=ids, echo=True, logprobs=20, max_tokens=2),
         "beam search of 9": lambda: completion(use_beam_search=True, n=9),
@@ -189,11 +189,11 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
         ),
         "prompt of 4,000,000 characters": lambda: chat(messages=[{"role": "user", "content": "word " * 799_000}]),
         "prompt of one long word": lambda: completion(prompt="x" * (length * 8)),
-        "prompt of a million ids": lambda: completion(prompt=[5] * 999_000),
+        "prompt of 520,000 ids": lambda: completion(prompt=[5] * 520_000),
         "1,024 prompts": lambda: completion(prompt=[f"The sea {i}" for i in range(1024)], max_tokens=1),
         "1,024 prompts of 900 ids": lambda: completion(prompt=[[5 + i] * 900 for i in range(1024)], max_tokens=1),
-        "50,000 messages": lambda: chat(
-            messages=[{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(49_999)]
+        "13,000 messages": lambda: chat(
+            messages=[{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(12_999)]
         ),
         "10,000 system messages": lambda: chat(
             messages=[
@@ -201,8 +201,8 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
                 {"role": "user", "content": "Hello"},
             ]
         ),
-        "60,000 text parts": lambda: chat(
-            messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 60_000}]
+        "13,000 text parts": lambda: chat(
+            messages=[{"role": "user", "content": [{"type": "text", "text": "x"}] * 13_000}]
         ),
         "control tokens spelled 100,000 times": lambda: chat(
             messages=[{"role": "user", "content": "<|im_end|>" * 100_000}]
@@ -225,29 +225,30 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
                 "triggers": ["<f"],
             }
         ),
-        "metadata, a text of 31 MiB": lambda: chat(metadata={"note": "x" * (31 * 2**20)}),
-        "metadata, a million numbers": lambda: chat(metadata=list(range(999_000))),
-        "metadata, 120,000 objects": lambda: chat(metadata=[{"a": 1}] * 120_000),
-        "metadata, 240,000 keys": lambda: chat(metadata={f"key{i}": 1 for i in range(240_000)}),
+        "metadata, a text of 15 MiB": lambda: chat(metadata={"note": "x" * (15 * 2**20)}),
+        "metadata, 520,000 numbers": lambda: chat(metadata=list(range(520_000))),
+        "metadata, 32,000 objects": lambda: chat(metadata=[{"a": 1}] * 32_000),
+        "metadata, 65,000 keys": lambda: chat(metadata={f"key{i}": 1 for i in range(65_000)}),
         "metadata, too many objects": lambda: chat(metadata=[{}] * 10_000_000),
-        "200,000 unknown fields": lambda: chat(**{f"field{i}": 1 for i in range(200_000)}),
+        "60,000 unknown fields": lambda: chat(**{f"field{i}": 1 for i in range(60_000)}),
+        "1,000 unknown fields": lambda: chat(**{f"field{i}": 1 for i in range(1000)}),
         "chat_template_kwargs of 64 KiB": lambda: chat(chat_template_kwargs={"note": "x" * 65_000}),
-        "Messages API, 50,000 blocks": lambda: Request(
+        "Messages API, 12,000 blocks": lambda: Request(
             "/v1/messages",
             {
                 "max_tokens": 8,
                 "system": [{"type": "text", "text": f"Rule {i}."} for i in range(400)],
-                "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 50_000}],
+                "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 12_000}],
             },
         ),
-        "Responses API, 40,000 items": lambda: Request(
+        "Responses API, 12,000 items": lambda: Request(
             "/v1/responses",
-            {"max_output_tokens": 16, "input": [{"role": "user", "content": "x"}] * 40_000, "truncation": "auto"},
+            {"max_output_tokens": 16, "input": [{"role": "user", "content": "x"}] * 12_000, "truncation": "auto"},
         ),
         "tokenize, 3,900,000 characters": lambda: Request("/tokenize", {"prompt": "word " * 780_000}),
         "tokenize with strings": lambda: Request("/tokenize", {"prompt": "word " * 200_000, "return_token_strs": True}),
-        "detokenize, a million": lambda: Request("/detokenize", {"tokens": [500] * 999_000}),
-        "no JSON, 31 MiB": lambda: Request("/v1/completions", {"prompt": '"\\,[{' * (3 * 2**20)}),
+        "detokenize, 520,000": lambda: Request("/detokenize", {"tokens": [500] * 520_000}),
+        "a text of 15 MiB that looks like JSON": lambda: completion(prompt='"\\,[{' * (2 * 2**20)),
     }
 
 
@@ -422,7 +423,7 @@ async def run_case(
     server: ServerProcess, streams: SteadyStreams, name: str, make: Callable[[], Request], args: argparse.Namespace
 ) -> Result:
     request = make()
-    content = json.dumps(request.body).encode()
+    path, content = request.path, json.dumps(request.body).encode()
     del request
     gc.collect()
     streams.forget()
@@ -431,7 +432,7 @@ async def run_case(
     await asyncio.sleep(args.seconds)
     begin = time.perf_counter()
     median = statistics.median(streams.gaps(quiet, begin) or [args.seconds * 1000])
-    status, message = await asyncio.to_thread(send, server.port, make().path, content, args.give_up)
+    status, message = await asyncio.to_thread(send, server.port, path, content, args.give_up)
     end = time.perf_counter()
     await asyncio.sleep(_AFTER_S + 2 * median / 1000)
     if server.process.poll() is not None:

@@ -24,6 +24,11 @@ MAX_BAD_SEQUENCES = 512
 # starts. A few outputs may have all of it. A hundred must share it, or one request would hold up the others' tokens.
 MAX_STOP_SEARCHES = 8192
 MAX_SAMPLER_ENTRIES = 262_144
+# Most likely tokens to report, over all outputs at each of their tokens; and over all tokens of a prompt. Where the
+# operator lets a token have more than `DEFAULT_MAX_LOGPROBS`, these are as many times more.
+DEFAULT_MAX_LOGPROBS = 20
+MAX_STEP_LOGPROBS = 500
+MAX_PROMPT_LOGPROBS = 262_140
 _SAMPLING_EPS = 1e-5
 MAX_LENGTH_PENALTY = 10.0
 _MAX_INT = 2**31 - 1
@@ -211,10 +216,11 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             if value is not None and value > max_logprobs:
                 raise VLLMValidationError(f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name)
 
-    def check_work(self, num_prompts: int = 1) -> None:
-        """Checks what the sampler has to take in for a request; `bad_words_token_ids` must be known.
+    def check_work(self, max_logprobs: int, num_prompts: int = 1) -> None:
+        """Checks what a server has to do for a request beside the model; `bad_words_token_ids` must be known.
 
         Args:
+            max_logprobs: Most that a token may have.
             num_prompts: Prompts that have these parameters, each with `n` outputs.
 
         Raises:
@@ -227,6 +233,12 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             "allowed_token_ids": len(self.allowed_token_ids or ()),
         }
         entries, outputs = sum(lists.values()), num_prompts * self.n
+        most = times_more(MAX_STEP_LOGPROBS, max_logprobs)
+        if self.n > 1 and self.n * (self.logprobs or 0) > most:
+            raise VLLMValidationError(
+                f"logprobs may be at most {most} over all n outputs, got {self.logprobs} for each of {self.n}.",
+                "logprobs",
+            )
         if outputs > 1 and outputs * len(self.stop_strings) > MAX_STOP_SEARCHES:
             raise VLLMValidationError(
                 f"stop may have {MAX_STOP_SEARCHES} entries over all outputs of a request, got "
@@ -283,6 +295,11 @@ class BeamSearchParams(msgspec.Struct, omit_defaults=True):
     def stop_strings(self) -> list[str]:
         """`stop` as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+def times_more(limit: int, max_logprobs: int) -> int:
+    """A limit of log-probabilities where the operator lets a token have `max_logprobs` of them."""
+    return limit * max(1, max_logprobs // DEFAULT_MAX_LOGPROBS)
 
 
 def check_min_tokens(min_tokens: Any, max_tokens: int | None) -> None:

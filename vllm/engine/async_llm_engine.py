@@ -88,7 +88,7 @@ class AsyncLLMEngine:
         model = self.vllm_config.model
         self.tokenizer = load_tokenizer(model.tokenizer_path, args.trust_remote_code)
         self.renderer = ChatRenderer(self.tokenizer, model.chat_template)
-        self.input_processor = InputProcessor(model, self.tokenizer, self.renderer)
+        self.input_processor = InputProcessor(model, self.tokenizer, self.renderer, serves=True)
         self._compiler = ConstraintCompiler(model)
         self.stats = EngineStats()
         self._dead: EngineDeadError | None = None
@@ -257,6 +257,8 @@ class AsyncLLMEngine:
                     future.set_result(result.result)
                 else:
                     future.set_exception(VLLMValidationError(result.error, result.param))
+            # News that wait already are taken without a turn of the loop, in which what came before them is sent.
+            await asyncio.sleep(0)
 
     async def _send(self, message: EngineInput) -> None:
         if self._dead is not None:

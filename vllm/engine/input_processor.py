@@ -15,7 +15,7 @@ from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
-from vllm.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, SamplingParams
+from vllm.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_PROMPT_LOGPROBS, SamplingParams, times_more
 from vllm.structured_output.constraint import CompiledConstraint
 from vllm.token_ids import KnownPrefixes, TokenIds, token_array
 from vllm.transformers_utils.chat_template import ChatRenderer
@@ -61,10 +61,12 @@ class InputProcessor:
         config: Vocabulary and length limits.
         tokenizer: Encodes text prompts.
         renderer: Renders chats, for system prompts given as messages.
+        serves: Others' tokens wait for what is done for a request, so that its products are bounded as well.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, renderer: ChatRenderer, serves: bool = False) -> None:
         self.config = config
+        self.serves = serves
         self.tokenizer = tokenizer
         self.renderer = renderer
         self._known_prefixes = KnownPrefixes()
@@ -144,7 +146,8 @@ class InputProcessor:
         params.resolve_logprobs(self.config.vocab_size)
         params.verify_for_model(self.config.vocab_size, self.config.max_logprobs)
         params.bad_words_token_ids = self._bad_words(params.bad_words) if params.bad_words else None
-        params.check_work(num_prompts)
+        if self.serves:
+            params.check_work(self.config.max_logprobs, num_prompts)
         return CheckedParams(params, asked)
 
     def request(
@@ -192,6 +195,8 @@ class InputProcessor:
                 f"one must be left for the output; the prompt has {len(token_ids)}.",
                 "prompt",
             )
+        if self.serves:
+            self._check_prompt_logprobs(params.prompt_logprobs, len(token_ids))
         room = longest - len(token_ids)
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
@@ -307,6 +312,15 @@ class InputProcessor:
                 "truncate_prompt_tokens",
             )
         return token_ids[-keep:]
+
+    def _check_prompt_logprobs(self, top: int | None, num_tokens: int) -> None:
+        most = times_more(MAX_PROMPT_LOGPROBS, self.config.max_logprobs)
+        if (top or 0) * num_tokens > most:
+            raise VLLMValidationError(
+                f"prompt_logprobs may be at most {most} over all tokens of the prompt, got {top} for each of "
+                f"{num_tokens}.",
+                "prompt_logprobs",
+            )
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """Token sequences of each word, at the start of a text and after a space.

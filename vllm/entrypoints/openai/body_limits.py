@@ -12,9 +12,10 @@ import numpy as np
 from vllm.engine.work_lanes import LONG_BYTES
 from vllm.entrypoints.openai.errors import ApiError
 
-MAX_BODY_BYTES = 32 * 2**20
-MAX_BODY_VALUES = 1_000_000
-MAX_BODY_NODES = 250_000
+MAX_BODY_BYTES = 16 * 2**20
+MAX_BODY_VALUES = 524_288
+MAX_BODY_NODES = 65_536
+MAX_BODY_FIELDS = 1024
 MAX_BODIES_BYTES = 256 * 2**20
 RETRY_AFTER_S = 1
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from vllm.engine.work_lanes import WorkLanes, is_long, request_bytes
-from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES, BodyBytes, check_shape
+from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES, MAX_BODY_FIELDS, BodyBytes, check_shape
 from vllm.entrypoints.openai.errors import ApiError
 from vllm.logger import init_logger
 
@@ -115,6 +115,8 @@ def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
         raise ApiError(400, f"The request body must be a JSON object, got {kind}.")
+    if len(value) > MAX_BODY_FIELDS:
+        raise ApiError(400, f"The request body may have at most {MAX_BODY_FIELDS} fields, got {len(value)}.")
     return value
 
 

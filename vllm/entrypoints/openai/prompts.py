@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.work_lanes import is_long
@@ -19,6 +19,8 @@ from vllm.entrypoints.openai.chat_messages import (
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.exceptions import VLLMValidationError
 from vllm.transformers_utils.chat_template import RenderedChat
+
+_T = TypeVar("_T")
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 4096
@@ -75,14 +77,17 @@ class PromptReader:
         Raises:
             VLLMValidationError: A field is wrong, the template refuses the messages, or they are too long.
         """
-        read = partial(self._render_arguments, messages, options, must_fit, cut_for)
-        arguments = await self._engine.lanes.run(read) if is_long() else read()
+        arguments = await self.prepared(self._render_arguments, messages, options, must_fit, cut_for)
         rendered = await self._engine.render_chat(**arguments, checked=True, cache_salt=cache_salt)
         if cut_for is not None:
             rendered = self._without_oldest(rendered, self._max_model_len - cut_for)
         if must_fit:
             self.check_tokens(len(rendered.prompt_token_ids), "messages")
         return rendered
+
+    async def prepared(self, function: Callable[..., _T], *args: Any) -> _T:
+        """What `function(*args)` returns; off the event loop if the request is long, of which it reads every part."""
+        return await self._engine.lanes.run(function, *args) if is_long() else function(*args)
 
     def _render_arguments(
         self, messages: list[Any], options: ChatOptions, must_fit: bool, cut_for: int | None

@@ -10,9 +10,8 @@ from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.input_processor import ProcessedPrompt
-from vllm.engine.work_lanes import is_long
 from vllm.entrypoints.openai.generation import generate
-from vllm.entrypoints.openai.logprobs import completion_logprobs_json
+from vllm.entrypoints.openai.logprobs import completion_logprobs_json, num_logprobs, shaped
 from vllm.entrypoints.openai.prompts import PromptReader, split_prompts
 from vllm.entrypoints.openai.protocol import (
     CompletionRequest,
@@ -107,8 +106,7 @@ class ServingCompletion:
         else:
             max_tokens = request.max_tokens
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=request.logprobs)
-        split = partial(split_prompts, request.prompt, params.n)
-        prompts = await self._engine.lanes.run(split) if is_long() else split()
+        prompts = await self._prompts.prepared(split_prompts, request.prompt, params.n)
         checked = await self._engine.check_params(params, len(prompts))
         processed = [await self._process(request, prompt) for prompt in prompts]
         public_id = f"cmpl-{request_id or request.request_id or random_id()}"
@@ -172,6 +170,13 @@ class ServingCompletion:
             async for prompt_index, item in items:
                 last[prompt_index] = item
                 outputs.update((prompt_index * call.n + output.index, output) for output in item.outputs)
+        size = num_logprobs(last.values(), outputs.values())
+        return await shaped(partial(self._shape, call, last, outputs), self._engine.lanes, size)
+
+    def _shape(
+        self, call: _Call, last: dict[int, RequestOutput], outputs: dict[int, CompletionOutput]
+    ) -> dict[str, Any]:
+        """The answer once all outputs have ended."""
         choices = [self._choice(call, index, outputs[index], last[index // call.n]) for index in sorted(outputs)]
         completion_tokens = sum(len(output.token_ids) for output in outputs.values())
         completion_tokens += sum(item.num_discarded_tokens for item in last.values())
@@ -220,7 +225,9 @@ class ServingCompletion:
                 if prompt_index not in prompts:
                     prompts[prompt_index] = item
                     if call.request.echo or call.request.return_token_ids:
-                        choices += [self._first_choice(call, prompt_index * call.n + i, item) for i in range(call.n)]
+                        repeat = partial(self._first_choices, call, prompt_index, item)
+                        size = num_logprobs([item], ())
+                        choices += await shaped(repeat, self._engine.lanes, size)
                         offsets[prompt_index * call.n : (prompt_index + 1) * call.n] = [_end(choices[0], 0)] * call.n
                 for output in item.outputs:
                     index = prompt_index * call.n + output.index
@@ -241,6 +248,9 @@ class ServingCompletion:
             total = {"usage": _usage(prompts.values(), completion_tokens)}
             yield sse(head | {"choices": []} | total | {"system_fingerprint": self._models.fingerprint})
         yield DONE
+
+    def _first_choices(self, call: _Call, prompt_index: int, item: RequestOutput) -> list[dict[str, Any]]:
+        return [self._first_choice(call, prompt_index * call.n + i, item) for i in range(call.n)]
 
     def _first_choice(self, call: _Call, index: int, item: RequestOutput) -> dict[str, Any]:
         """Repeats the prompt, as text with `echo` and as token ids if they were asked for."""
