@@ -169,7 +169,7 @@ def front(steps_per_s: str, times: str, profile: str) -> None:
 
 
 def engine(steps_per_s: float, times: Path) -> None:
-    """An engine process that gives every request a token a step, at a fixed pace."""
+    """An engine process that gives every output of every request a token a step, at a fixed pace."""
     import msgspec
     import zmq
 
@@ -184,6 +184,8 @@ def engine(steps_per_s: float, times: Path) -> None:
         StepOutputs,
         from_wire,
     )
+    from vllm.sampling_params import SamplingParams
+    from vllm.step import PositionLogprobs
 
     args = CoreProcessArgs.read(sys.stdin.buffer.readline(), dict)
     context = zmq.Context()
@@ -192,8 +194,16 @@ def engine(steps_per_s: float, times: Path) -> None:
     inputs.connect(args.input_address)
     encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(EngineInput, dec_hook=from_wire)
     outputs.send(encoder.encode(EngineReady(num_blocks=65536, pool_budget_tokens=65536)))
-    running: dict[str, int] = {}
+    running: dict[tuple[str, int], int] = {}
+    params: dict[str, SamplingParams] = {}
+    prompts: dict[str, PositionLogprobs] = {}
     rng = random.Random(0)
+
+    def made_up(count: int, top: int) -> PositionLogprobs:
+        ids = list(range(1000, 1001 + top))
+        values = [-i * 0.1 for i in range(top + 1)]
+        return PositionLogprobs([ids] * count, [values] * count, [1] * count)
+
     next_step = time.monotonic()
     with times.open("w", buffering=1) as log:
         while True:
@@ -201,21 +211,29 @@ def engine(steps_per_s: float, times: Path) -> None:
             if inputs.poll(max(0, int(wait * 1000))):
                 message = decoder.decode(inputs.recv())
                 if isinstance(message, EngineRequest):
-                    running[message.request_id] = message.sampling_params.max_tokens or 1
+                    asked = params[message.request_id] = message.sampling_params
+                    for index in range(asked.n):
+                        running[message.request_id, index] = asked.max_tokens or 1
+                    if asked.prompt_logprobs is not None:
+                        prompts[message.request_id] = made_up(len(message.prompt_token_ids) - 1, asked.prompt_logprobs)
                 elif isinstance(message, AbortRequests):
-                    for request_id, _ in message.targets:
-                        running.pop(request_id, None)
+                    for request_id, index in message.targets:
+                        for output in range(params[request_id].n) if index is None else (index,):
+                            running.pop((request_id, output), None)
                 continue
             if time.monotonic() < next_step and running:
                 continue
             next_step = max(next_step + 1 / steps_per_s, time.monotonic())
-            news = []
-            for request_id, left in running.items():
-                output = EngineOutput(request_id, 0, [rng.randrange(1000, 20000)])
-                output.num_cached_tokens, output.first_scheduled_time = 0, time.time()
-                output.finish_reason = "length" if left == 1 else None
-                news.append(output)
-            running = {request_id: left - 1 for request_id, left in running.items() if left > 1}
+            news: list[EngineOutput] = []
+            for (request_id, index), left in running.items():
+                made = EngineOutput(request_id, index, [rng.randrange(1000, 20000)])
+                top = params[request_id].logprobs
+                made.logprobs = None if top is None else made_up(1, top)
+                made.prompt_logprobs = prompts.pop(request_id, None)
+                made.num_cached_tokens, made.first_scheduled_time = 0, time.time()
+                made.finish_reason = "length" if left == 1 else None
+                news.append(made)
+            running = {key: left - 1 for key, left in running.items() if left > 1}
             stats = EngineStats(num_running=len(running), iteration_tokens=len(news))
             message_out = encoder.encode(StepOutputs(outputs=news, stats=stats))
             log.write(f"{time.monotonic()}\n")

@@ -15,8 +15,20 @@ MAX_STOP_STRINGS = 256
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS = 1024
-MAX_ALLOWED_TOKEN_IDS = 200_000
+# Of bad words there are two spellings each, and the sampler's tables have room for so many tokens and sequences a row.
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 1024
+MAX_BAD_WORD_TOKENS = 2048
+MAX_BAD_SEQUENCES = 512
+# What is looked at for each output: stop strings at each of its tokens, and what the sampler's tables take when it
+# starts. A few outputs may have all of it. A hundred must share it, or one request would hold up the others' tokens.
+MAX_STOP_SEARCHES = 8192
+MAX_SAMPLER_ENTRIES = 262_144
+# Most likely tokens to report, over all outputs at each of their tokens; and over all tokens of a prompt. Where the
+# operator lets a token have more than `DEFAULT_MAX_LOGPROBS`, these are as many times more.
+DEFAULT_MAX_LOGPROBS = 20
+MAX_STEP_LOGPROBS = 500
+MAX_PROMPT_LOGPROBS = 262_140
 _SAMPLING_EPS = 1e-5
 MAX_LENGTH_PENALTY = 10.0
 _MAX_INT = 2**31 - 1
@@ -166,14 +178,10 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             for token_id, bias in self.logit_bias.items():
                 check_float(f"logit_bias[{token_id}]", bias, -math.inf, math.inf, param="logit_bias")
             self.logit_bias = {t: min(100.0, max(-100.0, b)) for t, b in self.logit_bias.items()}
-        if self.allowed_token_ids is not None:
-            if not self.allowed_token_ids:
-                raise VLLMValidationError("allowed_token_ids must name at least one token id.", "allowed_token_ids")
-            check_count("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+        if self.allowed_token_ids == []:
+            raise VLLMValidationError("allowed_token_ids must name at least one token id.", "allowed_token_ids")
         if self.bad_words:
-            check_count("bad_words", self.bad_words, MAX_BAD_WORDS)
-            if not all(self.bad_words):
-                raise VLLMValidationError("bad_words must not hold an empty string.", "bad_words")
+            check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
 
     def _verify_stops(self) -> None:
         check_stops(self.stop_strings)
@@ -194,8 +202,11 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         Raises:
             VLLMValidationError: a token id outside the vocabulary, or more log-probabilities than the server allows.
         """
+        if self.allowed_token_ids is not None:
+            check_count("allowed_token_ids", self.allowed_token_ids, vocab_size)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token_id in getattr(self, name) or ():
+            given = getattr(self, name)
+            for token_id in (min(given), max(given)) if given else ():
                 if not 0 <= token_id < vocab_size:
                     raise VLLMValidationError(
                         f"{name} holds token id {token_id}; ids of this model are 0 to {vocab_size - 1}.", name
@@ -204,6 +215,43 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and value > max_logprobs:
                 raise VLLMValidationError(f"{name} may be at most {max_logprobs} (--max-logprobs), got {value}.", name)
+
+    def check_work(self, max_logprobs: int, num_prompts: int = 1) -> None:
+        """Checks what a server has to do for a request beside the model; `bad_words_token_ids` must be known.
+
+        Args:
+            max_logprobs: Most that a token may have.
+            num_prompts: Prompts that have these parameters, each with `n` outputs.
+
+        Raises:
+            VLLMValidationError: too many entries over all outputs.
+        """
+        lists = {
+            "bad_words": sum(map(len, self.bad_words_token_ids or ())),
+            "logit_bias": len(self.logit_bias or ()),
+            "stop_token_ids": len(self.stop_token_ids or ()),
+            "allowed_token_ids": len(self.allowed_token_ids or ()),
+        }
+        entries, outputs = sum(lists.values()), num_prompts * self.n
+        most = times_more(MAX_STEP_LOGPROBS, max_logprobs)
+        if self.n > 1 and self.n * (self.logprobs or 0) > most:
+            raise VLLMValidationError(
+                f"logprobs may be at most {most} over all n outputs, got {self.logprobs} for each of {self.n}.",
+                "logprobs",
+            )
+        if outputs > 1 and outputs * len(self.stop_strings) > MAX_STOP_SEARCHES:
+            raise VLLMValidationError(
+                f"stop may have {MAX_STOP_SEARCHES} entries over all outputs of a request, got "
+                f"{len(self.stop_strings)} for each of {outputs}.",
+                "stop",
+            )
+        if outputs > 1 and outputs * entries > MAX_SAMPLER_ENTRIES:
+            longest = max(lists, key=lists.__getitem__)
+            raise VLLMValidationError(
+                f"{', '.join(lists)} may have {MAX_SAMPLER_ENTRIES} entries over all outputs of a request, got "
+                f"{entries} for each of {outputs}; most of them are in {longest}.",
+                longest,
+            )
 
 
 class BeamSearchParams(msgspec.Struct, omit_defaults=True):
@@ -249,6 +297,11 @@ class BeamSearchParams(msgspec.Struct, omit_defaults=True):
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
+def times_more(limit: int, max_logprobs: int) -> int:
+    """A limit of log-probabilities where the operator lets a token have `max_logprobs` of them."""
+    return limit * max(1, max_logprobs // DEFAULT_MAX_LOGPROBS)
+
+
 def check_min_tokens(min_tokens: Any, max_tokens: int | None) -> None:
     """Raises `VLLMValidationError` for a least number of tokens that is none, or above the most."""
     check_int("min_tokens", min_tokens, 0, _MAX_INT)
@@ -260,13 +313,18 @@ def check_min_tokens(min_tokens: Any, max_tokens: int | None) -> None:
 
 def check_stops(stops: list[str]) -> None:
     """Raises `VLLMValidationError` for too many stop strings, or one that is empty or too long."""
-    check_count("stop", stops, MAX_STOP_STRINGS)
-    for text in stops:
+    check_texts("stop", stops, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
+
+
+def check_texts(name: str, texts: list[str], most: int, most_chars: int) -> None:
+    """Raises `VLLMValidationError` for more than `most` texts, or one that is empty or longer than `most_chars`."""
+    check_count(name, texts, most)
+    for text in texts:
         if not text:
-            raise VLLMValidationError("stop must not hold an empty string.", "stop")
-        if len(text) > MAX_STOP_STRING_CHARS:
+            raise VLLMValidationError(f"{name} must not hold an empty string.", name)
+        if len(text) > most_chars:
             raise VLLMValidationError(
-                f"A stop string may have at most {MAX_STOP_STRING_CHARS} characters, got {len(text)}.", "stop"
+                f"{name} may hold strings of at most {most_chars} characters, got one of {len(text)}.", name
             )
 
 

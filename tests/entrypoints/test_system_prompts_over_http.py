@@ -92,6 +92,28 @@ def test_the_operators_key_opens_the_other_routes_too(admin):
      ("::ffff:10.0.0.7", 403), ("localhost.example.com", 403), ("", 403)],
 )  # fmt: skip
 def test_without_an_admin_key_only_this_machine_is_let_in(host, status):
+    assert ask_without_admin_key(host, {"Host": "localhost"}) == status
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"Origin": "http://elsewhere"}, {"Origin": "null"}, {"Forwarded": "for=::1"}, {"X-Forwarded-For": "127.0.0.1"},
+     {"X-Forwarded-Proto": "https"}, {"X-Real-IP": "127.0.0.1"}, {"Via": "1.1 proxy"}, {"Sec-Fetch-Site": "cross-site"},
+     {"Host": "pages.example.com"}, {"Host": "pages.example.com:8000"}],
+    ids=str,
+)  # fmt: skip
+def test_without_an_admin_key_neither_proxies_nor_web_pages_are_let_in(header):
+    assert ask_without_admin_key("127.0.0.1", header) == 403
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost:8000", "127.0.0.1", "[::1]:8000", "127.8.9.1:80", "box", "me.localhost:80"]
+)
+def test_names_of_this_machine_are_no_web_pages(host):
+    assert ask_without_admin_key("127.0.0.1", {"Host": host, "User-Agent": "curl", "Accept": "*/*"}) == 200
+
+
+def ask_without_admin_key(client_host, headers):
     app = FastAPI()
     app.add_exception_handler(ApiError, handle_exception)
 
@@ -100,11 +122,11 @@ def test_without_an_admin_key_only_this_machine_is_let_in(host, status):
         return {}
 
     async def ask():
-        transport = httpx.ASGITransport(app=app, client=(host, 5))
+        transport = httpx.ASGITransport(app=app, client=(client_host, 5))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.get("/x", headers={"X-Forwarded-For": "127.0.0.1", "Host": "localhost"})
+            return await client.get("/x", headers=headers)
 
-    assert asyncio.run(ask()).status_code == status
+    return asyncio.run(ask()).status_code
 
 
 def test_the_same_tokens_are_the_same_prompt(admin):

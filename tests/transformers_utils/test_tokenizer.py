@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf_files import write_gguf
@@ -23,6 +25,26 @@ def test_tokens_are_llama_cpps(tokenizer: Tokenizer, case: dict) -> None:
 def test_bytes_of_tokens_are_the_text(tokenizer: Tokenizer, case: dict) -> None:
     assert b"".join(tokenizer.token_bytes(i) for i in case["ids"]).decode() == case["text"]
     assert tokenizer.decode(case["ids"], skip_special_tokens=False) == case["text"]
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_other_threads_run_while_a_long_text_is_read(tokenizer: Tokenizer, what: str) -> None:
+    text = "the quick brown fox 12 jumps over, and so on. " * 8000
+    work: Any = (tokenizer.encode, text) if what == "encode" else (tokenizer.decode, tokenizer.encode(text))
+    turns = 0
+    seen: list[int] = []
+
+    def read() -> None:
+        begin = turns
+        work[0](work[1])
+        seen.append(turns - begin)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not seen:
+        turns += 1
+    thread.join()
+    assert seen[0] > 1000
 
 
 def test_what_the_default_model_declares(tokenizer: Tokenizer) -> None:

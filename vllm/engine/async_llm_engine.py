@@ -8,8 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -25,7 +24,7 @@ from vllm.engine.admission import Admission
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.calls import MAX_BUDGET_TOKENS, PinName, PinOptions, PromptChanges, check_prompt_id
 from vllm.engine.core_client import CoreClient
-from vllm.engine.input_processor import InputProcessor, ProcessedPrompt, check_sampling_params
+from vllm.engine.input_processor import CheckedParams, InputProcessor, ProcessedPrompt, check_sampling_params
 from vllm.engine.mailbox import Mailbox
 from vllm.engine.messages import (
     AbortRequests,
@@ -41,6 +40,7 @@ from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
 from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.engine.watchdog import Watchdog
+from vllm.engine.work_lanes import WorkLanes
 from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType, TokensPrompt
 from vllm.logger import init_logger
@@ -49,14 +49,16 @@ from vllm.sampling_params import SamplingParams, StructuredOutputsParams, check_
 from vllm.structured_output.compiler import ConstraintCompiler
 from vllm.structured_output.constraint import CompiledConstraint
 from vllm.transformers_utils.chat_template import ChatRenderer, RenderedChat
+from vllm.transformers_utils.system_parts import PartKey, SystemPart, SystemPartPending
 
 logger = init_logger(__name__)
 _T = TypeVar("_T")
 
-_RENDER_THREADS = 2
 _STOP_GRACE_S = 5.0
 # A process that was killed may take its time to give memory back.
 _END_GRACE_S = 30.0
+# Copied in about 0.1 ms.
+_MANY_IDS = 4096
 
 
 class AsyncLLMEngine:
@@ -68,6 +70,7 @@ class AsyncLLMEngine:
             `EngineDeadError`, as does whatever comes until the new process is ready; its caches start empty.
 
     Attributes:
+        lanes: Threads for work on long requests.
         process_command: Starts an engine process, which takes its arguments from standard input.
         stats: The engine core's state after its latest step.
         metrics_registry: Prometheus metrics.
@@ -86,7 +89,7 @@ class AsyncLLMEngine:
         self.vllm_config, self.tokenizer = args.resolve()
         model = self.vllm_config.model
         self.renderer = ChatRenderer(self.tokenizer, model.chat_template)
-        self.input_processor = InputProcessor(model, self.tokenizer, self.renderer)
+        self.input_processor = InputProcessor(model, self.tokenizer, self.renderer, serves=True)
         self._compiler = ConstraintCompiler(model)
         self.stats = EngineStats()
         self._watchdog = Watchdog(envs.execute_model_timeout_s())
@@ -100,7 +103,7 @@ class AsyncLLMEngine:
         self._stats_log: asyncio.Task[None] | None = None
         self._restarting: asyncio.Task[None] | None = None
         self._ended = asyncio.Event()
-        self._threads = ThreadPoolExecutor(_RENDER_THREADS, thread_name_prefix="render")
+        self.lanes = WorkLanes()
         # Only this user may enter the folder, so only this user's processes can reach the sockets.
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
         self._context = zmq.asyncio.Context()
@@ -218,6 +221,8 @@ class AsyncLLMEngine:
         try:
             while True:
                 await self._take_in(await client.receive())
+                # News that wait already are taken without a turn of the loop, in which what came before them is sent.
+                await asyncio.sleep(0)
         except Exception:
             # Not the fault of one request, which ends by itself: there is no telling what is right any more.
             if self._dead is None and not self._closed:
@@ -288,7 +293,7 @@ class AsyncLLMEngine:
             if task is not None:
                 task.cancel()
         self._compiler.shutdown()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.lanes.shutdown()
         self._client.close()
         self._context.term()
         self._folder.cleanup()
@@ -298,7 +303,7 @@ class AsyncLLMEngine:
     async def generate(
         self,
         prompt: PromptType | ProcessedPrompt,
-        sampling_params: SamplingParams,
+        sampling_params: SamplingParams | CheckedParams,
         request_id: str,
         *,
         num_system_tokens: int | None = None,
@@ -311,6 +316,7 @@ class AsyncLLMEngine:
         """Outputs of a request as they come. Closing the iterator early aborts the request.
 
         Args:
+            sampling_params: If `check_params` has checked them, they may be those of several requests.
             num_system_tokens, cache_salt, priority, marks: As in `LLMEngine.add_request`.
             arrival_time: When it came, in seconds of `time.time()`; None for now.
             search_step: As of `EngineRequest`. Whoever runs the search counts it, with `count_search`.
@@ -323,15 +329,20 @@ class AsyncLLMEngine:
         self._ensure_reading()
         if arrival_time is None:
             arrival_time = time.time()
-        check_sampling_params(sampling_params)
-        with self._admission.entry(sampling_params.n, goes_on=bool(search_step)):
+        params = sampling_params
+        if not isinstance(params, CheckedParams):
+            check_sampling_params(params)
+        asked = params.asked if isinstance(params, CheckedParams) else params
+        with self._admission.entry(asked.n, goes_on=bool(search_step)):
             if isinstance(prompt, str):
                 prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
-            wanted = sampling_params.structured_outputs
+            if not isinstance(params, CheckedParams):
+                params = await self.check_params(params)
+            wanted = params.asked.structured_outputs
             request, processed = self.input_processor.request(
                 request_id,
                 prompt,
-                sampling_params,
+                params,
                 constraint=None if wanted is None else await self._compile(wanted),
                 num_system_tokens=num_system_tokens,
                 cache_salt=cache_salt,
@@ -341,7 +352,7 @@ class AsyncLLMEngine:
                 arrival_time=arrival_time,
                 search_step=search_step,
             )
-            mailbox = Mailbox(sampling_params.output_kind)
+            mailbox = Mailbox(request.sampling_params.output_kind)
             self._expect_work()
             try:
                 state = self._processor.add(request, processed, mailbox.put)
@@ -393,26 +404,46 @@ class AsyncLLMEngine:
         if self._dead is None:
             await self._send(AbortRequests([(request_id, None)]))
 
+    async def check_params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:
+        """`InputProcessor.params`, off the event loop where it takes a while.
+
+        Raises:
+            VLLMValidationError: a value is not allowed.
+        """
+        if params.bad_words or len(params.allowed_token_ids or ()) > _MANY_IDS:
+            return await self.lanes.run(self.input_processor.params, params, num_prompts)
+        return self.input_processor.params(params, num_prompts)
+
+    def own_prompt(self, token_ids: list[int], num_system_tokens: int | None = None) -> ProcessedPrompt:
+        """`InputProcessor.own_prompt`, for `generate`."""
+        return self.input_processor.own_prompt(token_ids, num_system_tokens, current_tenant.get())
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, off the event loop.
 
         Raises:
             VLLMValidationError: too long for the model.
         """
-        return await self._in_thread(self.input_processor.encode, text, add_special_tokens)
+        return await self.lanes.run(self.input_processor.encode, text, add_special_tokens, size=len(text))
 
     async def render_chat(self, cache_salt: str | None = None, **kwargs: Any) -> RenderedChat:
         """`ChatRenderer.render`, off the event loop; what it keeps is shared as pinned prompts and suffixes are."""
         tenant = current_tenant.get()
         system_scope = tenant if self.vllm_config.system_prompt.private else None
 
+        awaited: dict[PartKey, SystemPart] = {}
+
         def render() -> RenderedChat:
-            return self.renderer.render(**kwargs, system_scope=system_scope, scope=(tenant, cache_salt))
+            return self.renderer.render(
+                **kwargs, system_scope=system_scope, scope=(tenant, cache_salt), awaited=awaited
+            )
 
-        return await self._in_thread(render)
-
-    async def _in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        while True:
+            try:
+                return await self.lanes.run(render)
+            except SystemPartPending as pending:
+                # Whoever waits here holds no thread, which others may need meanwhile.
+                awaited[pending.key] = await asyncio.shield(asyncio.wrap_future(pending.part))
 
     def get_tokenizer(self) -> PreTrainedTokenizerFast:
         return self.tokenizer.hf
@@ -433,7 +464,8 @@ class AsyncLLMEngine:
             VLLMValidationError: empty, too long, an option is not allowed, or no room in the pool.
         """
         options = PinOptions.checked(name, ttl, pin, source)
-        token_ids = await self._in_thread(self.input_processor.system_prompt, prompt_or_ids)
+        size = len(prompt_or_ids) if isinstance(prompt_or_ids, str | list | tuple) else 0
+        token_ids = await self.lanes.run(self.input_processor.system_prompt, prompt_or_ids, size=size)
         info = SystemPromptInfo(**await self._call("add_system_prompt", token_ids, options))
         self._keep(info, token_ids, options)
         return info

@@ -6,6 +6,7 @@ import operator
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from typing import NamedTuple, SupportsIndex, TypeVar
 
 import msgspec
@@ -15,7 +16,16 @@ from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
-from vllm.sampling_params import SamplingParams, check_float, check_int
+from vllm.sampling_params import (
+    MAX_BAD_SEQUENCES,
+    MAX_BAD_WORD_TOKENS,
+    MAX_N,
+    MAX_PROMPT_LOGPROBS,
+    SamplingParams,
+    check_float,
+    check_int,
+    times_more,
+)
 from vllm.structured_output.constraint import CompiledConstraint
 from vllm.token_ids import KnownPrefixes, TokenIds, token_array
 from vllm.transformers_utils.chat_template import ChatRenderer
@@ -41,6 +51,19 @@ class ProcessedPrompt(NamedTuple):
     text: str | None
 
 
+class CheckedParams(NamedTuple):
+    """Sampling parameters that fit the model; of one request or of several that share them.
+
+    Attributes:
+        sampling: For the engine core: with bad words as tokens, and without a form of the output, which it gets
+            compiled. Not to be changed.
+        asked: What they came from.
+    """
+
+    sampling: SamplingParams
+    asked: SamplingParams
+
+
 class InputProcessor:
     """Checks requests at the edge, so that nothing a request holds can surprise the engine core.
 
@@ -48,10 +71,12 @@ class InputProcessor:
         config: Vocabulary and length limits.
         tokenizer: Encodes text prompts.
         renderer: Renders chats, for system prompts given as messages.
+        serves: Others' tokens wait for what is done for a request, so that its products are bounded as well.
     """
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, renderer: ChatRenderer) -> None:
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, renderer: ChatRenderer, serves: bool = False) -> None:
         self.config = config
+        self.serves = serves
         self.tokenizer = tokenizer
         self.renderer = renderer
         self._known_prefixes = KnownPrefixes()
@@ -98,11 +123,49 @@ class InputProcessor:
             return ProcessedPrompt(token_ids, token_array(token_ids), prompt)
         return ProcessedPrompt(*self._checked_ids(prompt, num_system_tokens, tenant), None)
 
+    def own_prompt(
+        self, token_ids: list[int], num_system_tokens: int | None = None, tenant: str | None = None
+    ) -> ProcessedPrompt:
+        """A prompt whose ids this server's tokenizer made: they need no check.
+
+        Args:
+            token_ids: Kept; not to be changed.
+            num_system_tokens: How many at its head other prompts of the tenant are likely to begin with as well.
+        """
+        shared = num_system_tokens or 0
+        if not 0 < shared <= len(token_ids):
+            return ProcessedPrompt(token_ids, token_array(token_ids), None)
+        head = self._known_prefixes.find(token_ids, shared, tenant)
+        if head is None:
+            head = token_array(token_ids[:shared])
+            self._known_prefixes.keep(token_ids[:shared], head, tenant)
+        return ProcessedPrompt(token_ids, head + token_array(token_ids[shared:]), None)
+
+    def params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:
+        """Checks sampling parameters against the model and encodes their bad words, which may take a moment.
+
+        Args:
+            num_prompts: Prompts of one client's request that get these parameters.
+
+        Raises:
+            VLLMValidationError: a value is not allowed; the message says what is.
+        """
+        check_sampling_params(params)
+        asked, params = params, copy(params)
+        params.structured_outputs = None
+        params = _checked_copy(params)
+        params.resolve_logprobs(self.config.vocab_size)
+        params.verify_for_model(self.config.vocab_size, self.config.max_logprobs)
+        params.bad_words_token_ids = self._bad_words(params.bad_words) if params.bad_words else None
+        if self.serves:
+            params.check_work(self.config.max_logprobs, num_prompts)
+        return CheckedParams(params, asked)
+
     def request(
         self,
         request_id: str,
         prompt: PromptType | ProcessedPrompt,
-        params: SamplingParams,
+        params: SamplingParams | CheckedParams,
         *,
         num_system_tokens: int | None = None,
         cache_salt: str | None = None,
@@ -118,17 +181,17 @@ class InputProcessor:
         `max_tokens` is cut to what the context leaves; None becomes all of it.
 
         Args:
-            prompt: One that is processed is not checked again.
+            prompt, params: What is processed or checked is not checked again.
             constraint: What the parameters' `structured_outputs` were compiled to.
             search_step: As of `EngineRequest`.
 
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        params = _checked_copy(params)
         _check_options(request_id, num_system_tokens, cache_salt, priority, marks, arrival_time, search_step)
         processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt, num_system_tokens, tenant)
-        params.structured_outputs = None
+        # Only single values are changed below, so the lists may be those of other requests.
+        params = copy((params if isinstance(params, CheckedParams) else self.params(params)).sampling)
         if params.truncate_prompt_tokens is not None:
             processed = ProcessedPrompt(
                 self.truncate(processed.token_ids, params), self.truncate(processed.array, params), processed.text
@@ -144,13 +207,11 @@ class InputProcessor:
                 f"one must be left for the output; the prompt has {len(token_ids)}.",
                 "prompt",
             )
-        params.resolve_logprobs(self.config.vocab_size)
-        params.verify_for_model(self.config.vocab_size, self.config.max_logprobs)
+        if self.serves:
+            self._check_prompt_logprobs(params.prompt_logprobs, len(token_ids))
         room = longest - len(token_ids)
         params.max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         params.min_tokens = min(params.min_tokens, params.max_tokens)
-        if params.bad_words:
-            params.bad_words_token_ids = self._bad_words(params.bad_words)
         if cache_salt is not None and not 1 <= len(cache_salt) <= _MAX_CACHE_SALT_CHARS:
             raise VLLMValidationError(
                 f"cache_salt must have 1 to {_MAX_CACHE_SALT_CHARS} characters, got {len(cache_salt)}.", "cache_salt"
@@ -264,26 +325,48 @@ class InputProcessor:
             )
         return token_ids[-keep:]
 
+    def _check_prompt_logprobs(self, top: int | None, num_tokens: int) -> None:
+        most = times_more(MAX_PROMPT_LOGPROBS, self.config.max_logprobs)
+        if (top or 0) * num_tokens > most:
+            raise VLLMValidationError(
+                f"prompt_logprobs may be at most {most} over all tokens of the prompt, got {top} for each of "
+                f"{num_tokens}.",
+                "prompt_logprobs",
+            )
+
     def _bad_words(self, words: list[str]) -> list[list[int]]:
-        """Token sequences of each word, at the start of a text and after a space."""
-        found = []
-        for word in words:
-            for spelling in {word, " " + word.lstrip()}:
-                ids = self.tokenizer.encode(spelling, add_special_tokens=False)
+        """Token sequences of each word, at the start of a text and after a space.
+
+        Raises:
+            VLLMValidationError: they are more than the sampler takes; noticed before all words are encoded.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        num_tokens = 0
+        for count, word in enumerate(words, 1):
+            for spelling in (word, " " + word.lstrip()):
+                ids = tuple(self.tokenizer.encode(spelling, add_special_tokens=False))
                 if ids and ids not in found:
-                    found.append(ids)
-        return found
+                    found[ids] = None
+                    num_tokens += len(ids)
+            if num_tokens > MAX_BAD_WORD_TOKENS or len(found) > MAX_BAD_SEQUENCES:
+                raise VLLMValidationError(
+                    f"bad_words may be at most {MAX_BAD_WORD_TOKENS} tokens and {MAX_BAD_SEQUENCES} token sequences in "
+                    f"all, each word as it starts a text and as it follows a space; the first {count} of {len(words)} "
+                    f"words are {num_tokens} tokens and {len(found)} sequences.",
+                    "bad_words",
+                )
+        return [list(ids) for ids in found]
 
 
 def check_sampling_params(params: object) -> None:
     """Raises `VLLMValidationError` for what are no sampling parameters at all."""
     if not isinstance(params, SamplingParams):
         raise VLLMValidationError(f"sampling_params must be SamplingParams, got {params!r}.", "sampling_params")
+    check_int("n", params.n, 1, MAX_N)
 
 
 def _checked_copy(params: SamplingParams) -> SamplingParams:
     """A copy, whose fields have the types they should: fields may have been set since the parameters were made."""
-    check_sampling_params(params)
     try:
         return params.clone()
     except (msgspec.ValidationError, TypeError, OverflowError) as error:

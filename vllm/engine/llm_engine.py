@@ -98,6 +98,8 @@ class LLMEngine:
         if isinstance(news, Exception):
             self._errors.append(news)
         else:
+            if news.finished and news.prompt_logprobs is not None:
+                news.prompt_logprobs = list(news.prompt_logprobs)
             self._news.append(news)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:

@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from vllm.engine.input_processor import ProcessedPrompt
+from vllm.engine.logprobs import PromptLogprobs, logprobs_at
 from vllm.engine.messages import EngineOutput, EngineRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
-from vllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
+from vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.step import PositionLogprobs
 from vllm.transformers_utils.detokenizer import incremental_detokenizer
@@ -40,7 +41,7 @@ class OutputText:
             if params.detokenize
             else None
         )
-        self._stops = params.stop_strings
+        self._stops = tuple(params.stop_strings)
         # So many characters at the end may be the beginning of a stop string that is to be cut off.
         self._held_back = 0
         if self._stops and not params.include_stop_str_in_output:
@@ -63,7 +64,7 @@ class OutputText:
             self.text += self._detokenizer.append(token_id)
         if is_last:
             self.text += self._detokenizer.flush()
-        if self._stops and self._num_tokens > self._params.min_tokens:
+        if self._stops and self._num_tokens > self._params.min_tokens and self._ends_in_stop():
             self._find_stop()
         self._searched = len(self.text)
 
@@ -77,6 +78,11 @@ class OutputText:
         twin = copy(self)
         twin._detokenizer = None if self._detokenizer is None else self._detokenizer.fork()
         return twin
+
+    def _ends_in_stop(self) -> bool:
+        """Whether a stop string ends in the text that is new. It hardly ever does, and this is the fast way to tell."""
+        ends = range(self._searched + 1, len(self.text) + 1)
+        return any(self.text.endswith(self._stops, 0, end) for end in ends)
 
     def _find_stop(self) -> None:
         found: tuple[int, str] | None = None
@@ -140,7 +146,7 @@ class RequestState:
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.num_cached_tokens = 0
         self.num_cache_write_tokens = 0
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.prompt_logprobs: PromptLogprobs | None = None
         self.outputs = [
             OutputState(
                 text=OutputText(tokenizer, prompt.token_ids, params),
@@ -399,7 +405,7 @@ class OutputProcessor:
             state.num_cache_write_tokens = news.num_cache_write_tokens
             state.metrics.first_scheduled_time = news.first_scheduled_time
         if news.prompt_logprobs is not None:
-            state.prompt_logprobs = [None, *self._logprobs(news.prompt_logprobs)]
+            state.prompt_logprobs = PromptLogprobs(news.prompt_logprobs, self.tokenizer)
         if news.logprobs is not None and out.logprobs is not None:
             out.logprobs += self._logprobs(news.logprobs)
             out.cumulative_logprob += sum(row[0] for row in news.logprobs.logprobs)
@@ -426,14 +432,7 @@ class OutputProcessor:
             state.metrics.last_token_time = out.last_token_time = now
 
     def _logprobs(self, positions: PositionLogprobs) -> list[TokenLogprobs]:
-        """One mapping a position: the chosen token, then the most likely ones by rank."""
-        found = []
-        for ids, values, rank in zip(positions.token_ids, positions.logprobs, positions.ranks, strict=True):
-            entry = {ids[0]: Logprob(values[0], rank, self.tokenizer.token_text(ids[0]))}
-            for i, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
-                entry.setdefault(token_id, Logprob(value, i, self.tokenizer.token_text(token_id)))
-            found.append(entry)
-        return found
+        return [logprobs_at(positions, i, self.tokenizer) for i in range(len(positions.token_ids))]
 
 
 def _own_fault(state: RequestState, error: Exception) -> RuntimeError:

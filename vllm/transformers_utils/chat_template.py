@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import lru_cache
@@ -18,7 +18,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs import Breakpoint, CacheMark
 from vllm.logger import init_logger
 from vllm.transformers_utils.control_tokens import ControlTokens, Marks
-from vllm.transformers_utils.system_parts import NO_PART, SystemPart, SystemPartCache
+from vllm.transformers_utils.system_parts import NO_PART, PartKey, SystemPart, SystemPartCache
 from vllm.transformers_utils.text_heads import TextHead, TextHeads
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -132,6 +132,8 @@ class ChatRenderer:
         breakpoints: Sequence[Breakpoint] = (),
         system_scope: Hashable = None,
         scope: Hashable = None,
+        checked: bool = False,
+        awaited: Mapping[PartKey, SystemPart] | None = None,
     ) -> RenderedChat:
         """Renders and encodes a chat.
 
@@ -146,8 +148,12 @@ class ChatRenderer:
             breakpoints: Places in the chat whose positions in the prompt are asked for.
             system_scope: Who else may notice, by the time it takes, that this system part has been seen.
             scope: The same of what the breakpoints mark beyond it.
+            checked: The messages are known to be well-formed: each has a role and content, which is a string or
+                parts `{"type": "text", "text": …}`, and no field is null.
+            awaited: As of `SystemPartCache.get`.
 
         Raises:
+            SystemPartPending: as of `SystemPartCache.get`.
             VLLMValidationError: there is no template, the messages are malformed, or the template refuses them.
         """
         kwargs = template_kwargs or {}
@@ -160,19 +166,23 @@ class ChatRenderer:
         template = self._inspect(self._choose_template(chat_template, tools))
         chat = _Chat(
             template=template,
-            messages=[_normalise(message, template) for message in _checked(messages)],
+            messages=[
+                _shaped(message, template)
+                for message in (messages if checked else map(_normalised, _checked(messages)))
+            ],
             tools=tools or None,
             kwargs=kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             add_special_tokens=add_special_tokens,
         )
+        part = self._system_part(chat, system_scope, awaited)
         written = self._write(chat)
-        part = self._system_part(chat, system_scope)
         ids, head = self._tokenise(chat, written, part.head)
         system = part.size_in(ids, head)
         marks = [
-            CacheMark(self._position(chat, messages, ids, system, part.head, b, scope), b.ttl) for b in breakpoints
+            CacheMark(self._position(chat, messages, ids, system, part.head, b, scope, awaited), b.ttl)
+            for b in breakpoints
         ]
         return RenderedChat(ids, system, written.text, tuple(mark for mark in marks if mark.num_tokens))
 
@@ -188,7 +198,7 @@ class ChatRenderer:
             VLLMValidationError: there is no template, or the messages are malformed.
         """
         template = self._inspect(self._choose_template(None, tools))
-        normal = [_normalise(message, template) for message in _checked(messages)]
+        normal = [_shaped(_normalised(message), template) for message in _checked(messages)]
         chat = _Chat(template, normal, tools or None, template_kwargs or {}, True, False, False)
         part = self._system_part(chat, None)
         return part.token_ids.copy() or None
@@ -263,6 +273,7 @@ class ChatRenderer:
         head: TextHead | None,
         place: Breakpoint,
         scope: Hashable,
+        awaited: Mapping[PartKey, SystemPart] | None,
     ) -> int:
         """How many tokens of the prompt `ids` come before a place in its chat; 0 if that is not certain.
 
@@ -279,7 +290,7 @@ class ChatRenderer:
             key = (scope, _digest(variants[0], variants[0].messages))
         except (TypeError, ValueError, RecursionError):
             return 0
-        shared = self._parts.get(key, lambda: self._shared(variants, head)).token_ids
+        shared = self._parts.get(key, lambda: self._shared(variants, head), awaited).token_ids
         return len(shared) if ids[: len(shared)] == shared else len(_common_prefix([ids, shared]))
 
     def _shared(self, variants: list[_Chat], head: TextHead | None) -> SystemPart:
@@ -291,7 +302,9 @@ class ChatRenderer:
             return NO_PART
         return SystemPart(_common_prefix(prompts))
 
-    def _system_part(self, chat: _Chat, scope: Hashable) -> SystemPart:
+    def _system_part(
+        self, chat: _Chat, scope: Hashable, awaited: Mapping[PartKey, SystemPart] | None = None
+    ) -> SystemPart:
         """The system part of a chat; empty if there is none or its end is not certain."""
         count = _num_system_messages(chat)
         if count == 0 and not chat.tools:
@@ -306,12 +319,13 @@ class ChatRenderer:
             lambda: self._probe(
                 replace(chat, messages=messages, add_generation_prompt=True, continue_final_message=False)
             ),
+            awaited,
         )
 
     def _probe(self, head: _Chat) -> SystemPart:
         """What the prompts of a system part start with, whatever the user says; nothing if that is unknown."""
         chats = [
-            replace(head, messages=[*head.messages, _normalise({"role": "user", "content": probe}, head.template)])
+            replace(head, messages=[*head.messages, _shaped({"role": "user", "content": probe}, head.template)])
             for probe in _PROBES
         ]
         try:
@@ -348,9 +362,9 @@ def _num_system_messages(chat: _Chat) -> int:
 def _cut(chat: _Chat, place: Breakpoint, marked: dict[str, Any] | None, probe: str, *, has_system: bool) -> _Chat:
     """The chat up to a place in the message `marked`, where it goes on with `probe`."""
     template = chat.template
-    said = _normalise({"role": "user", "content": probe}, template)
+    said = _shaped({"role": "user", "content": probe}, template)
     if marked is None:
-        system = [_normalise({"role": "system", "content": probe}, template)] if has_system else []
+        system = [_shaped({"role": "system", "content": probe}, template)] if has_system else []
         messages = [*system, said]
     else:
         messages = chat.messages[: place.message]
@@ -358,7 +372,7 @@ def _cut(chat: _Chat, place: Breakpoint, marked: dict[str, Any] | None, probe: s
             content = marked["content"]
             longer = content + probe if isinstance(content, str) else [*content[: place.parts], _text(probe)]
             marked = marked | {"content": longer}
-        messages = [*messages, _normalise(marked, template), *([] if marked["role"] == "user" else [said])]
+        messages = [*messages, _shaped(_normalised(marked), template), *([] if marked["role"] == "user" else [said])]
     return replace(chat, messages=messages, add_generation_prompt=True, continue_final_message=False)
 
 
@@ -410,28 +424,32 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def _normalise(message: dict[str, Any], template: _Template) -> dict[str, Any]:
-    """The message in the shape that the template reads; fields that are null are left out."""
-    shaped = {key: value for key, value in message.items() if value is not None}
-    shaped["content"] = _content(message.get("content"), template)
-    if shaped.get("tool_calls"):
-        if not isinstance(shaped["tool_calls"], list):
-            raise VLLMValidationError("tool_calls must be a list.", "messages")
-        shaped["tool_calls"] = [_tool_call(call) for call in shaped["tool_calls"]]
-    return shaped
-
-
-def _content(content: Any, template: _Template) -> str | list[dict[str, str]]:
-    if content is None:
-        content = ""
-    if isinstance(content, str):
-        return content if template.takes_text else [{"type": "text", "text": content}]
-    if not isinstance(content, list):
+def _normalised(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with content that is a string or text parts; fields that are null are left out."""
+    normal = {key: value for key, value in message.items() if value is not None}
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [{"type": "text", "text": _part_text(part)} for part in content]
+    elif not isinstance(content, str) and content is not None:
         raise VLLMValidationError(f"content must be a string or text parts, got {content!r:.100}.", "messages")
-    texts = [_part_text(part) for part in content]
-    if template.takes_parts:
-        return [{"type": "text", "text": text} for text in texts]
-    return "\n".join(texts)
+    normal["content"] = "" if content is None else content
+    if normal.get("tool_calls") and not isinstance(normal["tool_calls"], list):
+        raise VLLMValidationError("tool_calls must be a list.", "messages")
+    return normal
+
+
+def _shaped(message: dict[str, Any], template: _Template) -> dict[str, Any]:
+    """A normalised message in the form that the template reads; itself if that is its form already."""
+    changes: dict[str, Any] = {}
+    content = message["content"]
+    if isinstance(content, str):
+        if not template.takes_text:
+            changes["content"] = [_text(content)]
+    elif not template.takes_parts:
+        changes["content"] = "\n".join(part["text"] for part in content)
+    if message.get("tool_calls"):
+        changes["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    return message | changes if changes else message
 
 
 def _part_text(part: Any) -> str:

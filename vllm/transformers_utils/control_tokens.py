@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from vllm.exceptions import VLLMValidationError
-from vllm.transformers_utils.tokenizer import Tokenizer
+from vllm.transformers_utils.tokenizer import Tokenizer, encode_text
 
 _MARK_CANDIDATES = range(0xF0000, 0xFFFFE)
 """Private-use characters of plane 15: no font, no script, hardly ever in a text; chosen anew for each request."""
@@ -146,7 +146,7 @@ class ControlTokens:
         return ids if self._append_piece(ids, text[done:]) else None
 
     def _append_piece(self, ids: list[int], piece: str) -> bool:
-        new = self._without_added.encode(piece, add_special_tokens=False).ids if piece else []
+        new = encode_text(self._without_added, piece, add_special_tokens=False) if piece else []
         ids += new
         return self._guarded_ids.isdisjoint(new)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 
 from vllm.transformers_utils.text_heads import TextHead
@@ -55,17 +55,45 @@ class SystemPart:
 NO_PART = SystemPart([])
 
 
+PartKey = tuple[Hashable, ...]
+
+
+class SystemPartPending(Exception):
+    """Another thread is finding out what is asked for.
+
+    Attributes:
+        key: What it is known by.
+        part: Done when it is found out.
+    """
+
+    def __init__(self, key: PartKey, part: Future[SystemPart]) -> None:
+        super().__init__("another thread is finding out this system part")
+        self.key = key
+        self.part = part
+
+
 class SystemPartCache:
     """System parts by what they are known by; the least recently used go when there are too many, or too large ones."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._parts: OrderedDict[tuple[Hashable, ...], SystemPart] = OrderedDict()
+        self._parts: OrderedDict[PartKey, SystemPart] = OrderedDict()
         self._num_bytes = 0
-        self._computing: dict[tuple[Hashable, ...], Future[SystemPart]] = {}
+        self._computing: dict[PartKey, Future[SystemPart]] = {}
 
-    def get(self, key: tuple[Hashable, ...], compute: Callable[[], SystemPart]) -> SystemPart:
-        """Returns the part; computes it once, however many threads ask for it at the same time."""
+    def get(
+        self, key: PartKey, compute: Callable[[], SystemPart], awaited: Mapping[PartKey, SystemPart] | None = None
+    ) -> SystemPart:
+        """Returns the part; computes it once, however many threads ask for it at the same time.
+
+        Args:
+            awaited: Parts that the caller knows, if it cannot wait here for those that another thread computes.
+
+        Raises:
+            SystemPartPending: it is being computed, and `awaited` is given and lacks it.
+        """
+        if awaited is not None and key in awaited:
+            return awaited[key]
         with self._lock:
             part = self._parts.get(key)
             if part is not None:
@@ -76,6 +104,8 @@ class SystemPartCache:
                 own: Future[SystemPart] = Future()
                 self._computing[key] = own
         if pending is not None:
+            if awaited is not None:
+                raise SystemPartPending(key, pending)
             return pending.result()
         part = NO_PART
         try:
@@ -87,7 +117,7 @@ class SystemPartCache:
             own.set_result(part)  # also when computing failed: nobody may be left waiting
         return part
 
-    def _store(self, key: tuple[Hashable, ...], part: SystemPart) -> None:
+    def _store(self, key: PartKey, part: SystemPart) -> None:
         cost = _cost(key, part)
         if cost > _MAX_BYTES_OF_ONE:
             return
@@ -97,7 +127,7 @@ class SystemPartCache:
             self._num_bytes -= _cost(*self._parts.popitem(last=False))
 
 
-def _cost(key: tuple[Hashable, ...], part: SystemPart) -> int:
+def _cost(key: PartKey, part: SystemPart) -> int:
     """Bytes that an entry takes, about: its key may hold a template and the texts of the system messages."""
     return part.num_bytes + _size(key)
 

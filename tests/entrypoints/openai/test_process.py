@@ -170,6 +170,8 @@ def test_flags_of_the_http_layer(start, tmp_path: Path):
             models = client.get(f"{prefix}/v1/models", headers={"Origin": "http://b"})
             assert [card["id"] for card in models.json()["data"]] == ["one", "two"]
             assert "access-control-allow-origin" not in models.headers
+            allowed = client.get(f"{prefix}/v1/models", headers={"Origin": "http://a"})
+            assert allowed.headers["access-control-allow-origin"] == "http://a"
             assert len(models.headers["x-request-id"]) == 32
             refused = client.post(f"{prefix}/v1/messages", json={"model": "three"})
             assert refused.json()["type"] == "error"

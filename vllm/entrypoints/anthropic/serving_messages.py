@@ -102,7 +102,7 @@ class ServingMessages:
             return await self._create(request, request_id)
 
     async def _create(self, request: MessagesRequest, request_id: str | None) -> dict[str, Any] | MessageStream:
-        chat = chat_request(request)
+        chat = await self._prompts.prepared(chat_request, request)
         message_id = f"msg_{request_id or random_id()}"
         call = _Call(message_id, self._models.resolve(request.model), silent=request.max_tokens == 0)
         if request.stream:
@@ -119,7 +119,7 @@ class ServingMessages:
             VLLMValidationError, ApiError: A field is wrong.
         """
         self._models.resolve(request.model)
-        conversation = read_conversation(request)
+        conversation = await self._prompts.prepared(read_conversation, request)
         options = ChatOptions(
             tools=conversation.tools,
             add_generation_prompt=not conversation.continues,

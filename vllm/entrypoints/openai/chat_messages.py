@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import orjson
@@ -15,6 +16,8 @@ MAX_TOOL_NAME_CHARS = 256
 MAX_TEMPLATE_KWARGS = 64
 MAX_TEMPLATE_KWARGS_BYTES = 64 * 1024
 
+# `x-anthropic-billing-header: cc_version=…; cc_entrypoint=…; cch=…;`
+_BILLING_LINE = re.compile(r"\Ax-anthropic-billing-header:(?: \w+=[^;\s]*;?){1,16} ?(?:\r?\n|\Z)")
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 # Roles whose message may say nothing: an assistant that only called tools, a tool that returned nothing.
 _MAY_BE_EMPTY = ("assistant", "tool", "function")
@@ -33,6 +36,28 @@ def check_messages(messages: list[Any]) -> list[dict[str, Any]]:
     if len(messages) > MAX_MESSAGES:
         raise VLLMValidationError(f"messages may hold at most {MAX_MESSAGES} entries, got {len(messages)}.", "messages")
     return [_check_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def without_billing_line(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checked messages without the line by which an agent client accounts for its requests.
+
+    It is the first line of the first system message, holds a hash that differs between requests, and would so keep all
+    system prompts of that client from being shared. It is no text for a model.
+    """
+    first = messages[0]
+    if first["role"] not in ("system", "developer"):
+        return messages
+    content, rest = first["content"], messages[1:]
+    if isinstance(content, str):
+        text = _BILLING_LINE.sub("", content)
+        if text == content:
+            return messages
+        return [first | {"content": text}, *rest] if text or not rest else rest
+    text = _BILLING_LINE.sub("", content[0]["text"]) if content else ""
+    if not content or text == content[0]["text"]:
+        return messages
+    parts = [content[0] | {"text": text}, *content[1:]] if text else content[1:]
+    return [first | {"content": parts}, *rest] if parts or not rest else rest
 
 
 def _check_message(where: str, message: Any) -> dict[str, Any]:

@@ -77,13 +77,20 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
         default=int(ssl.CERT_NONE),
         help="whether client certificates are asked for, as Python's ssl module numbers it (default: %(default)s)",
     )
-    for flag, what in (("origins", "origins"), ("methods", "methods"), ("headers", "request headers")):
+    group.add_argument(
+        "--allowed-origins",
+        type=_string_list,
+        default=[],
+        metavar="LIST",
+        help='sites whose pages may use this server from a browser, as JSON; ["*"] for all (default: none)',
+    )
+    for flag, what in (("methods", "methods"), ("headers", "request headers")):
         group.add_argument(
             f"--allowed-{flag}",
             type=_string_list,
             default=["*"],
             metavar="LIST",
-            help=f'{what} that browsers may use from other sites, as JSON (default: ["*"])',
+            help=f'{what} that pages of these sites may use, as JSON (default: ["*"])',
         )
     switch("allow-credentials", "let browsers send credentials from other sites")
     group.add_argument(

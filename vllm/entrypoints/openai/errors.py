@@ -27,6 +27,7 @@ _TYPES = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError",
     429: "RateLimitError",
     500: "InternalServerError",
@@ -41,8 +42,8 @@ _ANTHROPIC_TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-# When a request that found the server busy is worth another try.
-_RETRY_AFTER_S = "1"
+# A form is compiled, and a long request read, in about so many seconds.
+_RETRY_AFTER_S = 1
 _POOLING = "The model of this server writes text; embeddings, scores and classes need a pooling model."
 _LORA = "This server has no LoRA adapters; serve a checkpoint that the adapter was merged into."
 _AUDIO = "The model of this server reads text only."
@@ -105,7 +106,7 @@ def describe(exc: BaseException) -> ApiError:
     if isinstance(exc, VLLMValidationError):
         return ApiError(400, str(exc), exc.param)
     if isinstance(exc, ServerBusyError):
-        return ApiError(503, str(exc), headers={"Retry-After": _RETRY_AFTER_S})
+        return ApiError(503, str(exc), headers={"Retry-After": str(_RETRY_AFTER_S)})
     if isinstance(exc, EngineDeadError):
         return ApiError(503 if exc.restarts else 500, str(exc))
     logger.error("A request failed.", exc_info=exc)

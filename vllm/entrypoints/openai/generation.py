@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.engine.input_processor import ProcessedPrompt
+from vllm.engine.input_processor import CheckedParams, ProcessedPrompt
 from vllm.entrypoints.openai.protocol import GenerationRequest
 from vllm.entrypoints.openai.request_log import RequestLog
 from vllm.entrypoints.openai.sampling import num_choices
@@ -24,8 +24,8 @@ from vllm.token_ids import token_array
 def generate(
     engine: AsyncLLMEngine,
     request: GenerationRequest,
-    token_ids: list[int],
-    params: SamplingParams,
+    prompt: list[int] | ProcessedPrompt,
+    params: CheckedParams,
     request_id: str,
     *,
     log: RequestLog | None = None,
@@ -35,6 +35,7 @@ def generate(
     """Outputs of a request, numbered from 0 to n - 1. Closing the iterator early ends all that runs for it.
 
     Args:
+        prompt: What `AsyncLLMEngine.own_prompt` made, or a client's token ids.
         params: With as many outputs as are to compete.
         log: Is told of the request.
         text: The prompt, if it was text.
@@ -44,14 +45,14 @@ def generate(
         VLLMValidationError: a value is not allowed with beam search.
     """
     n = num_choices(request)
-    params.resolve_logprobs(engine.vllm_config.model.vocab_size)
-    asked: SamplingParams | BeamSearchParams = params
+    token_ids = prompt.token_ids if isinstance(prompt, ProcessedPrompt) else prompt
+    asked: SamplingParams | BeamSearchParams = params.asked
     if request.use_beam_search:
         asked = beam_params = _beam_params(engine, request, params)
-        outputs = _beam_search(engine, token_ids, params, beam_params, n, request_id, options)
+        outputs = _beam_search(engine, token_ids, params.sampling, beam_params, n, request_id, options)
     else:
-        outputs = engine.generate(token_ids, params, request_id, **options)
-        if params.n != n:
+        outputs = engine.generate(prompt, params, request_id, **options)
+        if params.sampling.n != n:
             outputs = _best(outputs, n)
     return outputs if log is None else log.follow(request_id, text, token_ids, asked, outputs)
 
@@ -70,13 +71,13 @@ def _mean_logprob(output: CompletionOutput) -> float:
     return (output.cumulative_logprob or 0.0) / max(1, len(output.token_ids))
 
 
-def _beam_params(engine: AsyncLLMEngine, request: GenerationRequest, params: SamplingParams) -> BeamSearchParams:
+def _beam_params(engine: AsyncLLMEngine, request: GenerationRequest, checked: CheckedParams) -> BeamSearchParams:
     config = engine.vllm_config.model
-    if params.structured_outputs is not None:
-        field = params.structured_outputs.field
+    params, form = checked.sampling, checked.asked.structured_outputs
+    if form is not None:
+        field = form.field
         raise VLLMValidationError(f"{field} cannot be combined with use_beam_search.", field)
     check_beam_width("n" if request.best_of is None else "best_of", params.n, config.max_logprobs)
-    params.verify_for_model(config.vocab_size, config.max_logprobs)
     max_tokens = config.max_model_len if params.max_tokens is None else params.max_tokens
     return BeamSearchParams(
         beam_width=params.n,

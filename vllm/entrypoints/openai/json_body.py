@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import reprlib
 from typing import Any, TypeVar
 
@@ -9,12 +11,15 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from vllm.engine.work_lanes import WorkLanes, is_long, request_bytes
+from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES, MAX_BODY_FIELDS, BodyBytes, check_shape
 from vllm.entrypoints.openai.errors import ApiError
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-MAX_BODY_BYTES = 64 * 2**20
+# Longer than what a network needs for a chunk; a client that says nothing for so long is gone or means harm.
+_MAX_SILENCE_S = 60.0
 _MAX_LOGGED_FIELDS = 256
 _SNIPPET_CHARS = 64
 
@@ -23,11 +28,12 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 async def read_json_object(request: Request) -> dict[str, Any]:
-    """Reads and parses the body.
+    """Reads and parses the body; `request_bytes` is its length from then on.
 
     Raises:
-        ApiError: 413 as soon as more than `MAX_BODY_BYTES` have come; 415 for a compressed body; 400 unless it is one
-            JSON object.
+        ApiError: 413 as soon as more than `MAX_BODY_BYTES` have come, or for a body that would take long to parse; 503
+            while too many bytes of other bodies are held; 408 for one that stops coming; 415 for a compressed body; 400
+            unless it is one JSON object.
     """
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json":
@@ -35,24 +41,48 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding != "identity":
         raise ApiError(415, f"Content-Encoding must be identity, got {coding[:_SNIPPET_CHARS]!r}.")
-    body = await _read_body(request)
-    await request.app.state.turns.take()
-    return parse_json_object(body)
-
-
-async def _read_body(request: Request) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared[:20]) > MAX_BODY_BYTES:
-        raise _too_large()
     body = bytearray()
+    bodies: BodyBytes = request.app.state.bodies
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
+        await _read_body(request, body, bodies)
+        request_bytes.set(len(body))
+        await request.app.state.turns.take()
+        if not is_long():
+            return parse_json_object(body)
+        lanes: WorkLanes = request.app.state.lanes
+        return await lanes.run(_parse_long, body)
+    finally:
+        bodies.give_back(len(body))
+
+
+async def _read_body(request: Request, body: bytearray, bodies: BodyBytes) -> None:
+    """Fills `body`, and takes what it has of `bodies`, also when it raises."""
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit():
+        length = int(declared[:20])
+        if length > MAX_BODY_BYTES:
+            raise _too_large()
+        bodies.check(length, length)
+    chunks = request.stream()
+    try:
+        while True:
+            async with asyncio.timeout(_MAX_SILENCE_S):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                return
+            if len(body) + len(chunk) > MAX_BODY_BYTES:
                 raise _too_large()
+            bodies.check(len(body) + len(chunk), len(chunk))
+            bodies.take(len(chunk))
+            body += chunk
     except ClientDisconnect:
         raise ApiError(400, "The connection closed before the whole body came.") from None
-    return bytes(body)
+    except TimeoutError:
+        raise ApiError(
+            408,
+            f"No more of the request body came for {_MAX_SILENCE_S:.0f} s.",
+            headers={"Connection": "close"},
+        ) from None
 
 
 def _too_large() -> ApiError:
@@ -62,7 +92,17 @@ def _too_large() -> ApiError:
     )
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
+def _parse_long(body: bytearray) -> dict[str, Any]:
+    check_shape(body)
+    # The collector would look at what is made again and again, which takes as long as making it.
+    gc.disable()
+    try:
+        return parse_json_object(body)
+    finally:
+        gc.enable()
+
+
+def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
     """Parses strict JSON: no NaN or Infinity, no lone surrogates, valid UTF-8.
 
     Raises:
@@ -75,6 +115,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         kind = {list: "an array", str: "a string", type(None): "null", bool: "a boolean"}.get(type(value), "a number")
         raise ApiError(400, f"The request body must be a JSON object, got {kind}.")
+    if len(value) > MAX_BODY_FIELDS:
+        raise ApiError(400, f"The request body may have at most {MAX_BODY_FIELDS} fields, got {len(value)}.")
     return value
 
 

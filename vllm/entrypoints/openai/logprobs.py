@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
+from vllm.engine.logprobs import PromptLogprobs
+from vllm.engine.work_lanes import WorkLanes
 from vllm.entrypoints.openai.protocol import clamp
-from vllm.outputs import Logprob, TokenLogprobs
+from vllm.outputs import CompletionOutput, Logprob, RequestOutput, TokenLogprobs
 from vllm.transformers_utils.tokenizer import Tokenizer
+
+# Shaped in some milliseconds.
+_MANY = 1024
+_T = TypeVar("_T")
+
+
+def num_logprobs(prompts: Iterable[RequestOutput], outputs: Iterable[CompletionOutput]) -> int:
+    """Log-probabilities that an answer with these prompts and outputs has to show, about."""
+    of_prompts = (item.prompt_logprobs for item in prompts)
+    total = sum(rows.num_entries for rows in of_prompts if isinstance(rows, PromptLogprobs))
+    return total + sum(len(rows) * len(rows[-1]) for rows in (output.logprobs for output in outputs) if rows)
+
+
+async def shaped(shape: Callable[[], _T], lanes: WorkLanes, size: int) -> _T:
+    """What `shape()` makes of so many log-probabilities; of many, off the event loop."""
+    return shape() if size <= _MANY else await lanes.run(shape, size=size)
 
 
 def chat_logprobs_json(

@@ -17,6 +17,8 @@ from vllm.entrypoints.openai.errors import ApiError, error_response
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics")
 MAX_REQUEST_ID_CHARS = 256
+_OF_OTHERS = frozenset({"origin", "forwarded", "via", "x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"})
+_OF_OTHERS_PREFIXES = ("x-forwarded-", "x-original-", "sec-fetch-")
 
 
 class ApiKeyMiddleware:
@@ -63,8 +65,8 @@ class AdminGuard:
     """Dependency of the routes that are the operator's: it travels with them, whatever path leads there.
 
     Args:
-        key: Must come with every request (`--admin-api-key`); None lets TCP clients of this machine in, and
-            nobody else.
+        key: Must come with every request (`--admin-api-key`); None lets TCP clients of this machine in that speak for
+            themselves, and nobody else: no proxy, and no web page in a browser of this machine.
     """
 
     def __init__(self, key: str | None) -> None:
@@ -85,6 +87,23 @@ class AdminGuard:
                 403,
                 "Without --admin-api-key, this route answers only to clients on the server's own machine.",
             )
+        elif (header := _speaks_for_another(request.headers)) is not None:
+            raise ApiError(
+                403,
+                f"Without --admin-api-key, this route answers neither to proxies nor to web pages, and the header "
+                f"{header} comes from one.",
+            )
+
+
+def _speaks_for_another(headers: Headers) -> str | None:
+    """The header by which a request shows that a proxy passes it on, or that a web page makes a browser send it."""
+    for name in headers:
+        if name in _OF_OTHERS or name.startswith(_OF_OTHERS_PREFIXES):
+            return name
+    # A page of a domain that its owner lets point to this machine. Names without a dot are nobody's domain.
+    host = headers.get("host", "").rpartition("@")[2]
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return "host" if "." in name and not _is_loopback(name) and not name.endswith(".localhost") else None
 
 
 def _is_loopback(host: str) -> bool:

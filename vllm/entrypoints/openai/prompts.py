@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.work_lanes import is_long
 from vllm.entrypoints.openai.cache_marks import take_breakpoints
-from vllm.entrypoints.openai.chat_messages import check_messages, check_template_kwargs, check_tools, count_chars
+from vllm.entrypoints.openai.chat_messages import (
+    check_messages,
+    check_template_kwargs,
+    check_tools,
+    count_chars,
+    without_billing_line,
+)
 from vllm.entrypoints.openai.json_body import snippet
 from vllm.exceptions import VLLMValidationError
 from vllm.transformers_utils.chat_template import RenderedChat
+
+_T = TypeVar("_T")
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 4096
@@ -68,7 +77,24 @@ class PromptReader:
         Raises:
             VLLMValidationError: A field is wrong, the template refuses the messages, or they are too long.
         """
-        checked, tools, breakpoints = take_breakpoints(check_messages(messages), check_tools(options.tools))
+        arguments = await self.prepared(self._render_arguments, messages, options, must_fit, cut_for)
+        rendered = await self._engine.render_chat(**arguments, checked=True, cache_salt=cache_salt)
+        if cut_for is not None:
+            rendered = self._without_oldest(rendered, self._max_model_len - cut_for)
+        if must_fit:
+            self.check_tokens(len(rendered.prompt_token_ids), "messages")
+        return rendered
+
+    async def prepared(self, function: Callable[..., _T], *args: Any) -> _T:
+        """What `function(*args)` returns; off the event loop if the request is long, of which it reads every part."""
+        return await self._engine.lanes.run(function, *args) if is_long() else function(*args)
+
+    def _render_arguments(
+        self, messages: list[Any], options: ChatOptions, must_fit: bool, cut_for: int | None
+    ) -> dict[str, Any]:
+        """What the renderer is to be called with; reads every message, but none of them twice."""
+        own = without_billing_line(check_messages(messages))
+        checked, tools, breakpoints = take_breakpoints(own, check_tools(options.tools))
         kwargs = self.template_kwargs(options)
         if options.chat_template is not None and not self._trust_template:
             raise VLLMValidationError(
@@ -93,22 +119,16 @@ class PromptReader:
             )
         self._check_chars(count_chars([m["content"] for m in checked]), "messages", must_fit and cut_for is None)
         self._check_chars(count_chars([checked, tools, kwargs]), "messages", must_fit=False)
-        rendered = await self._engine.render_chat(
-            messages=checked,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final,
-            template_kwargs=kwargs or None,
-            chat_template=options.chat_template,
-            add_special_tokens=bool(options.add_special_tokens),
-            breakpoints=breakpoints if must_fit else (),
-            cache_salt=cache_salt,
-        )
-        if cut_for is not None:
-            rendered = self._without_oldest(rendered, self._max_model_len - cut_for)
-        if must_fit:
-            self.check_tokens(len(rendered.prompt_token_ids), "messages")
-        return rendered
+        return {
+            "messages": checked,
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final,
+            "template_kwargs": kwargs or None,
+            "chat_template": options.chat_template,
+            "add_special_tokens": bool(options.add_special_tokens),
+            "breakpoints": breakpoints if must_fit else (),
+        }
 
     def _without_oldest(self, chat: RenderedChat, num_tokens: int) -> RenderedChat:
         """The chat in so many tokens at most: its system part, which stays what others share, and its end."""
@@ -149,7 +169,7 @@ class PromptReader:
         self._check_chars(len(text), param, must_fit)
         if must_fit:
             return await self._engine.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self._engine.tokenizer.encode, text, add_special_tokens)
+        return await self._engine.lanes.run(self._engine.tokenizer.encode, text, add_special_tokens, size=len(text))
 
     def check_tokens(self, num_tokens: int, param: str) -> None:
         """Raises VLLMValidationError for a prompt that leaves no room for an answer; `param` is its request field."""

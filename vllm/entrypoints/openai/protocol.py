@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast
@@ -227,7 +228,7 @@ def usage(
 
 
 def prompt_logprobs_json(
-    prompt_logprobs: list[TokenLogprobs | None] | None,
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None,
 ) -> list[dict[str, dict[str, Any]] | None] | None:
     """`prompt_logprobs` as responses show it: one entry a prompt token, token id → log-probability, rank, text."""
     if prompt_logprobs is None:

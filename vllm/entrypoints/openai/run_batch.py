@@ -23,9 +23,10 @@ from tqdm import tqdm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES
 from vllm.entrypoints.openai.cli_args import check_args, make_arg_parser
 from vllm.entrypoints.openai.errors import ApiError, describe, error_body
-from vllm.entrypoints.openai.json_body import MAX_BODY_BYTES, parse_json_object, parse_model, snippet
+from vllm.entrypoints.openai.json_body import parse_json_object, parse_model, snippet
 from vllm.entrypoints.openai.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, random_id
 from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
 from vllm.entrypoints.openai.services import Services

@@ -48,7 +48,7 @@ class Services:
             engine, self.models, self.prompts, args.return_tokens_as_token_ids, args.enable_force_include_usage, log
         )
         self.messages = ServingMessages(self.chat, self.models, self.prompts)
-        self.responses = ServingResponses(engine, self.models, self.chat)
+        self.responses = ServingResponses(engine, self.models, self.prompts, self.chat)
         self.tokenization = ServingTokenization(engine, self.models, self.prompts)
         self.system_prompts = ServingSystemPrompts(engine, self.prompts)
         self.explanations = ServingExplanations(engine, self.prompts, self.chat, self.responses)

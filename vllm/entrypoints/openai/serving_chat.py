@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
@@ -20,7 +21,7 @@ from vllm.entrypoints.openai.answers import (
 from vllm.entrypoints.openai.cache_marks import cache_marks
 from vllm.entrypoints.openai.chat_messages import check_messages
 from vllm.entrypoints.openai.generation import generate
-from vllm.entrypoints.openai.logprobs import chat_logprobs_json
+from vllm.entrypoints.openai.logprobs import chat_logprobs_json, num_logprobs, shaped
 from vllm.entrypoints.openai.prompts import ChatOptions, PromptReader
 from vllm.entrypoints.openai.protocol import (
     ChatCompletionRequest,
@@ -156,6 +157,7 @@ class ServingChat:
             self._prompts.template_kwargs(options),
         )
         _constrain(params, answer_format, ended)
+        checked = await self._engine.check_params(params)
         as_token_ids = request.return_tokens_as_token_ids
         return _Call(
             id=public_id,
@@ -165,8 +167,8 @@ class ServingChat:
             outputs=generate(
                 self._engine,
                 request,
-                rendered.prompt_token_ids,
-                params,
+                self._engine.own_prompt(rendered.prompt_token_ids, rendered.num_system_tokens),
+                checked,
                 f"{public_id}-{random_id()[:12]}",
                 log=self._log,
                 text=rendered.text,
@@ -241,6 +243,11 @@ class ServingChat:
                 outputs.update((output.index, output) for output in final.outputs)
         if final is None:
             raise RuntimeError(f"the engine gave no output for {call.id}")
+        size = num_logprobs([final], outputs.values())
+        return await shaped(partial(self._shape, call, final, outputs), self._engine.lanes, size)
+
+    def _shape(self, call: _Call, final: RequestOutput, outputs: dict[int, CompletionOutput]) -> dict[str, Any]:
+        """The answer once all outputs have ended."""
         completion_tokens = final.num_discarded_tokens + sum(len(output.token_ids) for output in outputs.values())
         return call.head("chat.completion") | {
             "choices": [self._choice(call, outputs[index]) for index in sorted(outputs)],

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.input_processor import ProcessedPrompt
 from vllm.entrypoints.openai.generation import generate
-from vllm.entrypoints.openai.logprobs import completion_logprobs_json
+from vllm.entrypoints.openai.logprobs import completion_logprobs_json, num_logprobs, shaped
 from vllm.entrypoints.openai.prompts import PromptReader, split_prompts
 from vllm.entrypoints.openai.protocol import (
     CompletionRequest,
@@ -104,8 +106,9 @@ class ServingCompletion:
         else:
             max_tokens = request.max_tokens
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=request.logprobs)
-        prompts = split_prompts(request.prompt, params.n)
-        token_ids = [await self._token_ids(request, prompt) for prompt in prompts]
+        prompts = await self._prompts.prepared(split_prompts, request.prompt, params.n)
+        checked = await self._engine.check_params(params, len(prompts))
+        processed = [await self._process(request, prompt) for prompt in prompts]
         public_id = f"cmpl-{request_id or request.request_id or random_id()}"
         # Clients may repeat an id; the engine's must be unique.
         engine_id = f"{public_id}-{random_id()[:12]}"
@@ -119,14 +122,14 @@ class ServingCompletion:
                     self._engine,
                     request,
                     ids,
-                    params,
+                    checked,
                     f"{engine_id}-{i}",
                     log=self._log,
                     text=prompt if isinstance(prompt, str) else None,
                     cache_salt=request.cache_salt,
                     priority=request.priority or 0,
                 )
-                for i, (prompt, ids) in enumerate(zip(prompts, token_ids, strict=True))
+                for i, (prompt, ids) in enumerate(zip(prompts, processed, strict=True))
             ],
             n=num_choices(request),
             texts=[prompt if isinstance(prompt, str) else None for prompt in prompts],
@@ -134,7 +137,7 @@ class ServingCompletion:
             as_token_ids=self._as_token_ids if as_token_ids is None else as_token_ids,
         )
 
-    async def _token_ids(self, request: CompletionRequest, prompt: str | list[int]) -> list[int]:
+    async def _process(self, request: CompletionRequest, prompt: str | list[int]) -> list[int] | ProcessedPrompt:
         must_fit = request.truncate_prompt_tokens is None
         if not isinstance(prompt, str):
             if must_fit:
@@ -148,7 +151,7 @@ class ServingCompletion:
         )
         if not token_ids:
             raise VLLMValidationError("prompt must not be empty.", "prompt")
-        return token_ids
+        return self._engine.own_prompt(token_ids)
 
     def _echoed(self, call: _Call, prompt_index: int, item: RequestOutput) -> str:
         """The text of a prompt that its answers repeat first; "" without `echo`."""
@@ -167,6 +170,13 @@ class ServingCompletion:
             async for prompt_index, item in items:
                 last[prompt_index] = item
                 outputs.update((prompt_index * call.n + output.index, output) for output in item.outputs)
+        size = num_logprobs(last.values(), outputs.values())
+        return await shaped(partial(self._shape, call, last, outputs), self._engine.lanes, size)
+
+    def _shape(
+        self, call: _Call, last: dict[int, RequestOutput], outputs: dict[int, CompletionOutput]
+    ) -> dict[str, Any]:
+        """The answer once all outputs have ended."""
         choices = [self._choice(call, index, outputs[index], last[index // call.n]) for index in sorted(outputs)]
         completion_tokens = sum(len(output.token_ids) for output in outputs.values())
         completion_tokens += sum(item.num_discarded_tokens for item in last.values())
@@ -215,7 +225,9 @@ class ServingCompletion:
                 if prompt_index not in prompts:
                     prompts[prompt_index] = item
                     if call.request.echo or call.request.return_token_ids:
-                        choices += [self._first_choice(call, prompt_index * call.n + i, item) for i in range(call.n)]
+                        repeat = partial(self._first_choices, call, prompt_index, item)
+                        size = num_logprobs([item], ())
+                        choices += await shaped(repeat, self._engine.lanes, size)
                         offsets[prompt_index * call.n : (prompt_index + 1) * call.n] = [_end(choices[0], 0)] * call.n
                 for output in item.outputs:
                     index = prompt_index * call.n + output.index
@@ -236,6 +248,9 @@ class ServingCompletion:
             total = {"usage": _usage(prompts.values(), completion_tokens)}
             yield sse(head | {"choices": []} | total | {"system_fingerprint": self._models.fingerprint})
         yield DONE
+
+    def _first_choices(self, call: _Call, prompt_index: int, item: RequestOutput) -> list[dict[str, Any]]:
+        return [self._first_choice(call, prompt_index * call.n + i, item) for i in range(call.n)]
 
     def _first_choice(self, call: _Call, index: int, item: RequestOutput) -> dict[str, Any]:
         """Repeats the prompt, as text with `echo` and as token ids if they were asked for."""

@@ -12,6 +12,7 @@ from vllm.engine.tenant import current_tenant
 from vllm.entrypoints.openai.chat_blocks import Block, BlockNews, BlockReader
 from vllm.entrypoints.openai.errors import ApiError, describe, naming_fields
 from vllm.entrypoints.openai.json_body import snippet
+from vllm.entrypoints.openai.prompts import PromptReader
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, now, random_id
 from vllm.entrypoints.openai.responses_input import (
     chat_request,
@@ -180,8 +181,9 @@ class _Answer:
 class ServingResponses:
     """Answers requests of the Responses API by the chat path."""
 
-    def __init__(self, engine: AsyncLLMEngine, models: ServingModels, chat: ServingChat) -> None:
+    def __init__(self, engine: AsyncLLMEngine, models: ServingModels, prompts: PromptReader, chat: ServingChat) -> None:
         self._tokenizer = engine.tokenizer
+        self._prompts = prompts
         self._models = models
         self._chat = chat
         self._defaults = engine.vllm_config.model.generation_defaults
@@ -201,9 +203,10 @@ class ServingResponses:
             return await self._create(request, request_id)
 
     async def _create(self, request: ResponsesRequest, request_id: str | None) -> dict[str, Any] | EventStream:
-        stored = self._start(request)
+        previous = self._previous(request)
+        stored = await self._prompts.prepared(self._start, request, previous, current_tenant.get())
         answer = _Answer(stored, request)
-        chat = chat_request(request, stored.messages)
+        chat = await self._prompts.prepared(chat_request, request, stored.messages)
         engine_id = request_id or stored.id
         cut = request.truncation == "auto"
         if request.background:
@@ -220,17 +223,17 @@ class ServingResponses:
         self._keep(answer)
         return stored.response
 
-    def _start(self, request: ResponsesRequest) -> StoredResponse:
+    def _start(self, request: ResponsesRequest, previous: StoredResponse | None, tenant: str | None) -> StoredResponse:
         if request.background and request.store is False:
             raise VLLMValidationError("background needs store to be true: it is how the response is read.", "store")
-        messages, previous = input_messages(request.input), self._previous(request)
+        messages = input_messages(request.input)
         # Only those of a response that is kept can be asked for.
         items = [] if request.store is False else input_items(request.input)
         if previous is not None:
             messages = [*previous.messages, *messages]
             if request.store is not False:
                 items = [*previous.input_items, *previous.response["output"], *items]
-        return StoredResponse(self._response(request), messages, items, tenant=current_tenant.get())
+        return StoredResponse(self._response(request), messages, items, tenant=tenant)
 
     def _previous(self, request: ResponsesRequest) -> StoredResponse | None:
         if request.previous_response_id is None:
@@ -251,7 +254,9 @@ class ServingResponses:
             VLLMValidationError, ApiError: A field is wrong.
         """
         with naming_fields(_NAMES):
-            count = await self._chat.count_tokens(self.chat_request(request))
+            previous = self._previous(request)
+            chat = await self._prompts.prepared(self._chat_request, request, previous)
+            count = await self._chat.count_tokens(chat)
         return {"object": "response.input_tokens", "input_tokens": count}
 
     def chat_request(self, request: InputTokensRequest) -> ChatCompletionRequest:
@@ -260,7 +265,9 @@ class ServingResponses:
         Raises:
             VLLMValidationError, ApiError: A field is wrong.
         """
-        previous = self._previous(request)
+        return self._chat_request(request, self._previous(request))
+
+    def _chat_request(self, request: InputTokensRequest, previous: StoredResponse | None) -> ChatCompletionRequest:
         messages = [] if previous is None else previous.messages
         if request.input is not None:
             messages = [*messages, *input_messages(request.input)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
@@ -51,7 +50,9 @@ class ServingTokenization:
             )
         strings = None
         if request.return_token_strs:
-            strings = await asyncio.to_thread(self._engine.tokenizer.hf.convert_ids_to_tokens, token_ids)
+            strings = await self._engine.lanes.run(
+                self._engine.tokenizer.hf.convert_ids_to_tokens, token_ids, size=len(token_ids)
+            )
         return {
             "count": len(token_ids),
             "max_model_len": self._engine.vllm_config.model.max_model_len,
@@ -73,4 +74,7 @@ class ServingTokenization:
                 raise VLLMValidationError(
                     f"tokens holds token id {token_id}; ids of this model are 0 to {vocab_size - 1}.", "tokens"
                 )
-        return {"prompt": await asyncio.to_thread(self._engine.tokenizer.decode, request.tokens, False)}
+        text = await self._engine.lanes.run(
+            self._engine.tokenizer.decode, request.tokens, False, size=len(request.tokens)
+        )
+        return {"prompt": text}

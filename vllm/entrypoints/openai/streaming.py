@@ -14,6 +14,8 @@ from starlette.types import Receive, Scope, Send
 from vllm.entrypoints.openai.errors import describe, error_body
 from vllm.outputs import RequestOutput
 
+# Streams of one request that begin in one turn of the event loop, each of which takes some tenths of a millisecond.
+_STARTED_AT_ONCE = 8
 DONE = b"data: [DONE]\n\n"
 _T = TypeVar("_T")
 
@@ -131,8 +133,12 @@ async def merge(
         finally:
             queue.put_nowait(index)
 
-    tasks = [asyncio.create_task(pump(i)) for i in range(len(streams))]
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for i in range(len(streams)):
+            tasks.append(asyncio.create_task(pump(i)))
+            if len(tasks) % _STARTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         await asyncio.sleep(0)
         _raise_first_error(tasks)
         running = len(tasks)
@@ -147,6 +153,8 @@ async def merge(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for stream in streams[len(tasks) :]:
+            await stream.aclose()
 
 
 def _raise_first_error(tasks: list[asyncio.Task[None]]) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES
 from vllm.entrypoints.openai.errors import ApiError
-from vllm.entrypoints.openai.json_body import MAX_BODY_BYTES, parse_json_object, parse_model
+from vllm.entrypoints.openai.json_body import parse_json_object, parse_model
 from vllm.entrypoints.openai.prompts import PromptReader
 from vllm.entrypoints.openai.protocol import SystemPromptRequest
 from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
