@@ -212,13 +212,13 @@ def engine(steps_per_s: float, times: Path) -> None:
                 message = decoder.decode(inputs.recv())
                 if isinstance(message, EngineRequest):
                     asked = params[message.request_id] = message.sampling_params
-                    for index in range(asked.n):
-                        running[message.request_id, index] = asked.max_tokens or 1
+                    for output in range(asked.n):
+                        running[message.request_id, output] = asked.max_tokens or 1
                     if asked.prompt_logprobs is not None:
                         prompts[message.request_id] = made_up(len(message.prompt_token_ids) - 1, asked.prompt_logprobs)
                 elif isinstance(message, AbortRequests):
-                    for request_id, index in message.targets:
-                        for output in range(params[request_id].n) if index is None else (index,):
+                    for request_id, aborted in message.targets:
+                        for output in range(params[request_id].n) if aborted is None else (aborted,):
                             running.pop((request_id, output), None)
                 continue
             if time.monotonic() < next_step and running:

@@ -12,10 +12,13 @@ from vllm.transformers_utils.tokenizer import Tokenizer
 
 def logprobs_at(positions: PositionLogprobs, index: int, tokenizer: Tokenizer) -> TokenLogprobs:
     """The chosen token at one of the positions, then the most likely ones by rank."""
-    ids, values = positions.token_ids[index], positions.logprobs[index]
-    entry = {ids[0]: Logprob(values[0], positions.ranks[index], tokenizer.token_text(ids[0]))}
-    for i, (token_id, value) in enumerate(zip(ids[1:], values[1:], strict=True), start=1):
-        entry.setdefault(token_id, Logprob(value, i, tokenizer.token_text(token_id)))
+    ids, values, text = positions.token_ids[index], positions.logprobs[index], tokenizer.token_text
+    chosen, rank = ids[0], positions.ranks[index]
+    entry = {chosen: Logprob(values[0], rank, text(chosen))}
+    for i in range(1, len(ids)):
+        token_id = ids[i]
+        if token_id != chosen:
+            entry[token_id] = Logprob(values[i], i, text(token_id))
     return entry
 
 

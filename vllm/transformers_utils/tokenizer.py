@@ -57,6 +57,7 @@ class Tokenizer:
         self.is_byte_level = "ByteLevel" in steps
         self.joins_bytes = steps == {"ByteLevel"}
         self._known_bytes: dict[int, bytes] = {}
+        self._known_texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Spellings of control tokens become those tokens.
@@ -77,7 +78,12 @@ class Tokenizer:
 
     def token_text(self, token_id: int) -> str:
         """Text of one token alone, with its leading space; half a character becomes U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+        text = self._known_texts.get(token_id)
+        if text is None:
+            text = self.token_bytes(token_id).decode("utf-8", errors="replace")
+            if 0 <= token_id < self.vocab_size:
+                self._known_texts[token_id] = text
+        return text
 
     def token_bytes(self, token_id: int) -> bytes:
         """UTF-8 bytes that a token stands for; empty for an id outside the vocabulary."""
@@ -96,10 +102,10 @@ class Tokenizer:
         if token is None:
             return b""
         if self.is_byte_level:
-            alphabet = self._byte_of_letter
-            if all(letter in alphabet for letter in token):
-                return bytes(alphabet[letter] for letter in token)
-            return token.encode()
+            try:
+                return token.translate(self._latin_of_letter).encode("latin-1")
+            except UnicodeEncodeError:
+                return token.encode()
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace(_SPACE_MARK, " ").encode()
@@ -109,12 +115,12 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     @cached_property
-    def _byte_of_letter(self) -> dict[str, int]:
-        """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes are numbered from U+0100."""
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    def _latin_of_letter(self) -> dict[int, int]:
+        """GPT-2's alphabet: printable Latin-1 stands for itself, the other bytes are numbered from U+0100. For
+        `str.translate`; Latin-1 that is no letter of the alphabet becomes what Latin-1 cannot encode."""
+        printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
         others = [byte for byte in range(256) if byte not in printable]
-        letters = {chr(byte): byte for byte in printable}
-        return letters | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+        return {byte: 0xFFFD for byte in others} | {0x100 + i: byte for i, byte in enumerate(others)}
 
 
 def encode_text(backend: tokenizers.Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
