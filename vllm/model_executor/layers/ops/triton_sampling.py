@@ -681,7 +681,7 @@ def _choose_kernel(
     _hand_out(token, i, own, row, num_tokens, flags, drawn_ptr, token_ids_ptr, token_stride, counts_ptr, V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["picked_ptr", "tokens_ptr"])
 def _logprob_kernel(
     logits_ptr,
     picked_ptr,
