@@ -13,8 +13,10 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.host_staging import to_device, write
+from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks, draw_by_inversion
+from vllm.model_executor.layers.sampling_rows import SamplingRows
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
@@ -69,6 +71,7 @@ class ModelRunner:
         self.graphs: GraphRunner | None = None
         self._compiled: CompiledSteps | None = None
         if model.packed is not None:
+            self.sampling_rows = SamplingRows(max_num_seqs, vocab_size, device)
             rows = SequenceRows(
                 self.token_ids, cache.block_tables, torch.from_numpy(self._prefix_len), cache.block_size
             )
@@ -165,6 +168,8 @@ class ModelRunner:
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
             if not seq.is_system_prompt:
                 self.sampler.start(seq)
+        if self._compiled is not None:
+            self.sampling_rows.start([seq for seq in sequences if not seq.is_system_prompt])
         known = [np.array(seq.token_ids[self._prefix_len[seq.row] - seq.num_skipped :], np.int64) for seq in sequences]
         ends = [seq.num_skipped + len(seq.token_ids) for seq in sequences]
         if len(known) == 1:
@@ -185,21 +190,48 @@ class ModelRunner:
         )
 
     def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Draw:
-        """A batch as one call into the compiled CPU kernels."""
+        """A batch as one call into the compiled CPU kernels; as two where the draw waits for masks, or where the states
+        of prompt tokens are wanted."""
         groups = self._groups(plan.rows, plan.counts)
+        starts, counts = np.array(plan.starts, np.int64), np.array(plan.counts, np.int64)
+        picked = np.flatnonzero(plan.samples)
+        rows, num_tokens = np.array(plan.rows, np.int64)[picked], (starts + counts)[picked]
+        tables, wants = self.sampling_rows.tables, self.sampling_rows.num_logprobs[rows]
+        reported = np.flatnonzero(wants >= 0)
+        logits = torch.empty(len(rows), self.sampling_rows.vocab_size) if len(reported) else None
+
+        def finish(drawn: list[int], prompt_logprobs: dict[int, list[LogprobTensors]]) -> Callable[[], StepResult]:
+            tokens, logprobs = torch.tensor(drawn, dtype=torch.int64), None
+            if logits is not None:
+                index = torch.from_numpy(reported)
+                k = max(1, int(wants.max()))
+                values, ranks, top_values, top_tokens = cpu_kernels.logprobs(logits[index], tokens[index], k)
+                logprobs = LogprobTensors(
+                    reported.tolist(), wants[reported].tolist(), tokens[index], values, ranks, top_tokens, top_values
+                )
+            return self._results(plan, picked, tokens, logprobs, prompt_logprobs)
+
         all_states = any(plan.wants_prompt_logprobs)
         if not all_states and not plan.masked:
-            picked = [i for i, samples in enumerate(plan.samples) if samples]
-            if self.sampler.takes_most_likely([plan.rows[i] for i in picked]):
-                tokens = [-1] * len(plan.rows)
-                drawn = compiled.draw(plan.rows, plan.starts, plan.counts, plan.samples, groups)
-                for i, token in zip(picked, drawn, strict=True):
-                    tokens[i] = token
-                return lambda masks: lambda: StepResult(tokens, [], [])
+            drawn = compiled.draw(plan.rows, plan.starts, plan.counts, plan.samples, groups, tables, logits_out=logits)
+            wait = finish(drawn, {})
+            return lambda masks: wait
         samples = None if all_states else plan.samples
         hidden = compiled.hidden(plan.rows, plan.starts, plan.counts, samples, groups)
-        rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
-        return self._draw_later(plan, hidden, rows, starts + counts, counts.cumsum())
+        ends = counts.cumsum()
+
+        @torch.inference_mode()
+        def draw(token_masks: np.ndarray | None) -> Callable[[], StepResult]:
+            states = hidden[torch.from_numpy(ends[picked] - 1)] if all_states else hidden
+            masks = mask_rows = None
+            if token_masks is not None:
+                masks, mask_rows = torch.from_numpy(token_masks), torch.full((len(rows),), -1, dtype=torch.int64)
+                mask_rows[torch.from_numpy(np.searchsorted(picked, plan.masked))] = torch.arange(len(plan.masked))
+            where = torch.from_numpy(rows), torch.from_numpy(num_tokens)
+            drawn = compiled.draw_after(states, *where, tables, masks, mask_rows, logits)
+            return finish(drawn, self._prompt_logprobs(plan, hidden, ends))
+
+        return draw
 
     def _run_batch(self, plan: StepPlan) -> Draw:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
