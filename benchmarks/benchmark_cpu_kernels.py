@@ -34,6 +34,7 @@ from machine_facts import machine
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.layers.ops.cpu_kernels import DecoderStack, LayerWeights, PackedMatrix
+from vllm.model_executor.layers.ops.sampling import Flag, IntColumn, SamplingTables
 from vllm.platforms import CpuPlatform
 
 LAYERS, HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 9, 3, 64, 576, 1536, 49152
@@ -257,6 +258,36 @@ def small_cases(setting: Setting) -> Iterator[Case]:
     yield Case("copy_blocks, 64 blocks, 1 thread", "float32", calls, 2 * 64 * BLOCK_SIZE * KV_HEADS * DIM * 4)
 
 
+WISHES: dict[str, tuple[float, ...]] = {
+    # Temperature, top_p, min_p, presence, frequency and repetition penalty; top_k.
+    "the highest": (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0),
+    "temperature 1": (1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0),
+    "top_p 0.95": (1.0, 0.95, 0.0, 0.0, 0.0, 1.0, 0),
+    "top_k 50": (1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 50),
+    "min_p 0.05": (1.0, 1.0, 0.05, 0.0, 0.0, 1.0, 0),
+    "all of these and penalties": (0.8, 0.95, 0.05, 0.5, 0.5, 1.1, 50),
+}
+
+
+def sampling_cases() -> Iterator[Case]:
+    """What becomes of logits, which the output projection has just written."""
+    for (shape, spread), rows in itertools.product({"normal": 3.0, "flat": 0.01}.items(), (1, 8)):
+        logits = torch.randn(rows, VOCABULARY) * spread
+        index, token_ids = torch.arange(rows), torch.zeros(rows, 2, dtype=torch.int64)
+        for name, (*floats, top_k) in WISHES.items():
+            tables = SamplingTables.make(rows, VOCABULARY, torch.device("cpu"))
+            tables.floats[:] = torch.tensor(floats)
+            tables.ints[:, IntColumn.TOP_K] = int(top_k)
+            tables.ints[:, IntColumn.SEED] = index
+            if floats[-1] != 1.0:
+                tables.ints[:, IntColumn.FLAGS] = Flag.PENALTIES
+                tables.counts[:, :300] = 1
+            draw = partial(cpu_kernels.sample, logits, index, torch.ones_like(index), token_ids, tables)
+            yield Case(f"sample {shape} logits, {name}, {rows_of(rows)}", "float32", [draw], logits.nbytes, 0.0, False)
+        top = partial(cpu_kernels.logprobs, logits, index, 5)
+        yield Case(f"logprobs {shape} logits, 5 a row, {rows_of(rows)}", "float32", [top], logits.nbytes, 0.0, False)
+
+
 def stack_cases() -> Iterator[Case]:
     """All layers in one call; their weights together are larger than the caches."""
     batches = {
@@ -409,6 +440,7 @@ def main() -> None:
         swiglu_cases(setting),
         attention_cases(setting),
         small_cases(setting),
+        sampling_cases(),
         stack_cases(),
     )
     results = [setting.measure(case) for case in itertools.chain(*sources) if args.only in case.kernel]

@@ -15,7 +15,7 @@
 #include <cstdint>
 
 // Raised with every change of what Python calls; cpu_kernels.py says the same number.
-constexpr int32_t kInterface = 1;
+constexpr int32_t kInterface = 2;
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
@@ -94,6 +94,40 @@ struct Network {
   int32_t embedding_format;
 };
 
+// What rows ask of the sampler; vllm/model_executor/layers/ops/sampling.py says what the columns mean and in which order
+// they work.
+struct SamplingTables {
+  const float* floats;   // [rows][kNumFloats]
+  const int64_t* ints;   // [rows][kNumInts]
+  const int32_t* bias_ids;  // [rows][max_bias], and so on
+  const float* bias_values;
+  const int32_t *stop_ids, *bad_tokens, *bad_ends, *allowed;
+  int16_t* counts;
+  int64_t max_bias, max_stops, max_bad_tokens, max_bad_sequences, allowed_words;
+  int64_t vocab_size;
+};
+
+enum FloatColumn { kTemperature, kTopP, kMinP, kPresence, kFrequency, kRepetition, kNumFloats };
+enum IntColumn {
+  kSeed, kNumPromptTokens, kTopK, kMinTokens, kNumBias, kNumStops, kNumBadSequences, kFlags, kNumInts
+};
+enum Flag { kPenalties = 1, kAllowed = 2, kBias = 4, kStops = 8, kBadWords = 16 };
+
+// Which tokens the form of an answer allows: bit i % 32 of word i / 32 allows token i.
+struct TokenMasks {
+  const int32_t* words;  // [masks][stride]; null: there are none
+  int64_t stride;
+  const int64_t* of;  // which one each entry that draws obeys; -1: none
+};
+
+// The draw of next tokens, which are put into their rows and counted where penalties need that.
+struct Sampling {
+  const SamplingTables* tables;
+  TokenMasks masks;
+  int64_t* drawn;  // out: [rows that draw]; null: nothing is drawn
+  float* logits;   // out: [rows that draw][vocabulary], as the network made them; null: not wanted
+};
+
 // Entry i computes the tokens starts[i] ... starts[i] + counts[i] of row rows[i].
 struct Step {
   int64_t num_entries;
@@ -101,8 +135,8 @@ struct Step {
   const int64_t* samples;  // [num_entries]: whether its last token is followed by a new one; null: all states are wanted
   int64_t num_groups;
   const Group* groups;
-  float* hidden;   // out: states [entries that sample, or tokens][hidden_size]; null: not wanted
-  int64_t* drawn;  // out: most likely next token of the entries that sample, also put into their rows; null: likewise
+  float* hidden;  // out: states [entries that sample, or tokens][hidden_size]; null: not wanted
+  Sampling sampling;  // of the entries that sample
 };
 
 // Decided once a step, for all layers -------------------------------------------------------------------------------
@@ -142,6 +176,56 @@ struct Buffers {
   int64_t panel_size;
 };
 
+// Draws ---------------------------------------------------------------------------------------------------------------
+
+// Columns of logits that one thread does at a time. Sums are made of the sums of chunks, so that what is drawn does not
+// depend on the number of threads.
+constexpr int64_t kChunk = 2048;
+constexpr int64_t kThresholds = 4;  // among the scores, tried in one pass
+
+// Working memory for one row. Scores are followed by -inf up to a multiple of 16.
+struct ScoreSpace {
+  float *scores, *weights;            // [vocabulary]
+  float *near_scores, *near_weights;  // [vocabulary]: those of each chunk that are still in question
+  double* sums;                       // [chunks][kThresholds]
+  double* totals;                     // [chunks]
+  float *lows, *highs;                // [chunks]
+  int64_t* counts;                    // [chunks]
+};
+
+struct Draw {
+  int64_t num_rows;
+  const float* const* logits;  // [num_rows]; null for rows whose token is known by other means
+  const int64_t* rows;         // [num_rows]: of the tables
+  const int64_t* num_tokens;   // [num_rows]: so far
+  const int64_t* token_ids;    // [rows of the tables][token_stride]
+  int64_t token_stride;
+  const SamplingTables* tables;
+  TokenMasks masks;
+  int64_t* drawn;            // [num_rows]
+  const ScoreSpace* spaces;  // one a thread
+};
+
+// The logits of `num_rows` states, and their next tokens. Rows without logits take the most likely one.
+struct Head {
+  const float* x;
+  const Matrix& w;
+  int32_t arithmetic;
+  float* const* logits;  // out, as Draw's
+};
+
+struct Logprobs {
+  const float* logits;  // [num_rows][vocab_size]
+  int64_t num_rows, vocab_size;
+  const int64_t* tokens;  // [num_rows]
+  int64_t k;              // at most vocab_size
+  float* values;          // [num_rows]: log-probability of the token
+  int64_t* ranks;         // [num_rows]: one more than the tokens that are likelier
+  float* top_values;      // [num_rows][k], falling
+  int64_t* top_tokens;    // [num_rows][k]; of equals the lower first
+  const ScoreSpace* spaces;
+};
+
 // Entry points of one instruction set. Every thread of a team calls the same one, with its own index.
 struct Team;
 struct Kernels {
@@ -153,6 +237,9 @@ struct Kernels {
   // out [rows]: column of the highest
   void (*most_likely)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
                       int64_t* out);
+  void (*head)(Team&, int, const Head&, const Buffers&, const Draw&);
+  void (*draw)(Team&, int, const Draw&);
+  void (*logprobs)(Team&, int, const Logprobs&);
   void (*rms_norm)(Team&, int, const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out);
   // q [num_tokens][heads][D], turned, neither scaled nor narrowed
   void (*rope_and_write)(Team&, int, const Stack&, const Batch&, const float* qkv, void* k_cache, void* v_cache,

@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "sampling.h"
 
 namespace {
 
@@ -183,13 +184,32 @@ void enter_most_likely(Team& team, int index, const float* x, int64_t rows, cons
   Member member(team, index);
   const Highest highest{buffers.bases, buffers.indices, ceil_div(w.n, kUnitColumns)};
   linear_of(member, x, rows, w, buffers, arithmetic, highest);
-  member.for_each(rows, [&](int64_t row) {
-    const float* values = highest.values + row * highest.pieces;
-    out[row] = highest.indices[row * highest.pieces + (std::max_element(values, values + highest.pieces) - values)];
+  member.for_each(rows, [&](int64_t row) { out[row] = highest.column_of(row); });
+}
+
+void enter_head(Team& team, int index, const Head& head, const Buffers& buffers, const Draw& draw) {
+  Member member(team, index);
+  const Highest highest{buffers.bases, buffers.indices, ceil_div(head.w.n, kUnitColumns)};
+  linear_of(member, head.x, draw.num_rows, head.w, buffers, head.arithmetic, StoreSome{head.logits, highest});
+  member.for_each(draw.num_rows, [&](int64_t row) {
+    if (head.logits[row] == nullptr) draw.drawn[row] = highest.column_of(row);
+  });
+  draw_rows(member, draw);
+}
+
+void enter_draw(Team& team, int index, const Draw& draw) {
+  Member member(team, index);
+  draw_rows(member, draw);
+}
+
+void enter_logprobs(Team& team, int index, const Logprobs& wanted) {
+  Member member(team, index);
+  for_each_row(member, wanted.num_rows, wanted.spaces, [&](auto& crew, int64_t row, const ScoreSpace& space) {
+    logprobs_of_row(crew, wanted, row, space);
   });
 }
 
-constexpr Kernels kKernels = {enter_stack,    enter_linear,         enter_swiglu,    enter_most_likely,
-                              enter_rms_norm, enter_rope_and_write, enter_attention};
+constexpr Kernels kKernels = {enter_stack, enter_linear,   enter_swiglu,   enter_most_likely,    enter_head,
+                              enter_draw,  enter_logprobs, enter_rms_norm, enter_rope_and_write, enter_attention};
 
 }  // namespace

@@ -121,6 +121,22 @@ struct Highest {
     values[at] = *top;
     indices[at] = column + (top - block);
   }
+  int64_t column_of(int64_t row) const {
+    const float* first = values + row * pieces;
+    return indices[row * pieces + (std::max_element(first, first + pieces) - first)];
+  }
+};
+
+// Rows that have a place for their products are stored; of the others the highest are kept.
+struct StoreSome {
+  float* const* rows;
+  Highest highest;
+  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
+    if (rows[row])
+      std::memcpy(rows[row] + column, block, width * sizeof(float));
+    else
+      highest(row, column, block, width);
+  }
 };
 
 // Columns alternate, 16 of the gate and 16 of the up projection; writes silu(gate) · up.

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "api.h"
@@ -87,8 +88,11 @@ class Memory {
 };
 
 struct Workspace {
-  Memory hidden, x, q, attended, inner, qkv, sums, bases, totals, indices, panels;
+  Memory hidden, x, q, attended, inner, qkv, sums, bases, totals, indices, panels, logits, scores;
   std::vector<int64_t> positions, slots, context_lens, wanted;
+  std::vector<int64_t> rows, num_tokens;  // of a draw
+  std::vector<float*> lines;
+  std::vector<ScoreSpace> spaces;
   std::vector<AttentionUnit> units;
   std::vector<int64_t> parts_of, parts;
 };
@@ -106,6 +110,29 @@ Buffers product_buffers(int64_t rows, const Matrix& w, int threads) {
   buffers.x = workspace.x.take<float>(rows * w.k);
   reserve_panels(workspace, buffers, w.k, threads);
   return buffers;
+}
+
+// For the draws of a team, a part for each of its threads.
+const ScoreSpace* score_spaces(int64_t vocab_size, int threads) {
+  const int64_t chunks = ceil_div(vocab_size, kChunk), columns = chunks * kChunk;
+  // Parts of 8 bytes a chunk, in whole cache lines.
+  const int64_t line = ceil_div(chunks, 8) * 8 * 8;
+  const int64_t bytes = 4 * columns * int64_t(sizeof(float)) + (kThresholds + 4) * line;
+  char* at = workspace.scores.take<char>(bytes * std::max(threads, 1));
+  auto take = [&at](int64_t size) { return std::exchange(at, at + size); };
+  workspace.spaces.clear();
+  for (int i = 0; i < std::max(threads, 1); ++i) {
+    ScoreSpace space;
+    for (float** to : {&space.scores, &space.weights, &space.near_scores, &space.near_weights})
+      *to = reinterpret_cast<float*>(take(columns * sizeof(float)));
+    space.sums = reinterpret_cast<double*>(take(kThresholds * line));
+    space.totals = reinterpret_cast<double*>(take(line));
+    space.lows = reinterpret_cast<float*>(take(line));
+    space.highs = reinterpret_cast<float*>(take(line));
+    space.counts = reinterpret_cast<int64_t*>(take(line));
+    workspace.spaces.push_back(space);
+  }
+  return workspace.spaces.data();
 }
 
 // Attention plan -----------------------------------------------------------------------------------------------------
@@ -261,14 +288,78 @@ void run_stack(const Stack& stack, const Batch& batch, float* hidden, int32_t th
   });
 }
 
-void most_likely(const float* x, int64_t rows, const Matrix& w, int64_t* out, int32_t arithmetic, int32_t threads) {
+// Of products of which the highest are kept.
+Buffers highest_buffers(int64_t rows, const Matrix& w, int threads) {
   Buffers buffers = product_buffers(rows, w, threads);
   const int64_t pieces = rows * ceil_div(w.n, kUnitColumns);
   buffers.bases = workspace.bases.take<float>(pieces);
   buffers.indices = workspace.indices.take<int64_t>(pieces);
+  return buffers;
+}
+
+void most_likely(const float* x, int64_t rows, const Matrix& w, int64_t* out, int32_t arithmetic, int32_t threads) {
+  const Buffers buffers = highest_buffers(rows, w, threads);
   run_team(threads, [&](Team& team, int index) {
     kernels_for(w, arithmetic).most_likely(team, index, x, rows, w, buffers, arithmetic, out);
   });
+}
+
+// Whether a row takes the most likely token whatever it has so far.
+bool is_greedy(const SamplingTables& tables, int64_t row) {
+  return tables.floats[row * kNumFloats + kTemperature] == 0 && tables.ints[row * kNumInts + kFlags] == 0;
+}
+
+void store_drawn(const SamplingTables& tables, int64_t count, const int64_t* rows, const int64_t* num_tokens,
+                 const int64_t* drawn, int64_t* token_ids, int64_t token_stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    token_ids[rows[i] * token_stride + num_tokens[i]] = drawn[i];
+    if ((tables.ints[rows[i] * kNumInts + kFlags] & kPenalties) == 0) continue;
+    int16_t& seen = tables.counts[rows[i] * tables.vocab_size + drawn[i]];
+    if ((seen & 0x7fff) < 0x7fff) ++seen;
+  }
+}
+
+// So many rows at a time have their logits in memory; if they are more, the weights pass once more.
+constexpr int64_t kRowsAtOnce = 64;
+
+// Next tokens after states x [count][hidden_size].
+void draw_next(const Network& network, const Rows& rows, const float* x, int64_t count, const int64_t* of_rows,
+               const int64_t* num_tokens, const Sampling& sampling, int32_t threads) {
+  if (count == 0) return;
+  const Matrix& w = network.head;
+  const int32_t arithmetic = network.stack.arithmetic;
+  auto needs_logits = [&](int64_t i) {
+    return sampling.logits || !is_greedy(*sampling.tables, of_rows[i]) ||
+           (sampling.masks.words && sampling.masks.of[i] >= 0);
+  };
+  bool any = false;
+  for (int64_t i = 0; i < count && !any; ++i) any = needs_logits(i);
+  if (!any) most_likely(x, count, w, sampling.drawn, arithmetic, threads);
+  for (int64_t first = 0; any && first < count; first += kRowsAtOnce) {
+    const int64_t some = std::min(kRowsAtOnce, count - first);
+    float* logits = sampling.logits ? sampling.logits + first * w.n : workspace.logits.take<float>(some * w.n);
+    auto& lines = workspace.lines;
+    lines.clear();
+    for (int64_t i = 0; i < some; ++i) lines.push_back(needs_logits(first + i) ? logits + i * w.n : nullptr);
+    TokenMasks masks = sampling.masks;
+    if (masks.words) masks.of += first;
+    const Head head = {x + first * w.k, w, arithmetic, lines.data()};
+    const Draw draw = {some,
+                       lines.data(),
+                       of_rows + first,
+                       num_tokens + first,
+                       rows.token_ids,
+                       rows.token_stride,
+                       sampling.tables,
+                       masks,
+                       sampling.drawn + first,
+                       score_spaces(w.n, threads)};
+    const Buffers buffers = highest_buffers(some, w, threads);
+    run_team(threads, [&](Team& team, int index) {
+      kernels_for(w, arithmetic).head(team, index, head, buffers, draw);
+    });
+  }
+  store_drawn(*sampling.tables, count, of_rows, num_tokens, sampling.drawn, rows.token_ids, rows.token_stride);
 }
 
 // One row of a table of float32 or bfloat16.
@@ -335,11 +426,49 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
   run_stack(network->stack, batch, hidden, threads);
   const int64_t wanted = step->samples ? batch.num_wanted : tokens;
   if (step->hidden) std::memcpy(step->hidden, hidden, wanted * size * sizeof(float));
-  if (!step->drawn || !step->samples || wanted == 0) return;
-  most_likely(hidden, wanted, network->head, step->drawn, network->stack.arithmetic, threads);
-  for (int64_t i = 0, drawn = 0; i < step->num_entries; ++i)
-    if (step->samples[i])
-      rows->token_ids[step->rows[i] * rows->token_stride + step->starts[i] + step->counts[i]] = step->drawn[drawn++];
+  if (!step->sampling.drawn || !step->samples || wanted == 0) return;
+  memory.rows.clear();
+  memory.num_tokens.clear();
+  for (int64_t i = 0; i < step->num_entries; ++i) {
+    if (!step->samples[i]) continue;
+    memory.rows.push_back(step->rows[i]);
+    memory.num_tokens.push_back(step->starts[i] + step->counts[i]);
+  }
+  draw_next(*network, *rows, hidden, wanted, memory.rows.data(), memory.num_tokens.data(), step->sampling, threads);
+}
+
+// The end of a step whose states [count][hidden_size] have been computed before.
+EXPORT void vsp_draw(const Network* network, const Rows* rows, const float* states, int64_t count,
+                     const int64_t* of_rows, const int64_t* num_tokens, const Sampling* sampling, int32_t threads) {
+  draw_next(*network, *rows, states, count, of_rows, num_tokens, *sampling, threads);
+}
+
+// Draws a token for each row of logits [num_rows][vocab_size], puts it into token_ids and counts it.
+EXPORT void vsp_sample(const float* logits, int64_t num_rows, const int64_t* rows, const int64_t* num_tokens,
+                       int64_t* token_ids, int64_t token_stride, const Sampling* sampling, int32_t threads) {
+  const SamplingTables& tables = *sampling->tables;
+  std::vector<const float*> lines;
+  for (int64_t i = 0; i < num_rows; ++i) lines.push_back(logits + i * tables.vocab_size);
+  const Draw draw = {num_rows,
+                     lines.data(),
+                     rows,
+                     num_tokens,
+                     token_ids,
+                     token_stride,
+                     &tables,
+                     sampling->masks,
+                     sampling->drawn,
+                     score_spaces(tables.vocab_size, threads)};
+  run_team(threads, [&](Team& team, int index) { kernels->draw(team, index, draw); });
+  store_drawn(tables, num_rows, rows, num_tokens, sampling->drawn, token_ids, token_stride);
+}
+
+// logits [num_rows][vocab_size] → of each row: log-probability and rank of a token, and the k highest.
+EXPORT void vsp_logprobs(const float* logits, int64_t num_rows, int64_t vocab_size, const int64_t* tokens, int64_t k,
+                         float* values, int64_t* ranks, float* top_values, int64_t* top_tokens, int32_t threads) {
+  const Logprobs wanted = {logits, num_rows, vocab_size, tokens,     k,
+                           values, ranks,    top_values, top_tokens, score_spaces(vocab_size, threads)};
+  run_team(threads, [&](Team& team, int index) { kernels->logprobs(team, index, wanted); });
 }
 
 // x [rows][k] → out [rows][n]

@@ -100,7 +100,114 @@ struct Simd {
   // v * 2^floor(x); 0 below the smallest normal number, and no more than 2^127 v.
   static V scale(V v, V x) { return {scaled(v.lo, x.lo), scaled(v.hi, x.hi)}; }
 
+  // Lanes apart; a NaN is neither at least nor above anything.
+  struct Mask {
+    __m256 lo, hi;
+  };
+  static Mask at_least(V a, V b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GE_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GE_OQ)};
+  }
+  static Mask above(V a, V b) {
+    return {_mm256_cmp_ps(a.lo, b.lo, _CMP_GT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_GT_OQ)};
+  }
+  static Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.lo, b.lo), _mm256_and_ps(a.hi, b.hi)}; }
+  static Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.lo, b.lo), _mm256_or_ps(a.hi, b.hi)}; }
+  // Lane i in bit i.
+  static unsigned bits(Mask m) { return unsigned(_mm256_movemask_ps(m.lo) | _mm256_movemask_ps(m.hi) << 8); }
+  static Mask from_bits(unsigned bits) { return {mask_of(bits), mask_of(bits >> 8)}; }
+  static V choose(Mask m, V yes, V no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
+  }
+  static V add_where(V sum, Mask m, V v) {
+    return add(sum, V{_mm256_and_ps(m.lo, v.lo), _mm256_and_ps(m.hi, v.hi)});
+  }
+  static V min(V a, V b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static float lowest(V v) {
+    const __m256 both = _mm256_min_ps(v.lo, v.hi);
+    __m128 x = _mm_min_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    x = _mm_min_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_min_ss(x, _mm_shuffle_ps(x, x, 1)));
+  }
+  // a * b, rounded before anything is added to it: the compiler would make one operation of the two.
+  static V product(V a, V b) {
+    V p = mul(a, b);
+    asm("" : "+x"(p.lo), "+x"(p.hi));
+    return p;
+  }
+  // Writes the lanes of the mask one behind the other, and 16 lanes at most; returns how many there are.
+  static int compress(float* to, V v, Mask m) {
+    const int lo = _mm256_movemask_ps(m.lo), hi = _mm256_movemask_ps(m.hi), count = __builtin_popcount(unsigned(lo));
+    _mm256_storeu_ps(to, _mm256_permutevar8x32_ps(v.lo, order_of(lo)));
+    _mm256_storeu_ps(to + count, _mm256_permutevar8x32_ps(v.hi, order_of(hi)));
+    return count + __builtin_popcount(unsigned(hi));
+  }
+
+  // Whole numbers.
+  struct Whole {
+    __m256i lo, hi;
+  };
+  static Whole none() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Whole load_int16(const int16_t* p) {
+    return {_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  static Whole and_with(Whole a, int32_t b) {
+    const __m256i both = _mm256_set1_epi32(b);
+    return {_mm256_and_si256(a.lo, both), _mm256_and_si256(a.hi, both)};
+  }
+  static V to_float(Whole a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+  static Whole count_where(Whole count, Mask m) {
+    // Lanes of the mask are -1.
+    return {_mm256_sub_epi32(count.lo, _mm256_castps_si256(m.lo)),
+            _mm256_sub_epi32(count.hi, _mm256_castps_si256(m.hi))};
+  }
+  static int64_t sum(Whole a) {
+    const __m256i both = _mm256_add_epi32(a.lo, a.hi);
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+  }
+
+  // Sums of float32 in float64.
+  struct Wide {
+    __m256d parts[4];
+  };
+  static Wide wide_zero() {
+    const __m256d zero = _mm256_setzero_pd();
+    return {{zero, zero, zero, zero}};
+  }
+  static Wide add(Wide a, V v) {
+    return {{_mm256_add_pd(a.parts[0], _mm256_cvtps_pd(_mm256_castps256_ps128(v.lo))),
+             _mm256_add_pd(a.parts[1], _mm256_cvtps_pd(_mm256_extractf128_ps(v.lo, 1))),
+             _mm256_add_pd(a.parts[2], _mm256_cvtps_pd(_mm256_castps256_ps128(v.hi))),
+             _mm256_add_pd(a.parts[3], _mm256_cvtps_pd(_mm256_extractf128_ps(v.hi, 1)))}};
+  }
+  static double sum(Wide a) {
+    const __m256d all = _mm256_add_pd(_mm256_add_pd(a.parts[0], a.parts[1]), _mm256_add_pd(a.parts[2], a.parts[3]));
+    const __m128d x = _mm_add_pd(_mm256_castpd256_pd128(all), _mm256_extractf128_pd(all, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x)));
+  }
+
  private:
+  static __m256 mask_of(unsigned bits) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), bit), bit));
+  }
+  // For every mask of 8 lanes, which lanes come one behind the other, a byte each.
+  struct Orders {
+    uint64_t of[256];
+  };
+  static constexpr Orders make_orders() {
+    Orders orders{};
+    for (unsigned mask = 0; mask < 256; ++mask)
+      for (unsigned lane = 0, count = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) orders.of[mask] |= uint64_t(lane) << 8 * count++;
+    return orders;
+  }
+  static __m256i order_of(int mask) {
+    static constexpr Orders kOrders = make_orders();
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kOrders.of[mask])));
+  }
   static void store_half(uint16_t* p, __m256 even, __m256 odd) {
     const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(even), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_castps_si256(odd)));

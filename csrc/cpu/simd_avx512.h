@@ -74,6 +74,55 @@ struct Simd {
   static V fraction(V v) { return _mm512_reduce_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
   // v * 2^floor(x)
   static V scale(V v, V x) { return _mm512_scalef_ps(v, x); }
+
+  // Lanes apart; a NaN is neither at least nor above anything.
+  using Mask = __mmask16;
+  static Mask at_least(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+  static Mask above(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static Mask both(Mask a, Mask b) { return a & b; }
+  static Mask either(Mask a, Mask b) { return a | b; }
+  // Lane i in bit i.
+  static unsigned bits(Mask m) { return m; }
+  static Mask from_bits(unsigned bits) { return Mask(bits); }
+  static V choose(Mask m, V yes, V no) { return _mm512_mask_mov_ps(no, m, yes); }
+  static V add_where(V sum, Mask m, V v) { return _mm512_mask_add_ps(sum, m, sum, v); }
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }
+  static float lowest(V v) { return _mm512_reduce_min_ps(v); }
+  // a * b, rounded before anything is added to it: the compiler would make one operation of the two.
+  static V product(V a, V b) {
+    V p = mul(a, b);
+    asm("" : "+v"(p));
+    return p;
+  }
+  // Writes the lanes of the mask one behind the other, and 16 lanes in all; returns how many there are.
+  static int compress(float* to, V v, Mask m) {
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(m, v));
+    return __builtin_popcount(m);
+  }
+
+  // Whole numbers.
+  using Whole = __m512i;
+  static Whole none() { return _mm512_setzero_si512(); }
+  static Whole load_int16(const int16_t* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Whole and_with(Whole a, int32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
+  static V to_float(Whole a) { return _mm512_cvtepi32_ps(a); }
+  static Whole count_where(Whole count, Mask m) {
+    return _mm512_mask_add_epi32(count, m, count, _mm512_set1_epi32(1));
+  }
+  static int64_t sum(Whole a) { return _mm512_reduce_add_epi32(a); }
+
+  // Sums of float32 in float64.
+  struct Wide {
+    __m512d lo, hi;
+  };
+  static Wide wide_zero() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
+  static Wide add(Wide a, V v) {
+    return {_mm512_add_pd(a.lo, _mm512_cvtps_pd(_mm512_castps512_ps256(v))),
+            _mm512_add_pd(a.hi, _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)))};
+  }
+  static double sum(Wide a) { return _mm512_reduce_add_pd(_mm512_add_pd(a.lo, a.hi)); }
 };
 
 }  // namespace

@@ -19,7 +19,7 @@ from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops import rotary
 from vllm.exceptions import StartupError
-from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.model_executor.layers.ops import cpu_kernels, cpu_library
 from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN
 
 every_instructions = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
@@ -272,7 +272,7 @@ def test_without_the_library_torch_computes_and_says_so_once(
     path = tmp_path / "cpu_kernels.so"
     if content is not None:
         path.write_bytes(content)
-    monkeypatch.setattr(cpu_kernels, "_LIBRARY", path)
+    monkeypatch.setattr(cpu_library, "_LIBRARY", path)
     for _ in range(2):
         assert isinstance(get_backend("CPU", SHAPE, CPU), TorchAttentionBackend)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
@@ -280,7 +280,7 @@ def test_without_the_library_torch_computes_and_says_so_once(
 
 
 def test_unknown_instructions(unloaded: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not cpu_kernels._LIBRARY.exists():
+    if not cpu_library._LIBRARY.exists():
         pytest.skip("the compiled CPU kernels are not built")
     monkeypatch.setenv("VLLM_CPU_INSTRUCTIONS", "sse2")
     with pytest.raises(

@@ -16,6 +16,7 @@ from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN, PackedMatrix
+from vllm.model_executor.layers.ops.sampling import Flag, IntColumn, SamplingTables
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 pytestmark = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
@@ -249,69 +250,171 @@ def test_stack_of_layers(
         assert error <= float((torch_logits - want).norm() / want.norm())
 
 
-@torch.inference_mode()
-def test_a_step_in_one_call(cpu_instructions: str) -> None:
-    """Of the same rows, whatever is asked of a step: what the network itself makes of the same tokens."""
-    config = LlamaConfig(
-        vocab_size=107,
-        hidden_size=96,
-        intermediate_size=112,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-    )
-    model = make_model(config, torch.bfloat16)
-    model.pack_for_cpu()
-    packed = model.packed
-    assert packed is not None
-    backend = CpuAttentionBackend()
-    token_ids = torch.randint(0, 107, (3, 64), generator=torch.Generator().manual_seed(0))
-    tables = torch.tensor([[5, 1, 2, 0], [3, 0, 7, 0], [4, 6, 0, 0]])
-    prefix_lens = torch.tensor([0, EXTENT, 0])
-    # Row, first position, tokens, whether a token is drawn; row 1 continues the extent in blocks 8 and 9.
-    prompts = [(1, EXTENT, 19, True), (2, 0, 17, False), (0, 0, 9, True)]
-    last = [(2, 17, 3, True), (0, 9, 1, True), (1, EXTENT + 19, 1, True)]
+class Steps:
+    """A small network and four rows of it: row 1 continues an extent in blocks 8 and 9, which are row 3's own."""
 
-    def caches() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        shape = (160, config.num_key_value_heads, config.head_dim)
+    VOCAB = 107
+
+    def __init__(self) -> None:
+        self.config = LlamaConfig(
+            vocab_size=self.VOCAB,
+            hidden_size=96,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=64,
+        )
+        self.model = make_model(self.config, torch.bfloat16)
+        self.model.pack_for_cpu()
+        assert self.model.packed is not None
+        self.packed = self.model.packed
+        self.token_ids = torch.randint(0, self.VOCAB, (4, 64), generator=torch.Generator().manual_seed(0))
+        self.tables = torch.tensor([[5, 1, 2, 0], [3, 0, 7, 0], [4, 6, 0, 0], [8, 9, 0, 0]])
+        self.prefix_lens = torch.tensor([0, EXTENT, 0, 0])
+        self.rows = cpu_kernels.SequenceRows(self.token_ids, self.tables, self.prefix_lens, 16)
+        self.greedy = SamplingTables.make(4, self.VOCAB, torch.device("cpu"))
+
+    def caches(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        shape = (160, self.config.num_key_value_heads, self.config.head_dim)
         return tuple([randn(*shape, seed=i).bfloat16() for i in (j, j + 9)] for j in range(2))  # type: ignore[return-value]
 
-    def by_network(
-        step: list[tuple[int, int, int, bool]], k: list[torch.Tensor], v: list[torch.Tensor]
-    ) -> torch.Tensor:
-        rows = torch.tensor([row for row, _, count, _ in step for _ in range(count)])
-        positions = torch.tensor([p for _, start, count, _ in step for p in range(start, start + count)])
-        own = positions - prefix_lens[rows]
-        members = [row for row, *_ in step]
-        metadata = AttentionMetadata(
-            tables[rows, own // 16] * 16 + own % 16,
-            tables[members],
-            [count for _, _, count, _ in step],
-            [start + count - int(prefix_lens[row]) for row, start, count, _ in step],
-            groups_of(step),
-            16,
-        )
-        context = ForwardContext(backend, backend.prepare(metadata), positions, metadata.slot_mapping, k, v)
-        return model(token_ids[rows, positions], context)
-
-    def groups_of(step: list[tuple[int, int, int, bool]]) -> list[PrefixGroup]:
+    def groups_of(self, step: list[tuple[int, int, int, bool]]) -> list[PrefixGroup]:
         firsts = [sum(count for _, _, count, _ in step[:i]) for i in range(len(step))]
         return [PrefixGroup(f, s[2], 8 * 16, EXTENT) for f, s in zip(firsts, step, strict=True) if s[0] == 1]
 
-    rows = cpu_kernels.SequenceRows(token_ids, tables, prefix_lens, 16)
+    def by_network(
+        self, step: list[tuple[int, int, int, bool]], k: list[torch.Tensor], v: list[torch.Tensor]
+    ) -> torch.Tensor:
+        backend = CpuAttentionBackend()
+        rows = torch.tensor([row for row, _, count, _ in step for _ in range(count)])
+        positions = torch.tensor([p for _, start, count, _ in step for p in range(start, start + count)])
+        own = positions - self.prefix_lens[rows]
+        members = [row for row, *_ in step]
+        metadata = AttentionMetadata(
+            self.tables[rows, own // 16] * 16 + own % 16,
+            self.tables[members],
+            [count for _, _, count, _ in step],
+            [start + count - int(self.prefix_lens[row]) for row, start, count, _ in step],
+            self.groups_of(step),
+            16,
+        )
+        context = ForwardContext(backend, backend.prepare(metadata), positions, metadata.slot_mapping, k, v)
+        return self.model(self.token_ids[rows, positions], context)
+
+
+# Row, first position, tokens, whether a token is drawn.
+PROMPT_STEP = [(1, EXTENT, 19, True), (2, 0, 17, False), (0, 0, 9, True)]
+LAST_STEP = [(2, 17, 3, True), (0, 9, 1, True), (1, EXTENT + 19, 1, True)]
+
+
+@torch.inference_mode()
+def test_a_step_in_one_call(cpu_instructions: str) -> None:
+    """Of the same rows, whatever is asked of a step: what the network itself makes of the same tokens."""
+    bench = Steps()
     for every_state in (False, True):
-        steps_caches, network_caches = caches(), caches()
-        for step in (prompts, last):
-            want = by_network(step, *network_caches)
-            steps = packed.steps(rows, *steps_caches)
+        steps_caches, network_caches = bench.caches(), bench.caches()
+        for step in (PROMPT_STEP, LAST_STEP):
+            want = bench.by_network(step, *network_caches)
+            steps = bench.packed.steps(bench.rows, *steps_caches)
             row, starts, counts, samples = (list(column) for column in zip(*step, strict=True))
             ends = torch.tensor(counts).cumsum(0) - 1
             picked = torch.tensor(samples)
-            drawn = steps.draw(row, starts, counts, samples, groups_of(step))
-            assert drawn == model.most_likely(want[ends[picked]]).tolist()
+            groups = bench.groups_of(step)
+            drawn = steps.draw(row, starts, counts, samples, groups, bench.greedy)
+            assert drawn == bench.model.most_likely(want[ends[picked]]).tolist()
             after = torch.tensor(starts) + torch.tensor(counts)
-            assert token_ids[torch.tensor(row)[picked], after[picked]].tolist() == drawn
-            got = steps.hidden(row, starts, counts, None if every_state else samples, groups_of(step))
+            assert bench.token_ids[torch.tensor(row)[picked], after[picked]].tolist() == drawn
+            got = steps.hidden(row, starts, counts, None if every_state else samples, groups)
             torch.testing.assert_close(got, want if every_state else want[ends[picked]], rtol=0, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_step_draws_as_each_row_asks(cpu_instructions: str) -> None:
+    """One is greedy, one at random, one has penalties and obeys a mask: as drawn from the logits by themselves."""
+    bench = Steps()
+    network_caches = bench.caches()
+    bench.by_network(PROMPT_STEP, *network_caches)
+    logits = bench.packed.logits(bench.by_network(LAST_STEP, *network_caches))[torch.tensor([2, 3, 4])]
+    row, starts, counts, samples = (list(column) for column in zip(*LAST_STEP, strict=True))
+    rows, num_tokens = torch.tensor(row), torch.tensor(starts) + torch.tensor(counts)
+    tables = SamplingTables.make(4, bench.VOCAB, torch.device("cpu"))
+    tables.floats[:] = torch.tensor([1.5, 0.95, 0.0, 0.4, 0.1, 1.2])
+    tables.floats[0, 0] = 0.0
+    tables.ints[1, IntColumn.FLAGS] = Flag.PENALTIES
+    masks, mask_rows = torch.full((2, 4), 0x5A5A, dtype=torch.int32), torch.tensor([-1, -1, 1])
+    for seed in range(8):
+        tables.ints[:, IntColumn.SEED] = seed
+        for masked in (False, True):
+            mask = (masks, mask_rows) if masked else (None, None)
+            own = tables._replace(counts=tables.counts.clone())
+            want = cpu_kernels.sample(logits, rows, num_tokens, bench.token_ids.clone(), own, *mask).tolist()
+            for wants_logits in (False, True):
+                out = torch.empty(3, bench.VOCAB) if wants_logits else None
+                caches = bench.caches()
+                steps = bench.packed.steps(bench.rows, *caches)
+                prompts = [list(column) for column in zip(*PROMPT_STEP, strict=True)]
+                before, counted = bench.token_ids.clone(), tables.counts[1].sum()
+                steps.draw(*prompts, bench.groups_of(PROMPT_STEP), bench.greedy)  # type: ignore[arg-type]
+                bench.token_ids[:] = before
+                drawn = steps.draw(row, starts, counts, samples, bench.groups_of(LAST_STEP), tables, *mask, out)
+                assert drawn == want
+                assert bench.token_ids[rows, num_tokens].tolist() == drawn
+                assert tables.counts[1].sum() == counted + 1
+                tables.counts[1] = 0
+                bench.token_ids[:] = before
+                if out is not None:
+                    torch.testing.assert_close(out, logits, rtol=0, atol=1e-5)
+                states = steps.hidden(row, starts, counts, samples, bench.groups_of(LAST_STEP))
+                assert steps.draw_after(states, rows, num_tokens, tables, *mask, out) == want
+                assert bench.token_ids[rows, num_tokens].tolist() == want
+                tables.counts[1] = 0
+                bench.token_ids[:] = before
+    with pytest.raises(ValueError, match=r"logits must be float32 \[3, 107\]"):
+        steps.draw(row, starts, counts, samples, [], tables, logits_out=torch.empty(2, bench.VOCAB))
+
+
+@torch.inference_mode()
+def test_more_rows_draw_than_have_their_logits_in_memory(cpu_instructions: str) -> None:
+    """Rows of one token each; some of them greedy."""
+    bench, count = Steps(), 150
+    token_ids = torch.randint(0, bench.VOCAB, (count, 3), generator=torch.Generator().manual_seed(1))
+    rows = cpu_kernels.SequenceRows(
+        token_ids, torch.arange(count).unsqueeze(1), torch.zeros(count, dtype=torch.int64), 16
+    )
+    k, v = ([torch.zeros(count * 16, 1, 32, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
+    steps = bench.packed.steps(rows, k, v)
+    tables = SamplingTables.make(count, bench.VOCAB, torch.device("cpu"))
+    tables.floats[:] = torch.tensor([1.0, 0.9, 0.0, 0.0, 0.0, 1.0])
+    tables.floats[::3, 0] = 0.0
+    tables.ints[:, IntColumn.SEED] = torch.arange(count)
+    step = list(range(count)), [0] * count, [1] * count, [True] * count
+    logits = bench.packed.logits(steps.hidden(*step, []))
+    want = cpu_kernels.sample(logits, torch.arange(count), torch.ones(count).long(), token_ids.clone(), tables)
+    assert steps.draw(*step, [], tables) == want.tolist()
+    assert token_ids[:, 1].tolist() == want.tolist()
+
+
+@torch.inference_mode()
+def test_an_extent_is_read_in_the_step_that_writes_it(cpu_instructions: str) -> None:
+    """Row 3 computes what row 1 continues, in one step or in two; garbage was in its blocks."""
+    states, extents = [], []
+    for together in (False, True):
+        bench = Steps()
+        k, v = bench.caches()
+        for cache in (*k, *v):
+            cache[8 * 16 : 10 * 16] = float("nan")
+        steps = bench.packed.steps(bench.rows, k, v)
+        entries = [(1, EXTENT, 19, True), (3, 0, EXTENT, False), (0, 0, 9, True)]
+        members = [entries] if together else [[entries[1]], [entries[0], entries[2]]]
+        for step in members:
+            row, starts, counts, samples = (list(column) for column in zip(*step, strict=True))
+            out = steps.hidden(row, starts, counts, samples, bench.groups_of(step))
+        states.append(out)
+        # Values after the last token are cleared; keys after it are what they were.
+        extents.append([cache.float().nan_to_num(7.0) for cache in (*k, *v)])
+    assert states[0].isfinite().all()
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=1e-6)
+    for one, two in zip(*extents, strict=True):
+        torch.testing.assert_close(two, one, rtol=0, atol=0.02)

@@ -14,6 +14,7 @@ from vllm.attention.layer import ForwardContext
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.host_staging import to_device, write
 from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
+from vllm.model_executor.layers.ops.sampling import NO_MASK
 from vllm.model_executor.layers.sampler import PROMPT_LOGPROB_ROWS, LogprobTensors, Sampler, TokenMasks
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
@@ -186,21 +187,43 @@ class ModelRunner:
         )
 
     def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Draw:
-        """A batch as one call into the compiled CPU kernels."""
+        """A batch as one call into the compiled CPU kernels; as two where the draw waits for masks, or where the states
+        of prompt tokens are wanted."""
         groups = self._groups(plan.rows, plan.counts)
+        starts, counts = np.array(plan.starts, np.int64), np.array(plan.counts, np.int64)
+        picked = np.flatnonzero(plan.samples)
+        rows, num_tokens = np.array(plan.rows, np.int64)[picked], (starts + counts)[picked]
+        asked = self.sampler.rows
+        logits = torch.empty(len(rows), asked.vocab_size) if (asked.num_logprobs[rows] >= 0).any() else None
+
+        def finish(drawn: list[int], prompt_logprobs: dict[int, list[LogprobTensors]]) -> Callable[[], StepResult]:
+            tokens = torch.tensor(drawn, dtype=torch.int64)
+            logprobs = None if logits is None else self.sampler.logprobs(logits, rows, tokens)
+            return self._results(plan, picked, tokens, logprobs, prompt_logprobs)
+
         all_states = any(plan.wants_prompt_logprobs)
         if not all_states and not plan.masked:
-            picked = [i for i, samples in enumerate(plan.samples) if samples]
-            if self.sampler.takes_most_likely([plan.rows[i] for i in picked]):
-                tokens = [-1] * len(plan.rows)
-                drawn = compiled.draw(plan.rows, plan.starts, plan.counts, plan.samples, groups)
-                for i, token in zip(picked, drawn, strict=True):
-                    tokens[i] = token
-                return lambda masks: lambda: StepResult(tokens, [], [])
+            drawn = compiled.draw(
+                plan.rows, plan.starts, plan.counts, plan.samples, groups, asked.tables, logits_out=logits
+            )
+            wait = finish(drawn, {})
+            return lambda masks: wait
         samples = None if all_states else plan.samples
         hidden = compiled.hidden(plan.rows, plan.starts, plan.counts, samples, groups)
-        rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))
-        return self._draw_later(plan, hidden, rows, starts + counts, counts.cumsum())
+        ends = counts.cumsum()
+
+        @torch.inference_mode()
+        def draw(token_masks: np.ndarray | None) -> Callable[[], StepResult]:
+            states = hidden[torch.from_numpy(ends[picked] - 1)] if all_states else hidden
+            masks = mask_rows = None
+            if token_masks is not None:
+                masks, mask_rows = torch.from_numpy(token_masks), torch.full((len(rows),), NO_MASK, dtype=torch.int64)
+                mask_rows[torch.from_numpy(np.searchsorted(picked, plan.masked))] = torch.arange(len(plan.masked))
+            where = torch.from_numpy(rows), torch.from_numpy(num_tokens)
+            drawn = compiled.draw_after(states, *where, asked.tables, masks, mask_rows, logits)
+            return finish(drawn, self._prompt_logprobs(plan, hidden, ends))
+
+        return draw
 
     def _run_batch(self, plan: StepPlan) -> Draw:
         rows, starts, counts = (np.array(x, np.int64) for x in (plan.rows, plan.starts, plan.counts))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vllm.host_staging import to_device
-from vllm.model_executor.layers.ops import sampling
+from vllm.model_executor.layers.ops import cpu_library, cpu_sampling, sampling
 from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
 from vllm.model_executor.layers.sampling_rows import SamplingRows
 from vllm.step import PositionLogprobs, SequenceStart
@@ -184,6 +184,9 @@ def _draw_on_cpu(
     masks: torch.Tensor | None,
     mask_rows: torch.Tensor,
 ) -> torch.Tensor:
+    if cpu_library.library() is not None:
+        logits = logits.float().contiguous()
+        return cpu_sampling.sample(logits, rows, num_tokens, token_ids, tables, masks, mask_rows)
     drawn = sampling.draw(logits, rows, num_tokens, token_ids, tables, masks, mask_rows)
     token_ids[rows, num_tokens] = drawn
     return drawn
@@ -191,9 +194,13 @@ def _draw_on_cpu(
 
 def _logprobs_on_cpu(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> torch.Tensor:
     """Of `LogprobTensors`."""
-    logprobs = torch.log_softmax(logits.double(), dim=-1)
-    tokens = tokens.unsqueeze(-1)
-    values = logprobs.gather(-1, tokens)
-    ranks = (logprobs > values).sum(dim=-1, keepdim=True) + 1
-    top_values, top_tokens = logprobs.topk(top, dim=-1)
-    return torch.cat((tokens.double(), values, ranks.double(), top_tokens.double(), top_values), dim=-1)
+    if cpu_library.library() is not None:
+        values, ranks, top_values, top_tokens = cpu_sampling.logprobs(logits.float().contiguous(), tokens, top)
+        values, ranks, tokens = values.unsqueeze(-1), ranks.unsqueeze(-1), tokens.unsqueeze(-1)
+    else:
+        logprobs = torch.log_softmax(logits.double(), dim=-1)
+        tokens = tokens.unsqueeze(-1)
+        values = logprobs.gather(-1, tokens)
+        ranks = (logprobs > values).sum(dim=-1, keepdim=True) + 1
+        top_values, top_tokens = logprobs.topk(top, dim=-1)
+    return torch.cat([part.double() for part in (tokens, values, ranks, top_tokens, top_values)], dim=-1)

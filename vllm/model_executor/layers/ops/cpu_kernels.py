@@ -1,8 +1,4 @@
-"""The compiled CPU kernels of `csrc/cpu`, called by ctypes; the structs mirror `csrc/cpu/api.h`.
-
-The library asks nothing of Python or torch but the OpenMP run-time that torch has loaded, so one build serves every
-version of both.
-"""
+"""The compiled CPU kernels of `csrc/cpu`, called by ctypes; the structs mirror `csrc/cpu/api.h`."""
 
 from __future__ import annotations
 
@@ -11,34 +7,31 @@ import time
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from vllm import envs
 from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.exceptions import StartupError
-from vllm.logger import init_logger
-
-logger = init_logger(__name__)
+from vllm.model_executor.layers.ops.cpu_library import INSTRUCTIONS as INSTRUCTIONS
+from vllm.model_executor.layers.ops.cpu_library import address, kernels, threads
+from vllm.model_executor.layers.ops.cpu_library import library as library
+from vllm.model_executor.layers.ops.cpu_sampling import SamplingStruct, TablesStruct, check_logits
+from vllm.model_executor.layers.ops.cpu_sampling import logprobs as logprobs
+from vllm.model_executor.layers.ops.cpu_sampling import sample as sample
+from vllm.model_executor.layers.ops.sampling import SamplingTables
 
 TILE = 16
 """Columns of a packed tile; slots of a tile of KV memory."""
 
 MAX_HEAD_DIM = 512
 MAX_HEADS_PER_KV = 128
-INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16", "amx")
 WIDEN, DOT, TILES = 0, 1, 2
 """How bfloat16 operands are multiplied: widened to float32, by dot products of pairs, or in tile registers; each as the
 one before it where the instructions for it are not there."""
 ARITHMETICS = ("widened to float32", "in dot products", "in tile registers")
 
-_LIBRARY = Path(__file__).parents[3] / "cpu_kernels.so"
 _FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 _INT8 = 2
-_INTERFACE = 1
-"""`kInterface` of `csrc/cpu/api.h`."""
 
 
 class _Matrix(ctypes.Structure):
@@ -127,43 +120,8 @@ class _Step(ctypes.Structure):
         ("num_groups", c_int64),
         ("groups", POINTER(c_int64)),
         ("hidden", c_void_p),
-        ("drawn", POINTER(c_int64)),
+        ("sampling", SamplingStruct),
     ]
-
-
-@lru_cache
-def library() -> ctypes.CDLL | None:
-    """The library, ready for use with the best instructions of this processor, or those of `VLLM_CPU_INSTRUCTIONS` if
-    they are lesser; None, said once why, where there is none."""
-    if not _LIBRARY.exists():
-        logger.warning(
-            "The compiled CPU kernels are not built (%s is missing); torch computes instead, several times slower. "
-            "Install g++ (11 or newer) and run: pip install -e .",
-            _LIBRARY.name,
-        )
-        return None
-    try:
-        lib = ctypes.CDLL(str(_LIBRARY))
-    except OSError as error:
-        logger.warning("The compiled CPU kernels cannot be loaded (%s); torch computes instead.", error)
-        return None
-    if not hasattr(lib, "vsp_interface") or lib.vsp_interface() != _INTERFACE:
-        logger.warning(
-            "The compiled CPU kernels (%s) are of another version of this package; torch computes instead, several "
-            "times slower. Run: pip install -e .",
-            _LIBRARY.name,
-        )
-        return None
-    best = lib.vsp_best_instructions()
-    if best < 0:
-        logger.warning("The compiled CPU kernels need a processor with AVX2 and FMA; torch computes instead.")
-        return None
-    asked = envs.cpu_instructions()
-    if asked is not None and asked not in INSTRUCTIONS:
-        raise StartupError(f"VLLM_CPU_INSTRUCTIONS is {asked!r}; it takes {', '.join(INSTRUCTIONS)}.")
-    if lib.vsp_initialize(best if asked is None else min(best, INSTRUCTIONS.index(asked))):
-        logger.warning("torch's OpenMP run-time is not to be found: the compiled CPU kernels use one thread.")
-    return lib
 
 
 def misfit_of_attention(heads_per_kv: int, head_dim: int, block_size: int, dtype: torch.dtype) -> str | None:
@@ -177,21 +135,6 @@ def misfit_of_attention(heads_per_kv: int, head_dim: int, block_size: int, dtype
     if dtype not in _FORMATS:
         return f"dtype {str(dtype).removeprefix('torch.')} is neither float32 nor bfloat16"
     return None
-
-
-def _kernels() -> ctypes.CDLL:
-    lib = library()
-    if lib is None:
-        raise RuntimeError("the compiled CPU kernels are not available")
-    return lib
-
-
-def _address(tensor: torch.Tensor | None) -> c_void_p:
-    return c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _threads() -> c_int32:
-    return c_int32(torch.get_num_threads())
 
 
 def _format(dtype: torch.dtype) -> int:
@@ -211,7 +154,7 @@ def arithmetic() -> int:
     weight = PackedMatrix(torch.zeros(512, 512, dtype=torch.bfloat16))
     x = torch.zeros(96, 512)
     times = {}
-    for candidate in range(_kernels().vsp_num_arithmetics()):
+    for candidate in range(kernels().vsp_num_arithmetics()):
         linear(x, weight, candidate)
         seconds = []
         for _ in range(5):
@@ -245,22 +188,22 @@ class PackedMatrix:
         weight = (weight.float() if int8 else weight).contiguous()
         n, k, interleaved = c_int64(self.n), c_int64(self.k), c_int32(interleave)
         if int8:
-            _kernels().vsp_pack_int8(_address(weight), n, k, interleaved, _address(self.data), _address(self.scale))
+            kernels().vsp_pack_int8(address(weight), n, k, interleaved, address(self.data), address(self.scale))
         else:
             kind = c_int32(_format(weight.dtype))
-            _kernels().vsp_pack(_address(weight), n, k, kind, interleaved, _address(self.data))
+            kernels().vsp_pack(address(weight), n, k, kind, interleaved, address(self.data))
         self.bias = None if bias is None else bias.float()
         if self.bias is not None and interleave:
             self.bias = self.bias.view(2, -1, TILE).transpose(0, 1).flatten().contiguous()
         kind_of_data = _INT8 if int8 else _format(weight.dtype)
-        self.struct = _Matrix(_address(self.data), _address(self.scale), _address(self.bias), n, k, kind_of_data)
+        self.struct = _Matrix(address(self.data), address(self.scale), address(self.bias), n, k, kind_of_data)
 
 
 def linear(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
     """`x Wᵀ + b`: float32 [R, K] → float32 [R, N]."""
     out = torch.empty((x.shape[0], weight.n))
-    _kernels().vsp_linear(
-        _address(x), c_int64(x.shape[0]), byref(weight.struct), _address(out), c_int32(arithmetic), _threads()
+    kernels().vsp_linear(
+        address(x), c_int64(x.shape[0]), byref(weight.struct), address(out), c_int32(arithmetic), threads()
     )
     return out
 
@@ -268,8 +211,8 @@ def linear(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tens
 def swiglu(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
     """`silu(gate) * up` of x times an interleaved matrix: float32 [R, K] → float32 [R, N/2]."""
     out = torch.empty((x.shape[0], weight.n // 2))
-    _kernels().vsp_swiglu(
-        _address(x), c_int64(x.shape[0]), byref(weight.struct), _address(out), c_int32(arithmetic), _threads()
+    kernels().vsp_swiglu(
+        address(x), c_int64(x.shape[0]), byref(weight.struct), address(out), c_int32(arithmetic), threads()
     )
     return out
 
@@ -277,8 +220,8 @@ def swiglu(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tens
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """float32 [R, N], float32 [N] → float32 [R, N]; N is a multiple of 16."""
     out = torch.empty_like(x)
-    _kernels().vsp_rms_norm(
-        _address(x), c_int64(x.shape[0]), c_int64(x.shape[1]), _address(weight), c_float(eps), _address(out), _threads()
+    kernels().vsp_rms_norm(
+        address(x), c_int64(x.shape[0]), c_int64(x.shape[1]), address(weight), c_float(eps), address(out), threads()
     )
     return out
 
@@ -286,8 +229,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def most_likely(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
     """`argmax(x Wᵀ + b)`, the first of equals, whose products never go through memory: float32 [R, K] → int64 [R]."""
     out = torch.empty(x.shape[0], dtype=torch.int64)
-    _kernels().vsp_most_likely(
-        _address(x), c_int64(x.shape[0]), byref(weight.struct), _address(out), c_int32(arithmetic), _threads()
+    kernels().vsp_most_likely(
+        address(x), c_int64(x.shape[0]), byref(weight.struct), address(out), c_int32(arithmetic), threads()
     )
     return out
 
@@ -296,7 +239,7 @@ def copy_blocks(cache: torch.Tensor, pairs: torch.Tensor, block_size: int) -> No
     """Copies blocks of `block_size` rows of `cache`: int64 `pairs` [P, 2] of (from, to); all are read before any is
     written."""
     size = block_size * cache.stride(0) * cache.element_size()
-    _kernels().vsp_copy_blocks(_address(cache), _address(pairs), c_int64(len(pairs)), c_int64(size))
+    kernels().vsp_copy_blocks(address(cache), address(pairs), c_int64(len(pairs)), c_int64(size))
 
 
 class BlockCopier:
@@ -331,16 +274,16 @@ def prepare(metadata: AttentionMetadata) -> PreparedBatch:
     struct = _Batch(
         len(slots),
         None,
-        _address(slots),
+        address(slots),
         lens.shape[1],
-        _address(lens[0]),
-        _address(lens[1]),
-        _address(tables),
+        address(lens[0]),
+        address(lens[1]),
+        address(tables),
         tables.stride(0),
         None,
         metadata.block_size,
         len(metadata.groups),
-        _address(groups),
+        address(groups),
     )
     return PreparedBatch(struct, (lens, groups, slots, tables))
 
@@ -361,10 +304,10 @@ def rope_and_write(
     """
     q = torch.empty(len(qkv), num_heads, k_cache.shape[2])
     slots = slot_mapping.contiguous()
-    batch = _Batch(num_tokens=len(qkv), positions=_address(positions), slots=_address(slots))
+    batch = _Batch(num_tokens=len(qkv), positions=address(positions), slots=address(slots))
     stack = _attention_of(num_heads, k_cache, 1.0, cos_sin)
-    _kernels().vsp_rope_and_write(
-        byref(stack), byref(batch), _address(qkv), _address(k_cache), _address(v_cache), _address(q), _threads()
+    kernels().vsp_rope_and_write(
+        byref(stack), byref(batch), address(qkv), address(k_cache), address(v_cache), address(q), threads()
     )
     return q
 
@@ -375,8 +318,8 @@ def attention(
     """As `AttentionBackend.forward`, for float32 `q` [T, H, D]; returns float32."""
     out = torch.empty_like(q)
     stack = _attention_of(q.shape[1], k_cache, scale, None, arithmetic)
-    _kernels().vsp_attention(
-        byref(stack), byref(batch.struct), _address(q), _address(k_cache), _address(v_cache), _address(out), _threads()
+    kernels().vsp_attention(
+        byref(stack), byref(batch.struct), address(q), address(k_cache), address(v_cache), address(out), threads()
     )
     return out
 
@@ -391,7 +334,7 @@ def _attention_of(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         scale=scale,
-        cos_sin=_address(cos_sin),
+        cos_sin=address(cos_sin),
         cache_format=_format(k_cache.dtype),
         arithmetic=arithmetic,
     )
@@ -433,8 +376,8 @@ class DecoderStack:
         self._weights = (layers, final_norm, cos_sin)
         self._layers = (_Layer * len(layers))()
         for struct, layer in zip(self._layers, layers, strict=True):
-            struct.input_norm = _address(layer.input_norm)
-            struct.post_attention_norm = _address(layer.post_attention_norm)
+            struct.input_norm = address(layer.input_norm)
+            struct.post_attention_norm = address(layer.post_attention_norm)
             struct.qkv, struct.o = layer.qkv.struct, layer.o.struct
             struct.gate_up, struct.down = layer.gate_up.struct, layer.down.struct
         self.struct = _Stack(
@@ -446,8 +389,8 @@ class DecoderStack:
             intermediate_size=layers[0].down.k,
             norm_eps=norm_eps,
             scale=head_dim**-0.5,
-            cos_sin=_address(cos_sin),
-            final_norm=_address(final_norm),
+            cos_sin=address(cos_sin),
+            final_norm=address(final_norm),
             layers=self._layers,
             arithmetic=arithmetic(),
         )
@@ -460,7 +403,7 @@ class DecoderStack:
         self._caches = k_caches
         self.struct.cache_format = _format(k_caches[0].dtype)
         for struct, k, v in zip(self._layers, k_caches, v_caches, strict=True):
-            struct.k_cache, struct.v_cache = _address(k), _address(v)
+            struct.k_cache, struct.v_cache = address(k), address(v)
 
     def forward(
         self,
@@ -475,12 +418,12 @@ class DecoderStack:
         or of all, float32 [R, hidden_size]; writes K and V of every token."""
         self.use_caches(k_caches, v_caches)
         hidden = embeddings.to(torch.float32, copy=True)
-        batch.struct.positions = _address(positions)
+        batch.struct.positions = address(positions)
         picked = [] if wanted is None else wanted.tolist()
         rows = (c_int64 * max(1, len(picked)))(*picked)  # an empty list has a place too: none is not all
         batch.struct.num_wanted = len(picked)
         batch.struct.wanted = None if wanted is None else ctypes.addressof(rows)
-        _kernels().vsp_run_stack(byref(self.struct), byref(batch.struct), _address(hidden), _threads())
+        kernels().vsp_run_stack(byref(self.struct), byref(batch.struct), address(hidden), threads())
         return hidden if wanted is None else hidden[: len(wanted)]
 
 
@@ -499,11 +442,11 @@ class SequenceRows:
     ) -> None:
         self._tensors = (token_ids, block_tables, prefix_lens)
         self.struct = _Rows(
-            _address(token_ids),
+            address(token_ids),
             token_ids.stride(0),
-            _address(block_tables),
+            address(block_tables),
             block_tables.stride(0),
-            _address(prefix_lens),
+            address(prefix_lens),
             block_size,
         )
 
@@ -521,18 +464,71 @@ class CompiledSteps:
 
     def __init__(self, stack: DecoderStack, head: PackedMatrix, embeddings: torch.Tensor, rows: SequenceRows) -> None:
         self._kept = (stack, head, embeddings, rows)
-        self._network = _Network(stack.struct, head.struct, _address(embeddings), _format(embeddings.dtype))
+        self._network = _Network(stack.struct, head.struct, address(embeddings), _format(embeddings.dtype))
         self._rows = rows
-        self._run = _kernels().vsp_run_step
+        self._tables: SamplingTables | None = None
+        self._tables_struct = TablesStruct()
+        self._run = kernels().vsp_run_step
 
     def draw(
-        self, rows: list[int], starts: list[int], counts: list[int], samples: list[bool], groups: list[PrefixGroup]
+        self,
+        rows: list[int],
+        starts: list[int],
+        counts: list[int],
+        samples: list[bool],
+        groups: list[PrefixGroup],
+        tables: SamplingTables,
+        masks: torch.Tensor | None = None,
+        mask_rows: torch.Tensor | None = None,
+        logits_out: torch.Tensor | None = None,
     ) -> list[int]:
-        """Computes the tokens `starts[i] … starts[i] + counts[i]` of each row and returns the most likely next token of
-        those that sample, after writing it into their rows."""
-        drawn = (c_int64 * sum(samples))()
-        self._call(rows, starts, counts, samples, groups, None, drawn)
-        return list(drawn)
+        """Computes the tokens `starts[i] … starts[i] + counts[i]` of each row, draws the next token of those that
+        sample, writes it into their rows and counts it where they have penalties.
+
+        Args:
+            tables: What the rows ask for; of rows that do not sample it is not read.
+            masks, mask_rows: As `cpu_sampling.sample` takes them; `mask_rows` has an entry for each row that samples.
+            logits_out: float32 [rows that sample, vocab_size]; becomes what the network made of them.
+
+        Returns the tokens of the rows that sample, in order.
+        """
+        drawn = torch.empty(sum(samples), dtype=torch.int64)
+        step = self._step(rows, starts, counts, samples, groups)
+        step.sampling = self._sampling(drawn, tables, masks, mask_rows, logits_out)
+        self._run(byref(self._network), byref(self._rows.struct), byref(step), threads())
+        return drawn.tolist()
+
+    def draw_after(
+        self,
+        states: torch.Tensor,
+        rows: torch.Tensor,
+        num_tokens: torch.Tensor,
+        tables: SamplingTables,
+        masks: torch.Tensor | None = None,
+        mask_rows: torch.Tensor | None = None,
+        logits_out: torch.Tensor | None = None,
+    ) -> list[int]:
+        """The draw alone, where `hidden` has computed the states.
+
+        Args:
+            states: Of the last token of each row that samples; float32 [R, hidden_size].
+            rows, num_tokens: Which rows these are, and how many tokens each has so far; int64 [R].
+            tables, masks, mask_rows, logits_out: As `draw` takes them.
+        """
+        drawn = torch.empty(len(rows), dtype=torch.int64)
+        sampling = self._sampling(drawn, tables, masks, mask_rows, logits_out)
+        states = states.contiguous()
+        kernels().vsp_draw(
+            byref(self._network),
+            byref(self._rows.struct),
+            address(states),
+            c_int64(len(rows)),
+            address(rows),
+            address(num_tokens),
+            byref(sampling),
+            threads(),
+        )
+        return drawn.tolist()
 
     def hidden(
         self,
@@ -546,22 +542,36 @@ class CompiledSteps:
         token where `samples` is None; float32 [R, hidden_size]."""
         size = sum(counts if samples is None else samples)
         out = torch.empty((size, self._network.stack.hidden_size))
-        self._call(rows, starts, counts, samples, groups, _address(out), None)
+        step = self._step(rows, starts, counts, samples, groups)
+        step.hidden = address(out)
+        self._run(byref(self._network), byref(self._rows.struct), byref(step), threads())
         return out
 
-    def _call(
+    def _sampling(
+        self,
+        drawn: torch.Tensor,
+        tables: SamplingTables,
+        masks: torch.Tensor | None,
+        mask_rows: torch.Tensor | None,
+        logits_out: torch.Tensor | None,
+    ) -> SamplingStruct:
+        if self._tables is not tables:
+            self._tables, self._tables_struct = tables, TablesStruct.of(tables)
+        if logits_out is not None:
+            check_logits(logits_out, (len(drawn), self._network.head.n))
+        return SamplingStruct.of(self._tables_struct, drawn, masks, mask_rows, logits_out)
+
+    def _step(
         self,
         rows: list[int],
         starts: list[int],
         counts: list[int],
         samples: list[bool] | None,
         groups: list[PrefixGroup],
-        hidden: c_void_p | None,
-        drawn: ctypes.Array[c_int64] | None,
-    ) -> None:
+    ) -> _Step:
         ints = c_int64 * len(rows)
         flat = [n for g in groups for n in (g.first_token, g.num_tokens, g.first_slot, g.length)]
-        step = _Step(
+        return _Step(
             len(rows),
             ints(*rows),
             ints(*starts),
@@ -569,7 +579,4 @@ class CompiledSteps:
             None if samples is None else ints(*samples),
             len(groups),
             (c_int64 * len(flat))(*flat),
-            hidden,
-            drawn,
         )
-        self._run(byref(self._network), byref(self._rows.struct), byref(step), _threads())
