@@ -13,7 +13,8 @@
 
 namespace {
 
-constexpr float kBanned = -1e30f;  // never drawn beside others, yet above what a mask forbids
+constexpr float kBanned = -1e30f;      // never drawn beside others, yet above what a mask forbids
+constexpr float kNotAllowed = -1e34f;  // below these, so that of allowed tokens that are all banned one is drawn
 
 inline uint64_t mix(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -97,13 +98,13 @@ template <class Crew>
 const float* adjust(Crew& crew, const Wishes& wishes, const float* logits, int64_t size, const ScoreSpace& space) {
   if (wishes.flags == 0 && wishes.mask == nullptr) return logits;
   float* x = space.scores;
-  const V forbidden = Simd::set1(-kInfinity);
+  const V forbidden = Simd::set1(-kInfinity), not_allowed = Simd::set1(kNotAllowed);
   const int32_t* allowed =
       wishes.flags & kAllowed ? wishes.tables.allowed + wishes.row * wishes.tables.allowed_words : nullptr;
   crew.for_each(num_chunks(size), [&](int64_t chunk) {
     for_columns(chunk, size, [&](auto at) {
       const V v = load(logits, at);
-      Simd::store(x + at.first, allowed ? Simd::choose(mask_at(allowed, at.first), v, forbidden) : v);
+      Simd::store(x + at.first, allowed ? Simd::choose(mask_at(allowed, at.first), v, Simd::min(v, not_allowed)) : v);
     });
   });
   if (wishes.flags & (kBias | kStops | kBadWords))
