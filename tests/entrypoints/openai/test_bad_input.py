@@ -50,7 +50,7 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str, str]] = [
     ("max_completion_tokens 0", {"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     ("n 0", {"n": 0}, "n", "1 to 128"),
     ("n a million", {"n": 10**6}, "n", "1 to 128"),
-    ("a hundred thousand stop strings", {"stop": ["x"] * 10**5}, "stop", "at most 256"),
+    ("ten thousand stop strings", {"stop": ["x"] * 10**4}, "stop", "at most 256"),
     ("empty stop string", {"stop": [""]}, "stop", "empty"),
     ("stop is a number", {"stop": 5}, "stop", "string or a valid list"),
     ("stop token id out of the vocabulary", {"stop_token_ids": [10**9]}, "stop_token_ids", "0 to"),
@@ -147,7 +147,7 @@ BAD_BODIES = [
     (b'{"messages": [{"role": "user", "content": "\\udc00 x"}]}', "Unicode"),
     (b'{"messages": [{"role": "user", "content": "\xff"}]}', "UTF-8"),
     (b'{"messages": [{"role": "user", "content": "\xed\xa0\x80"}]}', "UTF-8"),
-    (b"[" * 100_000, "valid JSON"),
+    (b"[" * 60_000, "valid JSON"),
 ]
 
 
@@ -232,19 +232,19 @@ def test_unknown_paths_and_methods_have_the_same_shape(client):
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["declared length", "chunked"])
-def test_a_body_over_32_mib_is_refused_while_it_comes(client, declared):
+def test_a_body_over_16_mib_is_refused_while_it_comes(client, declared):
     part = b'{"prompt": "' + b"x" * (2**20 - 12)
 
     def parts():
-        for _ in range(34):
+        for _ in range(18):
             yield part
 
-    headers = JSON | ({"content-length": str(34 * 2**20)} if declared else {})
+    headers = JSON | ({"content-length": str(18 * 2**20)} if declared else {})
     try:
         response = client.post("/v1/completions", content=parts(), headers=headers)
     except httpx.TransportError:
         return  # the server answered and closed while the client was still sending
-    assert "32 MiB" in refused(response, 413)["message"]
+    assert "16 MiB" in refused(response, 413)["message"]
 
 
 def test_deep_nesting_is_refused_or_served_but_no_server_error(client):
@@ -263,6 +263,6 @@ def test_deep_nesting_is_refused_or_served_but_no_server_error(client):
 
 
 @pytest.mark.parametrize("field", ["stop_token_ids", "stop", "allowed_token_ids", "bad_words", "tools"])
-def test_a_million_wrong_entries_make_one_short_error(client, field):
-    body = json.dumps({"messages": [USER], field: [None] * 900_000}).encode()
+def test_half_a_million_wrong_entries_make_one_short_error(client, field):
+    body = json.dumps({"messages": [USER], field: [None] * 500_000}).encode()
     assert refused(client.post("/v1/chat/completions", content=body, headers=JSON))["param"] == field

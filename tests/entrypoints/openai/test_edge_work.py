@@ -14,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
+from vllm.engine import input_processor, logprobs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai import chat_messages, json_body
+from vllm.entrypoints.openai import chat_messages, json_answer, json_body
 from vllm.entrypoints.openai.app import build_app
 from vllm.entrypoints.openai.body_limits import BodyBytes
 from vllm.entrypoints.openai.cli_args import make_arg_parser
@@ -157,6 +158,8 @@ BODY = {"messages": [USER], **SHORT}
         ({"bad_words": ["x1" * 500] * 2 + [f"y{i}" * 300 for i in range(60)]}, f"at most {MAX_BAD_WORD_TOKENS} tokens"),
         ({"allowed_token_ids": [5] * 49_153}, "at most 49152 entries, got 49153"),
         ({"allowed_token_ids": list(range(4096)), "n": 128}, f"{MAX_SAMPLER_ENTRIES} entries over all outputs"),
+        ({"logprobs": True, "top_logprobs": 20, "n": 26}, "logprobs may be at most 500 over all n outputs"),
+        ({f"field{i}": 1 for i in range(1030)}, "at most 1024 fields"),
         ({"stop": ["y"] * 100, "n": 128}, f"{MAX_STOP_SEARCHES} entries over all outputs"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "at most 1024 entries, got 1025"),
         ({"stop_token_ids": [1] * 1025}, "at most 1024 entries, got 1025"),
@@ -164,7 +167,7 @@ BODY = {"messages": [USER], **SHORT}
 )
 def test_what_is_beyond_a_limit_is_refused_in_a_line_that_names_it(served: Served, fields, words) -> None:
     message = served.refused("/v1/chat/completions", BODY | fields)
-    assert words in message and next(iter(fields)) in message
+    assert words in message and (next(iter(fields)) in message or "fields" in words)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +183,28 @@ def test_what_is_beyond_a_limit_is_refused_in_a_line_that_names_it(served: Serve
 def test_what_is_at_a_limit_is_served(served: Served, fields) -> None:
     answer = served.post("/v1/chat/completions", BODY | fields)
     assert answer.status_code == 200, answer.text
+
+
+def test_a_prompts_log_probabilities_are_bounded_and_shaped_in_a_thread(served: Served, monkeypatch) -> None:
+    seen = record_threads(monkeypatch, logprobs, "logprobs_at")
+    body = SHORT | {"prompt": list(range(100, 1100)), "prompt_logprobs": 20}
+    (choice,) = served.post("/v1/completions", body).json()["choices"]
+    shown = choice["prompt_logprobs"]
+    assert (len(shown), shown[0]) == (1000, None) and all(len(row) in (20, 21) for row in shown[1:])
+    assert set(map(str, range(101, 1100))) == {next(iter(row)) for row in shown[1:]}
+    assert len(seen) == 999 and all("work" in name for name in seen)
+    with monkeypatch.context() as patch:
+        patch.setattr(input_processor, "MAX_PROMPT_LOGPROBS", 19_999)
+        assert "at most 19999 over all tokens of the prompt, got 20 for each of 1000" in served.refused(
+            "/v1/completions", body
+        )
+
+
+def test_long_answers_are_encoded_as_short_ones_are() -> None:
+    rows = [{"a": i, "b": [i, None, "x"]} for i in range(1000)]
+    answer = {"n": 1, "ids": list(range(10_000)), "choices": [{"logprobs": {"content": rows}}, {"content": []}]}
+    assert json.loads(json_answer.encode_in_pieces(answer)) == answer
+    assert json_answer.cost(answer) > 4096 > json_answer.cost({"choices": [{"message": {"content": "x" * 10_000}}]})
 
 
 def test_lists_of_prompts_count_as_outputs(served: Served) -> None:
@@ -255,8 +280,8 @@ def test_a_system_part_of_the_billing_line_alone_is_none() -> None:
 
 
 def test_a_body_that_is_long_to_parse_is_refused_before(served: Served) -> None:
-    for value, what in (([0] * 1_000_001, "values"), ([[]] * 250_001, "strings, arrays and objects")):
+    for value, what in (([0] * 525_000, "values"), ([[]] * 65_537, "strings, arrays and objects")):
         assert f"{what}; send several" in served.refused("/v1/completions", {"prompt": "Once", "metadata": value}, 413)
     # As text they are none.
-    text = json.dumps([0] * 100_000) * 11 + '\\"[{,' * 50_000
+    text = json.dumps([0] * 100_000) * 6 + '\\"[{,' * 50_000
     assert "maximum context length" in served.refused("/v1/completions", {"prompt": text})
