@@ -330,7 +330,10 @@ class SystemPromptPool:
             return None
         want = Want(len(token_ids), pin, record.ttl, record.source, scope, reused=True)
         keep = [] if parent is None else [parent]
-        refusal = self._refusal(token_ids, want, self._blocks_of(len(token_ids) - start), keep)
+        needed = self._blocks_of(len(token_ids) - start)
+        refusal = self._refusal(token_ids, want, needed, keep)
+        if pin != PinClass.HARD and not self.blocks.fits(self._promised_blocks + needed):
+            refusal = Outcome.OVER_BUDGET  # Nobody has asked for it yet: it displaces nothing.
         if refusal is not None:
             logger.warning("System prompt %s is not brought back from its snapshot: %s.", key, refusal.value)
             return None
