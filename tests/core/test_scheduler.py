@@ -117,6 +117,23 @@ def test_more_new_prompts_than_rows_take_turns() -> None:
     assert scheduler.pool.num_prefills == 100
 
 
+def test_blocks_that_make_room_twice_in_a_step_are_moved_once() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=200)
+    scheduler.blocks.enable_caching = False
+    for name, size, max_tokens in (("a", 33, 5), ("b", 33, 5), ("c", 6, 1), ("d", 6, 2), ("e", 5, 5)):
+        add(scheduler, name, [9] * size, max_tokens)
+    step(scheduler)
+    step(scheduler)
+    (stays,) = [seq for seq in scheduler.running if seq.request_id == "e"]
+    assert stays.block_table == [22, 23] and scheduler.blocks.num_free_blocks == 4
+    for i in range(2):
+        add(scheduler, f"new{i}", [i] * 8, max_tokens=1, num_system_tokens=7)
+    plan = scheduler.schedule()
+    # The first prompt sends them to 20 and 21, where the second one goes.
+    assert plan.moves == [(22, 18), (23, 19)] and stays.block_table == [18, 19]
+    assert [s.block_table for s in plan.started if s.is_system_prompt] == [[22, 23], [20, 21]]
+
+
 def test_a_step_smaller_than_a_block_computes_a_block_of_a_prompt() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=1, max_num_seqs=1)
     add(scheduler, "new", [5] * 7, max_tokens=1, num_system_tokens=6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from vllm.config import SystemPromptConfig
@@ -21,6 +22,7 @@ from vllm.inputs import CacheMark
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
+from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK = 4
@@ -413,6 +415,17 @@ def test_an_operators_pin_displaces_what_is_on_probation_then_soft_then_automati
     with pytest.raises(SystemPromptRefusedError):
         bench.pool.add([35] * 8)
     bench.pool.check_integrity({})
+
+
+def test_what_a_restart_brings_back_displaces_nothing_but_for_an_operator() -> None:
+    bench = Bench()
+    for i in range(5):
+        used(bench, [30 + i] * 8, 2)
+    tokens = [60] * 8
+    record = SnapshotRecord(prompt_id(tokens), tokens, 0, 2, "automatic")
+    assert bench.pool.restore(record) is None and bench.pool.num_displaced == 0
+    assert bench.pool.restore(msgspec.structs.replace(record, pin="hard")) is not None
+    assert bench.pool.num_displaced == 1
 
 
 def test_what_is_read_gives_way_to_nothing() -> None:

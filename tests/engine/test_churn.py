@@ -65,7 +65,9 @@ def test_a_thousand_requests_with_random_aborts(make_tiny: Callable[..., LLMEngi
     assert len(finished) + num_aborted == NUM_REQUESTS and num_aborted > 50 and not in_flight
     assert all(len(finished[i]) == lengths[i] for i in finished)
     assert (pool.num_prefills, pool.num_prompts) == (NUM_PROMPTS, NUM_PROMPTS)
-    assert pool.outcomes == {"created": NUM_PROMPTS, "hit": NUM_REQUESTS - NUM_PROMPTS}
+    # What nobody waits for any more before its turn has come is dropped, and created when it comes again.
+    assert pool.outcomes["probation"] == NUM_PROMPTS and pool.outcomes["created"] < 5
+    assert pool.outcomes["hit"] + pool.outcomes["created"] == NUM_REQUESTS - NUM_PROMPTS
     assert scheduler.num_preemptions > 0
 
     plain = make_tiny(max_model_len=256, system_prompt_cache="off", enable_prefix_caching=False)

@@ -9,7 +9,11 @@ import pytest
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
 from tests.engine.test_pinned_prompts import asking, ids, recorded_plans
 from vllm.core import prompt_tiers
+from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
+from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.cuda import CudaPlatform
 from vllm.step import ExtentCopy, HostImage, StepPlan
 
 MakeEngine = Callable[..., LLMEngine]
@@ -162,6 +166,18 @@ def test_a_prompt_that_continues_one_on_the_host_brings_it_back(make_tiered: Mak
     assert [o.num_cached_tokens for o in outputs] == [40, 60]
     assert tokens(outputs[:1]) == tokens(outputs[1:])
     assert_nothing_held(engine)
+
+
+def test_the_host_tier_takes_a_share_of_free_memory_beside_a_gpu_only() -> None:
+    free = CudaPlatform().available_host_memory_bytes()
+    assert 0.3 * free < EngineArgs("m")._host_bytes(CudaPlatform()) < 0.5 * free
+    assert EngineArgs("m")._host_bytes(CpuPlatform()) == 0
+    assert EngineArgs("m", system_prompt_cache="off")._host_bytes(CudaPlatform()) == 0
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    for text, value in (("auto", "auto"), ("1.5", 1.5)):
+        assert parser.parse_args(["--system-prompt-host-cache-gib", text]).system_prompt_host_cache_gib == value
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--system-prompt-host-cache-gib", "much"])
 
 
 @pytest.mark.parametrize("order", [("moves", "copies", "cleared"), ("cleared",), ("moves",)])

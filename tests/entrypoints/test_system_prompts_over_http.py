@@ -199,7 +199,7 @@ def test_explanations(admin):
     assert hit["nearest"] is None and hit["system_tokens"] == porter["num_tokens"] < hit["prompt_tokens"]
 
     miss = explain(admin, messages=[{"role": "system", "content": PORTER.replace("hotel", "inn")}, user])
-    assert miss["outcome"] == "created" and miss["id"] != porter["id"]
+    assert miss["outcome"] == "probation" and miss["id"] != porter["id"]
     nearest = miss["nearest"]
     assert nearest["id"] == porter["id"] and nearest["before"].endswith("of a small")
     assert (nearest["pinned_token"]["text"], nearest["request_token"]["text"]) == (" hotel", " inn")
@@ -209,7 +209,7 @@ def test_explanations(admin):
     assert short["outcome"] == "too_short" and "--system-prompt-min-tokens" in short["reason"]
 
     large = explain(admin, messages=[{"role": "system", "content": "oak and ash " * 430}, user])
-    assert large["outcome"] == "created"
+    assert large["outcome"] == "probation"
     admin.patch("/v1/system_prompts", json={"budget_tokens": 640}).raise_for_status()
     large = explain(admin, messages=[{"role": "system", "content": "oak and ash " * 430}, user])
     assert large["outcome"] == "over_budget" and "of the pool's 640 tokens are taken" in large["reason"]
@@ -241,7 +241,7 @@ def test_bodies_of_all_apis_are_explained_as_their_routes_read_them(server, admi
     assert explain(admin, system=PORTER, messages=[user], max_tokens=3) == chat_body
     assert explain(admin, instructions=PORTER, input=user["content"]) == chat_body
     explained = explain(admin, system=PORTER, messages=[marked, user], max_tokens=3)
-    assert explained["outcome"] == "created", "the mark reaches further than the pinned prompt"
+    assert explained["outcome"] == "probation", "the mark reaches further than the pinned prompt"
     tool = {"name": "book", "description": "Books a room.", "input_schema": {"type": "object"}}
     body = {"messages": [user], "tools": [tool], "tool_choice": {"type": "none"}}
     headers = {"authorization": f"Bearer {KEYS[0]}"}

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Several
 from typing import TYPE_CHECKING, Any
 
 from vllm.core.pinned_prompt import Outcome, prompt_id
+from vllm.core.wants import wants_of
 from vllm.inputs import CacheMark
 from vllm.outputs import SystemPromptPoolInfo
 from vllm.sequence import Sequence
@@ -49,7 +50,7 @@ def explain(
         return report | {"outcome": Outcome.DISABLED.value if in_play else None}
     if seq.sampling_params.prompt_logprobs is not None:
         return report | {"outcome": Outcome.PROMPT_LOGPROBS.value if in_play else None}
-    decision = pool.decide(seq, pool.wants(seq, num_system_tokens, marks))
+    decision = pool.decide(seq, wants_of(pool.config, seq, num_system_tokens, marks))
     report["pinned_tokens"] = decision.num_pinned_tokens
     report["refused"] = [
         {"num_tokens": want.num_tokens, "outcome": refusal.value, "reason": reason(pool, refusal, want.num_tokens)}
@@ -70,7 +71,7 @@ def explain(
 
 def _nearest(pool: SystemPromptPool, seq: Sequence, at_least: int) -> dict[str, Any] | None:
     """The prompt that a request follows furthest before it differs, if that is further than `at_least`."""
-    walk = pool.nearest(seq)
+    walk = pool.index.nearest(seq)
     if walk is None or walk.nearest is None or walk.num_matched <= at_least:
         return None
     prompt, position = walk.nearest, walk.num_matched
@@ -97,6 +98,6 @@ def info(pool: SystemPromptPool) -> SystemPromptPoolInfo:
         prefills=pool.num_prefills,
         displaced=pool.num_displaced,
         outcomes=dict(pool.outcomes),
-        refused=list(pool.refused.values()),
-        varying=pool.varying.spans,
+        refused=pool.log.refused,
+        varying=pool.log.varying,
     )

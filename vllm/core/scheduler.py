@@ -167,8 +167,8 @@ class Scheduler:
         self.pool.expire()
         held_up_from = None
         if self.pool.has_prefill:
-            self._plan_loads(plan)
             held_up_from = self._admit_prompts(plan)
+            self._plan_loads(plan)
         budget, preempted = self._plan_running(plan)
         if not preempted:
             self._plan_waiting(plan, budget, held_up_from)

@@ -18,12 +18,11 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.config import SystemPromptConfig
 from vllm.core import pool_report
@@ -48,13 +47,14 @@ from vllm.core.pinned_prompt import (
     SystemPromptRefusedError,
     prompt_id,
 )
-from vllm.core.prefix_tree import PrefixTree, Walk
+from vllm.core.pool_log import PoolLog
+from vllm.core.prompt_index import EVERYBODY, PromptIndex, may_extend
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.shared_heads import MIN_SHARED_TOKENS, SharedHeads
-from vllm.core.varying_prompts import VaryingPrompts
+from vllm.core.wants import Decision, Want, longer, wants_of
 from vllm.inputs import CacheMark
 from vllm.logger import init_logger
-from vllm.outputs import RefusedPromptInfo, SystemPromptInfo, SystemPromptPoolInfo, VaryingSpanInfo
+from vllm.outputs import SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sequence import Sequence
 from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.token_ids import TokenIds, token_array
@@ -63,46 +63,6 @@ from vllm.worker.cache_engine import Extent, PinnedBlockPool
 __all__ = ["Outcome", "PinClass", "PinnedPrompt", "PromptState", "SystemPromptPool", "SystemPromptRefusedError"]
 
 logger = init_logger(__name__)
-
-_EVERYBODY = b""
-_MAX_REFUSED = 1024
-_CLASS_OF_MARKERS = {"soft": PinClass.SOFT, "hard": PinClass.HARD}
-
-
-@dataclass(frozen=True)
-class Want:
-    """A prefix of a request that is to be pinned: its first `num_tokens` tokens.
-
-    Attributes:
-        reused: It is known to be no newcomer: an operator's, or one that several requests have shared.
-    """
-
-    num_tokens: int
-    pin: PinClass
-    ttl: float | None
-    source: str
-    scope: bytes
-    reused: bool = False
-
-
-class Decision(NamedTuple):
-    """What would happen to a request.
-
-    Attributes:
-        known: Pinned or coming prefixes that it may read, shortest first; one token is left to compute.
-        creates: Prefixes to compute into the pool for it, shortest first.
-        refused: Prefixes that cannot be, and why.
-    """
-
-    known: list[PinnedPrompt]
-    creates: list[Want]
-    refused: list[tuple[Want, Outcome]]
-
-    @property
-    def num_pinned_tokens(self) -> int:
-        """Tokens that it would read from extents of the pool."""
-        ends = [p.num_tokens for p in self.known[-1:]] + [w.num_tokens for w in self.creates[-1:]]
-        return max(ends, default=0)
 
 
 class SystemPromptPool:
@@ -122,6 +82,7 @@ class SystemPromptPool:
         computing: Those that have a place and are being computed.
         loading: Those that have a place and come from a tier.
         pinned_tokens: Tokens in extents, on probation or not.
+        probation_tokens: Those of them that are on probation.
     """
 
     def __init__(
@@ -142,11 +103,10 @@ class SystemPromptPool:
         self._on_release = on_release
         self._clock = clock
         self._prompts: dict[str, PinnedPrompt] = {}
-        self._trees: dict[bytes, PrefixTree[PinnedPrompt]] = {}
+        self.index = PromptIndex()
+        self.log = PoolLog()
         self._promised_blocks = 0
         self._expiries: list[tuple[float, str]] = []
-        self.refused: OrderedDict[str, RefusedPromptInfo] = OrderedDict()
-        self.varying = VaryingPrompts()
         self._heads = SharedHeads()
         self._sightings = Sightings()
         self._num_requests = 0
@@ -159,8 +119,8 @@ class SystemPromptPool:
         self.tokens_reused = 0
         self.num_readers = 0
         self.pinned_tokens = 0
+        self.probation_tokens = 0
         self.prefill_seconds: list[float] = []
-        self.new_spans: list[VaryingSpanInfo] = []
 
     # Routing ---------------------------------------------------------------------------------------------------
 
@@ -187,7 +147,7 @@ class SystemPromptPool:
         if seq.sampling_params.prompt_logprobs is not None:
             # Every position's logits are asked for, so every position is computed.
             return Outcome.PROMPT_LOGPROBS if in_play else None
-        wants = self.wants(seq, num_system_tokens, marks) or self._shared_head(seq)
+        wants = wants_of(self.config, seq, num_system_tokens, marks) or self._shared_head(seq)
         if not seq.goes_on:
             self._num_requests += 1
         decision = self.decide(seq, wants)
@@ -218,39 +178,9 @@ class SystemPromptPool:
             return Outcome.HIT
         return Outcome.PROBATION if leaf.on_probation else Outcome.CREATED
 
-    def wants(self, seq: Sequence, num_system_tokens: int | None, marks: Several[CacheMark]) -> list[Want]:
-        """Prefixes that a request asks to have pinned, shortest first.
-
-        Everything up to the end of the system part is pinned like any system prompt; a mark there can only make it
-        last longer. What is marked beyond it is the client's own and is read in its namespace alone.
-        """
-        wants: dict[int, Want] = {}
-        system = num_system_tokens or 0
-        private = seq.tenant if self.config.private else _EVERYBODY
-        if system:
-            wants[system] = Want(system, PinClass.AUTOMATIC, self.config.ttl, "auto", private)
-        marked = _CLASS_OF_MARKERS.get(self.config.markers, PinClass.SOFT)
-        for mark in marks if self.config.markers != "off" else ():
-            if mark.num_tokens <= system:
-                pin, ttl = max(marked, PinClass.AUTOMATIC), _longer(self.config.ttl, mark.ttl)
-                source = "auto" if mark.num_tokens == system else "marker"
-                wants[mark.num_tokens] = Want(mark.num_tokens, pin, ttl, source, private)
-            else:
-                wants[mark.num_tokens] = Want(mark.num_tokens, marked, mark.ttl, "marker", seq.namespace)
-        return [wants[n] for n in sorted(wants) if 0 < n < seq.num_prompt_tokens]
-
-    def _scopes(self, seq: Sequence) -> list[bytes]:
-        """Scopes whose prompts a request may read."""
-        scopes = [_EVERYBODY]
-        for scope in (seq.tenant, seq.namespace):
-            if scope and scope not in scopes:
-                scopes.append(scope)
-        return scopes
-
     def decide(self, seq: Sequence, wants: list[Want]) -> Decision:
         """What would happen to a request that asks for `wants`; changes nothing."""
-        path = self._path(seq.token_ids, self._scopes(seq))
-        path = [p for p in path if p.num_tokens < seq.num_prompt_tokens]
+        path = [p for p in self.index.readable(seq) if p.num_tokens < seq.num_prompt_tokens]
         known = [p for p in path if not p.doomed]
         doomed = {p.num_tokens for p in path if p.doomed}
         longest = known[-1].num_tokens if known else 0
@@ -263,7 +193,7 @@ class SystemPromptPool:
             if n <= longest:
                 continue
             start, depth = max(
-                ((m, d) for m, d, scope in chain if m < n and d < MAX_DEPTH and self._may_extend(want.scope, scope)),
+                ((m, d) for m, d, scope in chain if m < n and d < MAX_DEPTH and may_extend(want.scope, scope)),
                 default=(0, 0),
             )
             more = num_blocks + self._blocks_of(n - start)
@@ -280,26 +210,6 @@ class SystemPromptPool:
             creates.append(want)
             chain.append((n, depth + 1, want.scope))
         return Decision(known, creates, refused)
-
-    @staticmethod
-    def _may_extend(scope: bytes, parent: bytes) -> bool:
-        """Whether a prompt of `scope` may continue one of the scope `parent`, that can be read by whoever reads it."""
-        return parent in (_EVERYBODY, scope)
-
-    def _path(self, token_ids: TokenIds, scopes: Iterable[bytes]) -> list[PinnedPrompt]:
-        """Prompts that `token_ids` start with, shortest first."""
-        found: list[PinnedPrompt] = []
-        for scope in scopes:
-            tree = self._trees.get(scope)
-            if tree is not None:
-                found += tree.walk(token_ids).values
-        found.sort(key=lambda p: p.num_tokens)
-        return found
-
-    def nearest(self, seq: Sequence) -> Walk[PinnedPrompt] | None:
-        """What a request meets in the tree in which it agrees with some prompt furthest."""
-        walks = [self._trees[scope].walk(seq.token_ids) for scope in self._scopes(seq) if scope in self._trees]
-        return max(walks, key=lambda walk: walk.num_matched, default=None)
 
     def is_waiting(self, seq: Sequence) -> bool:
         """Whether `seq` waits for its system prompt's prefill, or for its way back to the device."""
@@ -327,7 +237,7 @@ class SystemPromptPool:
         size = self._heads.see(seq)
         if not size:
             return []
-        pinned = self._path(seq.token_ids, self._scopes(seq))
+        pinned = self.index.readable(seq)
         if pinned and size - pinned[-1].num_tokens < MIN_SHARED_TOKENS:
             return []
         return [Want(size, PinClass.AUTOMATIC, self.config.ttl, "shared_prefix", seq.namespace, reused=True)]
@@ -339,7 +249,7 @@ class SystemPromptPool:
         prompt.pin = max(prompt.pin, want.pin)
         if prompt.pin == PinClass.HARD:
             self._promote(prompt)
-        ttl = _longer(prompt.ttl, want.ttl)
+        ttl = longer(prompt.ttl, want.ttl)
         if ttl != prompt.ttl:
             prompt.ttl = ttl
             self._track_ttl(prompt)
@@ -350,6 +260,7 @@ class SystemPromptPool:
         above: PinnedPrompt | None = prompt
         while above is not None and above.on_probation:
             above.on_probation = False
+            self.probation_tokens -= above.num_own_tokens if above.extents else 0
             logger.info("System prompt %s is used again: pinned.", above.id)
             self._save(above)
             above = above.parent
@@ -360,23 +271,7 @@ class SystemPromptPool:
         key = prompt_id(token_ids, want.scope)
         if outcome in (Outcome.OVER_BUDGET, Outcome.BUSY) and key not in self._prompts:
             self._sightings.note(key, self._num_requests)
-        self._watch_variation(key, token_ids, want)
-        info = self.refused.pop(key, None)
-        if info is None or info.outcome != outcome.value:
-            logger.info("System prompt %s runs unpinned: %s (request %s).", key, outcome.value, seq.request_id)
-            info = RefusedPromptInfo(key, len(token_ids), outcome.value, 0, 0.0)
-        info.requests += 1
-        info.last_seen = self._clock()
-        self.refused[key] = info
-        if len(self.refused) > _MAX_REFUSED:
-            self.refused.popitem(last=False)
-
-    def _watch_variation(self, key: str, token_ids: TokenIds, want: Want) -> None:
-        # What clients keep for themselves is nobody else's business, and no advice to the operator.
-        if want.source == "auto" and want.scope == _EVERYBODY:
-            span = self.varying.see(key, token_ids)
-            if span is not None:
-                self.new_spans.append(span)
+        self.log.note_refusal(key, token_ids, want, outcome, seq, self._clock())
 
     # Registry --------------------------------------------------------------------------------------------------
 
@@ -408,10 +303,10 @@ class SystemPromptPool:
             self._recall(existing)
             self._save(existing)
             return existing
-        want = Want(len(token_ids), pin, ttl, source, _EVERYBODY, reused=True)
+        want = Want(len(token_ids), pin, ttl, source, EVERYBODY, reused=True)
         refusal = Outcome.DISABLED if self.config.mode == "off" else None
         if refusal is None:
-            parent = self._parent(token_ids, _EVERYBODY)
+            parent = self.index.parent_of(token_ids, EVERYBODY)
             own = len(token_ids) - (parent.num_tokens if parent is not None else 0)
             keep = [] if parent is None else [parent]
             refusal = self._refusal(token_ids, want, self._blocks_of(own), keep)
@@ -428,14 +323,17 @@ class SystemPromptPool:
         if pin != PinClass.HARD and self.config.mode == "declared":
             return None
         token_ids = token_array(record.token_ids)
-        parent = self._parent(token_ids, scope)
+        parent = self.index.parent_of(token_ids, scope)
         start = parent.num_tokens if parent is not None else 0
         # Of an operator's prompt the tokens are enough: what the snapshot cannot give is computed.
         if start != record.start and pin != PinClass.HARD:
             return None
         want = Want(len(token_ids), pin, record.ttl, record.source, scope, reused=True)
         keep = [] if parent is None else [parent]
-        refusal = self._refusal(token_ids, want, self._blocks_of(len(token_ids) - start), keep)
+        needed = self._blocks_of(len(token_ids) - start)
+        refusal = self._refusal(token_ids, want, needed, keep)
+        if pin != PinClass.HARD and not self.blocks.fits(self._promised_blocks + needed):
+            refusal = Outcome.OVER_BUDGET  # Nobody has asked for it yet: it displaces nothing.
         if refusal is not None:
             logger.warning("System prompt %s is not brought back from its snapshot: %s.", key, refusal.value)
             return None
@@ -548,11 +446,6 @@ class SystemPromptPool:
     @property
     def num_prompts(self) -> int:
         return len(self._prompts)
-
-    @property
-    def probation_tokens(self) -> int:
-        """Tokens in extents of prompts on probation."""
-        return sum(p.num_own_tokens for p in self._prompts.values() if p.on_probation and p.extents)
 
     @property
     def budget_tokens(self) -> int:
@@ -698,18 +591,8 @@ class SystemPromptPool:
     def _blocks_of(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _parent(self, token_ids: TokenIds, scope: bytes) -> PinnedPrompt | None:
-        """The longest prompt that one with these tokens may continue."""
-        allowed = [_EVERYBODY] if scope == _EVERYBODY else [_EVERYBODY, scope]
-        fitting = [
-            p
-            for p in self._path(token_ids, allowed)
-            if p.num_tokens < len(token_ids) and p.depth < MAX_DEPTH and not p.doomed
-        ]
-        return fitting[-1] if fitting else None
-
     def _register(self, token_ids: TokenIds, want: Want, name: str | None = None, is_use: bool = False) -> PinnedPrompt:
-        parent = self._parent(token_ids, want.scope)
+        parent = self.index.parent_of(token_ids, want.scope)
         if parent is not None:
             self._recall(parent)
         prompt = PinnedPrompt(
@@ -734,10 +617,9 @@ class SystemPromptPool:
             self._promote(parent)
         # Room that others take is only worth having for what replaces them, so they go no sooner than now.
         self._make_room(prompt, lambda: self.blocks.fits(self._promised_blocks + prompt.num_blocks))
-        self._watch_variation(prompt.id, token_ids, want)
-        self.refused.pop(prompt.id, None)
+        self.log.note_prompt(prompt.id, token_ids, want)
         self._prompts[prompt.id] = prompt
-        self._trees.setdefault(prompt.scope, PrefixTree()).insert(token_ids, prompt)
+        self.index.insert(prompt)
         self._enqueue(prompt)
         prompt.touch(prompt.created)
         self._track_ttl(prompt)
@@ -774,10 +656,7 @@ class SystemPromptPool:
         """Ends a prompt that nobody holds, and gives its room back."""
         self._enter(prompt, PromptState.REMOVED)
         del self._prompts[prompt.id]
-        tree = self._trees[prompt.scope]
-        tree.remove(prompt.token_ids)
-        if not tree:
-            del self._trees[prompt.scope]
+        self.index.remove(prompt)
         if prompt.extents:
             self._give_back_extents(prompt)
         self.tiers.forget(prompt)
@@ -790,7 +669,7 @@ class SystemPromptPool:
     def _give_back_extents(self, prompt: PinnedPrompt) -> None:
         for extent in self.blocks.unpin(prompt.id):
             self._on_release(extent)
-        self.pinned_tokens -= prompt.num_own_tokens
+        self._count_tokens(prompt, -prompt.num_own_tokens)
         prompt.leave()
 
     def _enter(self, prompt: PinnedPrompt, state: PromptState) -> None:
@@ -839,9 +718,13 @@ class SystemPromptPool:
         self._enter(prompt, PromptState.LOADING if may_load else PromptState.COMPUTING)
         self.blocks.pin(prompt.id, extents)
         prompt.place(extents)
-        self.pinned_tokens += prompt.num_own_tokens
+        self._count_tokens(prompt, prompt.num_own_tokens)
         if may_load:
             self.tiers.begin_load(prompt)
+
+    def _count_tokens(self, prompt: PinnedPrompt, num_tokens: int) -> None:
+        self.pinned_tokens += num_tokens
+        self.probation_tokens += num_tokens if prompt.on_probation else 0
 
     def begin_prefill(self, prompt: PinnedPrompt) -> None:
         """The first chunk of a prompt is planned."""
@@ -937,7 +820,7 @@ class SystemPromptPool:
             if p.parent is not None:
                 assert self._prompts.get(p.parent.id) is p.parent, (p, "its parent is gone")
                 assert p.token_ids[: p.start] == p.parent.token_ids
-                assert self._may_extend(p.scope, p.parent.scope)
+                assert may_extend(p.scope, p.parent.scope)
                 assert not p.extents or p.parent.extents, (p, p.parent)
                 assert p.state != PromptState.PINNED or p.parent.state == PromptState.PINNED, (p, p.parent)
                 assert p.last_used <= p.parent.last_used
@@ -947,13 +830,9 @@ class SystemPromptPool:
                 assert sum(e.num_tokens for e in p.prefix) == p.num_tokens, p.prefix
                 assert len(p.prefix) <= MAX_CHAIN
         self.tiers.check_integrity(self._prompts)
-        assert {p.id for tree in self._trees.values() for p in tree} == set(self._prompts)
+        assert {p.id for p in self.index} == set(self._prompts)
         assert self._promised_blocks == sum(p.num_blocks for p in self.pending)
         assert self.num_readers == sum(readers.values()), (self.num_readers, readers)
         assert self.pinned_tokens == sum(p.num_own_tokens for p in prompts if p.extents)
+        assert self.probation_tokens == sum(p.num_own_tokens for p in prompts if p.extents and p.on_probation)
         assert set(readers) <= set(self._prompts), set(readers) - set(self._prompts)
-
-
-def _longer(a: float | None, b: float | None) -> float | None:
-    """The longer of two ttls, None being without end."""
-    return None if a is None or b is None else max(a, b)

@@ -407,7 +407,7 @@ class EngineCore:
     def stats(self, iteration_tokens: int) -> EngineStats:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
         prefill_seconds, pool.prefill_seconds = pool.prefill_seconds, []
-        new_spans, pool.new_spans = pool.new_spans, []
+        new_spans, pool.log.new_spans = pool.log.new_spans, []
         return EngineStats(
             num_running=len(scheduler.running),
             num_waiting=scheduler.num_waiting,
@@ -420,7 +420,8 @@ class EngineCore:
             num_free_blocks=blocks.num_free_blocks - blocks.num_cached_blocks,
             num_cached_blocks=blocks.num_cached_blocks,
             num_used_blocks=blocks.num_used_blocks,
-            pinned_tokens=pool.pinned_tokens,
+            pinned_tokens=pool.pinned_tokens - pool.probation_tokens,
+            probation_tokens=pool.probation_tokens,
             pinned_prompts=pool.num_prompts,
             pool_budget_tokens=pool.budget_tokens,
             pool_readers=pool.num_readers,

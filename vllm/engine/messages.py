@@ -116,7 +116,8 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         iteration_tokens: Tokens computed in the step.
-        pool_outcomes: Requests by what the pool did for them, e.g. `hit`, `created`, `over_budget`.
+        pinned_tokens, probation_tokens: Tokens in extents of prompts that are pinned, and of those on probation.
+        pool_outcomes: Requests by what the pool did for them, an `Outcome` each.
         pool_prefill_seconds: Durations of system-prompt prefills that ended in this step.
         pool_host_tokens: Tokens, in whole blocks, that the host tier holds.
         pool_snapshots: Operations on snapshots by `operation/outcome`.
@@ -135,6 +136,7 @@ class EngineStats(msgspec.Struct, omit_defaults=True):
     num_cached_blocks: int = 0
     num_used_blocks: int = 0
     pinned_tokens: int = 0
+    probation_tokens: int = 0
     pinned_prompts: int = 0
     pool_budget_tokens: int = 0
     pool_readers: int = 0

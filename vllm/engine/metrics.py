@@ -225,7 +225,8 @@ class EngineMetrics(RequestObserver):
             self._iteration_tokens.observe(stats.iteration_tokens)
         tokens = {
             PoolTokens.PINNED: stats.pinned_tokens,
-            PoolTokens.FREE: stats.pool_budget_tokens - stats.pinned_tokens,
+            PoolTokens.PROBATION: stats.probation_tokens,
+            PoolTokens.FREE: stats.pool_budget_tokens - stats.pinned_tokens - stats.probation_tokens,
             PoolTokens.HOST: stats.pool_host_tokens,
         }
         for state, value in tokens.items():

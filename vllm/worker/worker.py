@@ -174,6 +174,9 @@ class Worker:
                 f"--system-prompt-host-cache-gib asks for {host_blocks * self.bytes_per_block / 2**30:.1f} GiB of host "
                 f"memory, but only {left / 2**30:.1f} GiB are left; lower it."
             )
+        if host_blocks:
+            size = host_blocks * self.bytes_per_block / 2**30
+            logger.info("System prompts may take %.1f GiB of host memory, as they come to need it.", size)
         store = None
         if tiers.snapshot_dir is not None:
             identity = snapshot_identity(

@@ -163,7 +163,7 @@ def test_a_beam_search_is_one_request(url):
     system = "You list colours, one after the other, and say nothing else whatever you are asked."
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Begin."}]
     body = {"messages": messages, "use_beam_search": True, "n": 2, "best_of": 3, "max_tokens": 5, "ignore_eos": True}
-    for outcome in ("created", "hit"):
+    for outcome in ("probation", "hit"):
         before = settled(url)
         usage = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["usage"]
         after = settled(url)
@@ -177,8 +177,8 @@ def test_a_beam_search_is_one_request(url):
         cached = usage["prompt_tokens_details"]["cached_tokens"]
         assert grown("prompt_tokens_cached_total") == grown("prefix_cache_hits_total") == cached
         assert grown("system_prompt_requests_total", outcome=outcome) == grown("system_prompt_requests_total") == 1
-        # One that is created is not there to be read yet.
-        assert grown("system_prompt_tokens_reused_total") == (0 if outcome == "created" else cached)
+        # One that is computed is not there to be read yet.
+        assert grown("system_prompt_tokens_reused_total") == (0 if outcome == "probation" else cached)
         assert grown("inter_token_latency_seconds_count") == 0
         for name in HISTOGRAMS - {
             "inter_token_latency_seconds",

@@ -394,8 +394,8 @@ class ReplayBuffers:
         inputs: What `fill` was given of each query token; int64 [3, max_tokens].
     """
 
-    # Extents that a sequence may read one after the other; system prompts nest no deeper.
-    max_chain = 4
+    # Extents that a sequence may read one after the other; system prompts nest no deeper, in no more pieces.
+    max_chain = 8
 
     def __init__(
         self, backend: TritonAttentionBackend, max_tokens: int, block_tables: torch.Tensor, block_size: int

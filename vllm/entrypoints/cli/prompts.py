@@ -21,7 +21,7 @@ DESCRIPTION = "Shows, adds and removes the system prompts that a running server 
 _PATH = "/v1/system_prompts"
 _CONNECT_TIMEOUT_S = 10
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_COLUMNS = ("id", "name", "state", "pin", "source", "tokens", "size", "hits", "saved", "readers", "used", "expires")
+_COLUMNS = ("id", "name", "state", "pin", "source", "tokens", "size", "uses", "saved", "readers", "used", "expires")
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
@@ -158,7 +158,7 @@ def _row(prompt: dict[str, Any], now: float) -> tuple[str, ...]:
         prompt["source"],
         str(prompt["num_tokens"]),
         _size(prompt["num_bytes"]),
-        str(prompt["hits"]),
+        str(prompt["uses"]),
         str(prompt["tokens_saved"]),
         str(prompt["readers"]),
         f"{_duration(now - prompt['last_used'])} ago",

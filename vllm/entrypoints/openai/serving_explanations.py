@@ -25,6 +25,7 @@ _OF_RESPONSES = ("input", "instructions", "previous_response_id")
 _OF_ANTHROPIC = ("system", "cache_control", "stop_sequences", "thinking", "output_config")
 _REASONS = {
     "hit": "It starts with a pinned system prompt, which is read instead of computed.",
+    "probation": "Its system prompt is new: this request would have it computed, and the next one would pin it.",
     "created": "Its system prompt is not pinned yet: this request would have it computed once and pinned.",
     "disabled": "The mode of the pool does not let requests pin anything (--system-prompt-cache).",
     "prompt_logprobs": "It asks for prompt_logprobs, for which every token of the prompt is computed.",
@@ -116,7 +117,7 @@ def _nearest_json(nearest: dict[str, Any] | None, token_ids: list[int], tokenize
 def _reason(found: dict[str, Any]) -> str:
     refused = found["refused"]
     reason = _REASONS.get(found["outcome"]) or refused[-1]["reason"]
-    if refused and found["outcome"] in ("hit", "created"):
+    if refused and found["outcome"] in ("hit", "probation", "created"):
         reason += f" More of it cannot be pinned: {refused[-1]['reason']}"
     nearest = found["nearest"]
     if nearest is not None and nearest["position"] < nearest["num_tokens"]:

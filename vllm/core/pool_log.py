@@ -1,0 +1,66 @@
+"""What the pool keeps for the operator: prompts that ran unpinned, and those that differ in a short span only."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from vllm.core.pinned_prompt import Outcome
+from vllm.core.prompt_index import EVERYBODY
+from vllm.core.varying_prompts import VaryingPrompts
+from vllm.core.wants import Want
+from vllm.logger import init_logger
+from vllm.outputs import RefusedPromptInfo, VaryingSpanInfo
+from vllm.sequence import Sequence
+from vllm.token_ids import TokenIds
+
+logger = init_logger(__name__)
+
+_MAX_REFUSED = 1024
+
+
+class PoolLog:
+    """Bounded, the latest.
+
+    Attributes:
+        new_spans: Places where prompts vary that have not been told yet; whoever tells them empties it.
+    """
+
+    def __init__(self) -> None:
+        self._refused: OrderedDict[str, RefusedPromptInfo] = OrderedDict()
+        self._varying = VaryingPrompts()
+        self.new_spans: list[VaryingSpanInfo] = []
+
+    @property
+    def refused(self) -> list[RefusedPromptInfo]:
+        return list(self._refused.values())
+
+    @property
+    def varying(self) -> list[VaryingSpanInfo]:
+        return self._varying.spans
+
+    def note_refusal(
+        self, key: str, token_ids: TokenIds, want: Want, outcome: Outcome, seq: Sequence, now: float
+    ) -> None:
+        """A prompt runs unpinned."""
+        self._watch_variation(key, token_ids, want)
+        info = self._refused.pop(key, None)
+        if info is None or info.outcome != outcome.value:
+            logger.info("System prompt %s runs unpinned: %s (request %s).", key, outcome.value, seq.request_id)
+            info = RefusedPromptInfo(key, len(token_ids), outcome.value, 0, 0.0)
+        info.requests += 1
+        info.last_seen = now
+        self._refused[key] = info
+        if len(self._refused) > _MAX_REFUSED:
+            self._refused.popitem(last=False)
+
+    def note_prompt(self, key: str, token_ids: TokenIds, want: Want) -> None:
+        """A prompt comes into the pool."""
+        self._watch_variation(key, token_ids, want)
+        self._refused.pop(key, None)
+
+    def _watch_variation(self, key: str, token_ids: TokenIds, want: Want) -> None:
+        # What clients keep for themselves is nobody else's business, and no advice to the operator.
+        if want.source == "auto" and want.scope == EVERYBODY:
+            span = self._varying.see(key, token_ids)
+            if span is not None:
+                self.new_spans.append(span)
