@@ -154,7 +154,7 @@ class GraphRunner:
             self._restrict(batch)
 
     def _decode_step(self, batch: int, *, plain: bool) -> None:
-        self._logits[:batch] = self._model.logits(self._forward(batch, decode=True, plain=plain))
+        self._model.logits(self._forward(batch, decode=True, plain=plain), out=self._logits[:batch])
         self._kernels.draw(*self._draw_inputs(batch), mask_rows=self._later[:batch], shift=1)
 
     def _restrict(self, batch: int) -> None:

@@ -1,8 +1,11 @@
 """Host memory for copies of extents, taken as it is used.
 
 The range of addresses is there from the start, its pages come with their first use. Copies from and to a GPU only run
-beside its work, and at the speed of its link, where the memory is page-locked. That takes about as long as filling it,
-so a thread locks slab after slab, a little ahead of what is used.
+beside its work, and at the speed of its link, where the memory is page-locked. So threads fill slab after slab with
+zeros and lock it, ahead of what is used.
+
+On the host of an H100, for 1 GiB: 180 ms where locking also brings the pages, all the while launches of kernels wait
+for the driver; 46 ms for a thread to fill it, in huge pages, and 26 ms to lock what is there.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import mmap
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 
 from vllm.exceptions import StartupError
@@ -18,10 +22,11 @@ from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-# Some 50 ms of zeroing and locking: what a step may wait for a slab that is not ready yet.
-_SLAB = 256 << 20
-# Slabs locked ahead: a prompt of 8,192 tokens of Llama-3.1-8B.
-_AHEAD = 4
+# Locking it holds up a launch by 3 ms at most.
+_SLAB = 64 << 20
+# Slabs locked ahead: two prompts of 8,192 tokens of Llama-3.1-8B.
+_AHEAD = 32
+_THREADS = 4
 
 
 class HostArena:
@@ -41,7 +46,7 @@ class HostArena:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._device = device
         self._slabs: dict[int, Future[bool]] = {}
-        self._thread: ThreadPoolExecutor | None = None
+        self._threads: ThreadPoolExecutor | None = None
         if not num_bytes:
             self.tensor = torch.empty(0, dtype=torch.uint8)
             return
@@ -55,7 +60,8 @@ class HostArena:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         if device.type == "cuda":
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="host-memory")
+            self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="host-memory")
+            self._lock_ahead(-(-num_bytes // _SLAB) - 1)
 
     def parts_of(self, view: torch.Tensor) -> Iterator[slice]:
         """Makes a contiguous part of the arena ready to be copied from or to, perhaps waiting for that. Returns the
@@ -71,16 +77,22 @@ class HostArena:
             first = stop
 
     def _prepare(self, slab: int) -> None:
-        if self._thread is None:
+        if self._threads is not None:
+            self._lock_ahead(slab)
+            self._slabs[slab].result()
+
+    def _lock_ahead(self, slab: int) -> None:
+        """Has a slab locked, and those that are used next: the tier is filled from its end on."""
+        if self._threads is None:
             return
-        for ahead in range(slab, max(-1, slab - _AHEAD), -1):  # The tier is filled from its end on.
+        for ahead in range(slab, max(-1, slab - _AHEAD), -1):
             if ahead not in self._slabs:
-                self._slabs[ahead] = self._thread.submit(self._lock, ahead)
-        self._slabs[slab].result()
+                self._slabs[ahead] = self._threads.submit(self._lock, ahead)
 
     def _lock(self, slab: int) -> bool:
         """Page-locks a slab; without that, its copies are slower and hold up the steps, but right."""
         first, end = slab * _SLAB, min((slab + 1) * _SLAB, len(self.tensor))
+        np.copyto(self.tensor[first:end].numpy(), 0)
         with torch.cuda.device(self._device):
             error = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr() + first, end - first, 0))
         if error:
@@ -94,10 +106,10 @@ class HostArena:
 
     def close(self) -> None:
         """Gives page-locked memory back; no copy may be under way."""
-        if self._thread is None:
+        if self._threads is None:
             return
-        self._thread.shutdown(wait=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
         for slab, locked in self._slabs.items():
-            if locked.result():
+            if not locked.cancelled() and locked.result():
                 torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr() + slab * _SLAB)
         self._slabs = {}

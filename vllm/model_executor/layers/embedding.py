@@ -37,6 +37,9 @@ class VocabParallelEmbedding(nn.Module):
         rows = functional.embedding(local.masked_fill(foreign, 0), self.weight)
         return all_reduce(rows.masked_fill(foreign.unsqueeze(-1), 0), self.tp)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores of the whole vocabulary: [T, hidden_size] → [T, vocab_size]."""
-        return all_gather_last_dim(linear(hidden, self.weight, None), self.tp)[..., : self.vocab_size]
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of the whole vocabulary: [T, hidden_size] → [T, vocab_size]; into `out`, contiguous, if it is there."""
+        if out is not None and self.tp.world_size == 1:
+            return linear(hidden, self.weight[: self.vocab_size], None, out=out)
+        scores = all_gather_last_dim(linear(hidden, self.weight, None), self.tp)[..., : self.vocab_size]
+        return scores if out is None else out.copy_(scores)

@@ -14,7 +14,11 @@ from vllm.distributed.parallel_state import TensorParallelGroup
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x Wᵀ + b (+ residual)`: x [T, in_features], weight [out_features, in_features].
 
@@ -24,16 +28,23 @@ def linear(
 
     Args:
         residual: [T, out_features], contiguous; is overwritten on a GPU.
+        out: [T, out_features], contiguous; where the result goes, if there is neither a bias nor a residual.
     """
+    if out is not None and (bias is not None or residual is not None):
+        raise ValueError("a linear layer with a bias or a residual makes its own result")
     if not x.is_cuda:
-        out = functional.linear(x, weight, bias)
-        return out if residual is None else residual + out
+        result = functional.linear(x, weight, bias)
+        if out is not None:
+            return out.copy_(result)
+        return result if residual is None else residual + result
     if len(x) == 1 and weight.dtype.itemsize == 2:
         from vllm.model_executor.layers.ops import triton_linear
 
         if bias is not None:
             residual = bias.unsqueeze(0).clone() if residual is None else residual.add_(bias)
-        return triton_linear.row_linear(x, weight, residual)
+        return triton_linear.row_linear(x, weight, residual, out)
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out)
     if residual is None:
         return functional.linear(x, weight, bias)
     if bias is not None:

@@ -234,11 +234,12 @@ class LlamaForCausalLM(nn.Module):
         finally:
             self.layers = layers
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden_size] → [R, vocab_size]."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, hidden_size] → [R, vocab_size]; into `out`, contiguous, if it is given."""
         if self.packed is not None:
-            return self.packed.logits(hidden)
-        return self.lm_head.logits(hidden)
+            logits = self.packed.logits(hidden)
+            return logits if out is None else out.copy_(logits)
+        return self.lm_head.logits(hidden, out)
 
     def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → token id of the highest score, the first of equals; int64 [R]."""

@@ -54,16 +54,22 @@ def _row_kernel(
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty), mask=valid)
 
 
-def row_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+def row_linear(
+    x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """x [1, K], weight [N, K], both contiguous → [1, N] in the dtype of `x`, summed in float32.
 
     Args:
         residual: [1, N]; the product is added to it in place, and it is returned.
+        out: [1, N], contiguous; where the product goes if there is no residual.
     """
     out_features, in_features = weight.shape
     if not (x.is_contiguous() and weight.is_contiguous() and x.shape == (1, in_features)):
         raise ValueError(f"x {tuple(x.shape)} is no contiguous row for weights {tuple(weight.shape)}")
-    out = x.new_empty(1, out_features) if residual is None else residual
+    if residual is not None:
+        out = residual
+    elif out is None:
+        out = x.new_empty(1, out_features)
     launch(
         _row_kernel,
         (triton.cdiv(out_features, _ROWS),),
