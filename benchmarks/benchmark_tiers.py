@@ -127,7 +127,7 @@ async def measure_restart(servers: Servers, args: argparse.Namespace) -> list[Re
         await client.chat(Prompt("Hello", await client.text(64, "warm up")), 8)
         await first(client, "computed", system)
         await first(client, "again, same server", system)
-        await until_saved(session, url, 2)
+        await until_saved(session, url, 1)
         url = servers.start(*flags)
         await first(await connect(session, url), "restart, automatic pin", system)
         await pin(session, url, system)
