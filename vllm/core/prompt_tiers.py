@@ -31,10 +31,12 @@ _PIN_NAMES: dict[PinClass, Literal["hard", "automatic", "soft"]] = {
 _PATIENCE_S = 0.01
 # Without other work, the end of a save is looked for so often.
 _LOOK_EVERY_S = 0.5
-# A load, for which a request waits, may delay the tokens of others by so many times what a save may; and with nobody
-# else there, both may take so many times more: 1 GiB a step where `copy_blocks` are 64 MiB.
+# A load, for which a request waits, may delay the tokens of others by so many times what a save may; with nobody else
+# there it takes so many times more: 1 GiB a step where `copy_blocks` are 64 MiB. A save in an idle engine delays who
+# comes meanwhile, by 5 ms for 256 MiB.
 _TIMES_OF_A_LOAD = 4
 _TIMES_WHEN_IDLE = 16
+_TIMES_OF_A_SAVE_WHEN_IDLE = 4
 # A step lasts longer for so many tokens, and hides another `copy_blocks` of a save.
 _TOKENS_OF_A_COPY = 256
 
@@ -235,7 +237,7 @@ class PromptTiers:
         """
         # What this plan still copies is dropped by the next one.
         plan.dropped, self._dropped = self._dropped, []
-        times = 1 + plan.num_tokens // _TOKENS_OF_A_COPY if plan.rows else _TIMES_WHEN_IDLE
+        times = 1 + plan.num_tokens // _TOKENS_OF_A_COPY if plan.rows else _TIMES_OF_A_SAVE_WHEN_IDLE
         left = self.copy_blocks * times - sum(transfer.count for transfer in plan.transfers)
         saved: list[PinnedPrompt] = []
         while self._saves and left > 0:

@@ -218,8 +218,9 @@ class Worker:
         # Copies of the step before run beside it; nothing of this one may come before they are done.
         transfers.join()
         self.runner.apply(plan)
-        transfers.begin(plan)
+        applied = transfers.mark()
         draw = self.runner.run(plan)
+        transfers.begin(plan, applied)
 
         def look(result: StepResult) -> StepResult:
             if patience is not None:

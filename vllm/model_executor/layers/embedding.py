@@ -38,7 +38,7 @@ class VocabParallelEmbedding(nn.Module):
         return all_reduce(rows.masked_fill(foreign.unsqueeze(-1), 0), self.tp)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores of the whole vocabulary: [T, hidden_size] → [T, vocab_size]; into `out`, contiguous, if it is there."""
+        """Scores of the whole vocabulary: [T, hidden_size] → [T, vocab_size]; into `out` if it is given."""
         if out is not None and self.tp.world_size == 1:
             return linear(hidden, self.weight[: self.vocab_size], None, out=out)
         scores = all_gather_last_dim(linear(hidden, self.weight, None), self.tp)[..., : self.vocab_size]

@@ -575,6 +575,8 @@ def _gather_kernel(
         return
 
     found = tl.load(found_ptr + i)
+    # Every warp has read it before one of them clears it.
+    tl.debug_barrier()
     tl.store(found_ptr + i, 0)
     chunks = tl.arange(0, CHUNKS_BLOCK)
     parts = i * CHUNKS + chunks
