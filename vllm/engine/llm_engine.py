@@ -46,7 +46,7 @@ class LLMEngine:
         self._compiler = ConstraintCompiler(config.model)
         self._news: list[RequestOutput] = []
         self._errors: list[Exception] = []
-        # What is loaded by now stays. A collection that looks at it all would hold up a step by 150 ms, once in a while.
+        # What is loaded by now stays. A collection that looks at it all holds up a step by 150 ms, once in a while.
         gc.collect()
         gc.freeze()
 

@@ -183,12 +183,16 @@ class RequestState:
     def _delta(self, index: int) -> CompletionOutput:
         out = self.outputs[index]
         first, out.num_taken = out.num_taken, len(out.token_ids)
+        logprobs = None
+        if out.logprobs is not None:
+            # Those that have been handed over are not kept: they are many objects, and collections look at all of them.
+            logprobs, out.logprobs = out.logprobs, []
         return CompletionOutput(
             index=index,
             text=out.text.take_delta(out.finish_reason is not None),
             token_ids=out.token_ids[first:],
             cumulative_logprob=None if out.logprobs is None else out.cumulative_logprob,
-            logprobs=None if out.logprobs is None else out.logprobs[first:],
+            logprobs=logprobs,
             finish_reason=out.finish_reason,
             stop_reason=out.stop_reason,
         )

@@ -65,7 +65,10 @@ class HostArena:
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         if device.type == "cuda":
             self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="host-memory")
-            self._lock_ahead(-(-num_bytes // _SLAB) - 1)
+
+    def lock_first(self) -> None:
+        """Locks the slabs that are used first, in threads."""
+        self._lock_ahead(-(-len(self.tensor) // _SLAB) - 1)
 
     def parts_of(self, view: torch.Tensor) -> Iterator[slice]:
         """Makes a contiguous part of the arena ready to be copied from or to, perhaps waiting for that. Returns the

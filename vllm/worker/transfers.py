@@ -59,6 +59,11 @@ class ExtentTransfers:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots", initializer=_give_way)
         self._running: deque[tuple[SnapshotJob, Future[str]]] = deque()
 
+    def start(self) -> None:
+        """Has the first host memory made ready. To be called when all steps are captured: what locks memory in another
+        thread ends a capture with an error."""
+        self._arena.lock_first()
+
     def join(self) -> None:
         """What is put on the device from now on runs after the copies of the plans so far: it may read what they have
         written, and write what they have read."""
@@ -67,7 +72,7 @@ class ExtentTransfers:
             self._to_follow = False
 
     def mark(self) -> torch.cuda.Event | None:
-        """The place in the device's work behind which the copies of a plan may begin: its blocks are in their places."""
+        """The place in the device's work behind which a plan's copies may begin: its blocks are where they belong."""
         if self._stream is None:
             return None
         event = torch.cuda.Event()
@@ -78,8 +83,8 @@ class ExtentTransfers:
         """Starts what a plan says, beside its batch; `join` has been called before it.
 
         Args:
-            behind: From `mark`; None for this place. The batch itself may be on its way already, and is sooner so: copies are many, and the
-                driver takes no more than about a thousand orders of a stream that waits for others.
+            behind: From `mark`; None for this place. The batch itself should be on its way already: copies are many,
+                and the driver takes no more than about a thousand orders of a stream that waits for others.
         """
         for image in plan.dropped:
             self._own.pop(image.prompt_id, None)

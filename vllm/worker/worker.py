@@ -156,6 +156,7 @@ class Worker:
                 self.runner.capture_graphs(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
             except torch.OutOfMemoryError as error:
                 raise self._step_too_large(error) from None
+        self.transfers.start()
 
     def _step_too_large(self, error: torch.OutOfMemoryError) -> StartupError:
         scheduler = self.config.scheduler
