@@ -148,12 +148,17 @@ class SchedulerConfig:
         max_num_batched_tokens: Most tokens computed in one step.
         policy: `fcfs` serves requests in the order in which they come, `priority` those of the lowest number first.
         max_num_queued_reqs: Most outputs that wait or run before the server turns requests away; None for no limit.
+        long_prefill_token_threshold: Most tokens of one prompt in a step in which others get their next tokens, so that
+            a long prompt does not hold up their streams; None for no limit.
+        max_outputs_beside_others: Most outputs of one request that run beside those of others; None for no limit.
     """
 
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     policy: SchedulingPolicy = "fcfs"
     max_num_queued_reqs: int | None = None
+    long_prefill_token_threshold: int | None = None
+    max_outputs_beside_others: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from vllm.worker.cache_engine import PinnedBlockPool
 BLOCK, NUM_BLOCKS, MAX_LEN = 4, 24, 40
 
 
-def make_scheduler(max_num_batched_tokens: int = 64, max_num_seqs: int = 8) -> Scheduler:
+def make_scheduler(max_num_batched_tokens: int = 64, max_num_seqs: int = 8, **limits: int) -> Scheduler:
     blocks = BlockManager(NUM_BLOCKS, BLOCK)
     pool = SystemPromptPool(
         SystemPromptConfig(),
@@ -24,7 +24,7 @@ def make_scheduler(max_num_batched_tokens: int = 64, max_num_seqs: int = 8) -> S
         BLOCK,
         on_release=blocks.give_back,
     )
-    return Scheduler(SchedulerConfig(max_num_seqs, max_num_batched_tokens), blocks, pool, MAX_LEN)
+    return Scheduler(SchedulerConfig(max_num_seqs, max_num_batched_tokens, **limits), blocks, pool, MAX_LEN)
 
 
 def add(
@@ -170,3 +170,48 @@ def test_later_steps_of_a_search_come_before_requests_that_came_after_it() -> No
     while scheduler.has_work():
         order += sorted(step(scheduler) - set(order))
     assert order.index("newest") > order.index("newer11"), "a clock that was set back puts nobody in front"
+
+
+def test_a_long_prompt_is_computed_in_small_parts_beside_streams() -> None:
+    scheduler = make_scheduler(long_prefill_token_threshold=8)
+
+    def counts() -> list[int]:
+        plan = scheduler.schedule()
+        scheduler.postprocess([7 if s else -1 for s in plan.samples])
+        scheduler.check_integrity()
+        return sorted(plan.counts)
+
+    add(scheduler, "first", [1] * 20, max_tokens=6)
+    assert counts() == [20], "alone it is computed at once"
+    add(scheduler, "long", [2] * 20, max_tokens=1)
+    add(scheduler, "other", [3] * 9, max_tokens=1)
+    add(scheduler, "system", [4] * 13, max_tokens=1, num_system_tokens=12)
+    # Each request has its own share; the last part of a system prompt and its reader come in one step.
+    assert counts() == [1, 8, 8, 8]
+    assert counts() == [1, 1, 1, 4, 8]
+    assert counts() == [1, 4]
+    add(scheduler, "alone again", [5] * 20, max_tokens=2)
+    while scheduler.running:
+        counts()
+
+
+def test_many_outputs_of_a_request_leave_others_their_pace() -> None:
+    scheduler = make_scheduler(max_outputs_beside_others=2)
+    sequences = [Sequence("many", [1] * 4, SamplingParams(max_tokens=4, n=6), index=i) for i in range(6)]
+    scheduler.add(sequences)
+    assert step(scheduler) == {"many"}
+    step(scheduler)
+    assert len(scheduler.running) == 6, "alone, all of them run"
+    add(scheduler, "stream", [2] * 4, max_tokens=20)
+    while len(scheduler.running) > 1:
+        step(scheduler)
+    scheduler.add([Sequence("more", [3] * 4, SamplingParams(max_tokens=4, n=6), index=i) for i in range(6)])
+    most, finished = 0, set()
+    while any(seq.request_id == "more" for seq in scheduler.unfinished()):
+        step(scheduler)
+        running = [seq for seq in scheduler.running if seq.request_id == "more"]
+        if any(seq.request_id == "stream" for seq in scheduler.running):
+            most = max(most, len(running))
+        finished.update(seq.index for seq in running)
+    assert most == 2
+    assert finished == set(range(6)), "the others come when these have ended"

@@ -107,8 +107,10 @@ class Machine(RuleBasedStateMachine):
         private=st.booleans(),
         markers=st.sampled_from(["off", "soft", "soft", "hard"]),
         ttl=st.sampled_from([None, None, 20.0]),
+        threshold=st.sampled_from([None, 1, 6]),
+        outputs=st.sampled_from([None, 1, 2]),
     )
-    def start(self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl):
+    def start(self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl, threshold, outputs):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
         self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
@@ -121,7 +123,12 @@ class Machine(RuleBasedStateMachine):
             clock=lambda: self.now,
             tiers=self.make_tiers(),
         )
-        config = SchedulerConfig(max_num_seqs=seqs, max_num_batched_tokens=max(batched, seqs))
+        config = SchedulerConfig(
+            max_num_seqs=seqs,
+            max_num_batched_tokens=max(batched, seqs),
+            long_prefill_token_threshold=threshold,
+            max_outputs_beside_others=outputs,
+        )
         self.scheduler = Scheduler(config, self.blocks, self.pool, MAX_LEN, eos_token_ids=(99,))
         self.device = self.make_device()
         self.depth = depth

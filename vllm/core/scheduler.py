@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
 from typing import Any, NamedTuple
@@ -74,6 +74,7 @@ class Scheduler:
         self._prefilled: list[PinnedPrompt] = []
         self._in_flight: deque[PlannedBatch] = deque()
         self._next_order = 1
+        self._num_running_of: Counter[str] = Counter()
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
@@ -242,6 +243,7 @@ class Scheduler:
         """Plans the next tokens of a system prompt, whole blocks of them until its end; returns how many."""
         seq = prompt.sequence
         count = prompt.num_tokens - seq.num_computed_tokens
+        budget = min(budget, self._share)
         if count > budget:
             count = budget // self.blocks.block_size * self.blocks.block_size
         if not count:
@@ -280,6 +282,7 @@ class Scheduler:
             # Less than a block is never computed of a prompt, and no prompt waits until others have ended.
             budget = max(budget, self.blocks.block_size)
         prompts = sorted((p for p in self.pool.computing if p.sequence.row >= 0), key=_rank_of_prompt, reverse=True)
+        self._share = self._share_of_a_prompt()
         preempted = False
         i = 0
         while i < len(self.running):
@@ -291,7 +294,7 @@ class Scheduler:
             if (missing > 1 and budget <= 0) or self._ends_by_length(seq):
                 i += 1
                 continue
-            count = min(missing, max(budget, 1))
+            count = min(missing, max(min(budget, self._share), 1))
             new = self._grow(seq, seq.num_computed_tokens + count)
             while new is None and self.running[-1] is not seq:
                 self._preempt(self.running[-1])
@@ -311,6 +314,14 @@ class Scheduler:
             budget -= self._plan_chunk(plan, prompts.pop(), budget)
         return budget, preempted
 
+    def _share_of_a_prompt(self) -> int:
+        """Most tokens of one prompt in this step: few where streams wait for their next tokens."""
+        most = self.config.long_prefill_token_threshold
+        if most is None or not any(seq.num_tokens - seq.num_computed_tokens == 1 for seq in self.running):
+            most = self.config.max_num_batched_tokens
+        # Less than a block is never computed of a system prompt.
+        return max(most, self.blocks.block_size)
+
     def _grow(self, seq: Sequence, num_tokens: int) -> list[int] | None:
         """Blocks for the first `num_tokens` tokens of `seq`; prompts on probation give way to it. None if even then
         there are not enough."""
@@ -323,22 +334,33 @@ class Scheduler:
         """Begins what waits, requests and prompts that have their place, in order."""
         prompts = sorted((p for p in self.pool.computing if p.sequence.row < 0), key=_rank_of_prompt, reverse=True)
         self._short_of_blocks = None
+        put_off: list[Sequence] = []
         while budget > 0:
-            seq = self._next_waiting(held_up_from) if self._free_rows and self._short_of_blocks is None else None
+            may_begin = self._free_rows and self._short_of_blocks is None
+            seq = self._next_waiting(held_up_from, put_off) if may_begin else None
             if prompts and (seq is None or prompts[-1].rank < _rank(seq)):
                 budget -= self._begin_prompt(plan, prompts.pop(), budget)
             elif seq is not None:
                 budget -= self._begin_request(plan, seq, budget)
             else:
-                return
+                break
+        self._wake(put_off)
 
-    def _next_waiting(self, held_up_from: Rank | None) -> Sequence | None:
-        """The first request that waits, unless it may not begin."""
-        while self._waiting and self._waiting[0].is_finished:
-            heapq.heappop(self._waiting)
+    def _next_waiting(self, held_up_from: Rank | None, put_off: list[Sequence]) -> Sequence | None:
+        """The first request that waits, unless it may not begin. Outputs of a request that has its share of the rows
+        are taken out of the queue, into `put_off`."""
+        while self._waiting and (self._waiting[0].is_finished or self._has_its_share(self._waiting[0])):
+            seq = heapq.heappop(self._waiting)
+            if not seq.is_finished:
+                put_off.append(seq)
         if not self._waiting or (held_up_from is not None and _rank(self._waiting[0]) > held_up_from):
             return None
         return self._waiting[0]
+
+    def _has_its_share(self, seq: Sequence) -> bool:
+        """Whether no more outputs of its request may run beside others."""
+        most, running = self.config.max_outputs_beside_others, self._num_running_of[seq.request_id]
+        return most is not None and running >= most and len(self.running) > running
 
     def _begin_prompt(self, plan: StepPlan, prompt: PinnedPrompt, budget: int) -> int:
         """Plans the first tokens of a prompt, unless it must wait for its parent or for a row; returns how many."""
@@ -348,6 +370,7 @@ class Scheduler:
 
     def _begin_request(self, plan: StepPlan, seq: Sequence, budget: int) -> int:
         """Plans the first tokens of the first waiting request; returns how many, 0 where memory is short."""
+        budget = min(budget, self._share)
         copies = self._start(seq, budget)
         if copies is None:
             self._short_of_blocks = seq
@@ -357,6 +380,7 @@ class Scheduler:
         self._num_waiting -= 1
         seq.row = self._free_rows.pop()
         seq.status = SequenceStatus.RUNNING
+        self._num_running_of[seq.request_id] += 1
         bisect.insort(self.running, seq)
         count = min(seq.num_tokens - seq.num_computed_tokens, budget)
         self._scheduled.append((seq, count))
@@ -532,6 +556,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Frees the blocks of a running sequence that has nothing planned in this step; it waits to run again."""
         self.running.remove(seq)
+        self._num_running_of[seq.request_id] -= 1
         self._leave_row(seq)
         self.blocks.free(seq)
         seq.status = SequenceStatus.PREEMPTED
@@ -546,6 +571,7 @@ class Scheduler:
         self._release_forks(seq)
         if seq.status == SequenceStatus.RUNNING:
             self.running.remove(seq)
+            self._num_running_of[seq.request_id] -= 1
             self._leave_row(seq)
         else:
             self._num_waiting -= 1
@@ -556,6 +582,7 @@ class Scheduler:
         siblings.remove(seq)
         if not siblings:
             del self._requests[seq.request_id]
+            self._num_running_of.pop(seq.request_id, None)
 
     def check_integrity(self) -> None:
         """Raises AssertionError with numbers when blocks, readers or rows do not add up."""
@@ -572,6 +599,7 @@ class Scheduler:
             if seq.status != SequenceStatus.RUNNING:
                 assert not seq.block_table and seq.row == -1, seq
         self.pool.check_integrity(readers)
+        assert +self._num_running_of == Counter(s.request_id for s in self.running), self._num_running_of
         rows = [s.row for s in self.running] + self._free_rows
         assert sorted(rows) == list(range(self.config.max_num_seqs)), rows
         rows = [p.sequence.row for p in self.pool.computing if p.sequence.row >= 0] + self._free_prompt_rows

@@ -133,7 +133,6 @@ _NO_EFFECT_VALUES = (
     "log-config-file",
     "log-level",
     "logging-config",
-    "long-prefill-token-threshold",
     "lora-dtype",
     "lora-extra-vocab-size",
     "mamba-backend",
