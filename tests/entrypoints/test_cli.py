@@ -39,30 +39,39 @@ def nowhere() -> str:
 # chat and complete -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """The bodies that the client sends from now on. Each asks for few tokens: at temperature 1 the default model may talk
+    to the end of its context."""
+    bodies = []
+    stream = ApiClient.stream
+
+    def watched(self, path, body):
+        bodies.append(body)
+        return stream(self, path, body | {"max_tokens": 24})
+
+    monkeypatch.setattr(ApiClient, "stream", watched)
+    return bodies
+
+
+@pytest.mark.usefixtures("asked")
 def test_a_quick_message_is_answered(vllm, url):
     code, out, _ = vllm("chat", "--url", url, "-q", "Say hello.", "--system-prompt", "You are terse.")
     assert code == 0
     assert len(out.strip()) > 3
 
 
-def test_a_chat_remembers_its_turns(vllm, server, url, monkeypatch):
-    asked = []
-    stream = ApiClient.stream
-
-    def watched(self, path, body):
-        asked.append(body["messages"])
-        return stream(self, path, body)
-
-    monkeypatch.setattr(ApiClient, "stream", watched)
+def test_a_chat_remembers_its_turns(vllm, server, url, asked, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Say one.\n\nSay two.\n"))
     code, out, _ = vllm("chat", "--url", url, "--model-name", server.model, "--system_prompt", "Answer briefly.")
     assert code == 0
     assert out.startswith(f"Using model: {server.model}\n")
     assert out.count("> ") == 4  # two messages, an empty line, the end
-    assert [m["role"] for m in asked[1]] == ["system", "user", "assistant", "user"]
-    assert asked[1][:2] == asked[0]
-    assert asked[1][2]["content"]
-    assert asked[1][2]["content"] in out
+    first, second = (body["messages"] for body in asked)
+    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"]
+    assert second[:2] == first
+    assert second[2]["content"]
+    assert second[2]["content"] in out
 
 
 def test_a_text_is_completed_to_so_many_tokens(vllm, url):
