@@ -41,8 +41,8 @@ def nowhere() -> str:
 
 @pytest.fixture
 def asked(monkeypatch):
-    """The bodies that the client sends from now on. Each asks for few tokens: at temperature 1 the default model may talk
-    to the end of its context."""
+    """The bodies that the client sends from now on. Each asks for few tokens: at temperature 1 the default model may
+    talk to the end of its context."""
     bodies = []
     stream = ApiClient.stream
 
