@@ -33,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Work:
     concurrency: int
     prompts: Sequence[Prompt]
     uncounted: int = 0
-    sampling: Mapping[str, Any] = GREEDY
+    sampling: Mapping[str, Any] = field(default_factory=lambda: GREEDY)
 
 
 @dataclass(frozen=True)
