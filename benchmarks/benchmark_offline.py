@@ -94,8 +94,6 @@ class Bench:
     @staticmethod
     def _params(workload: Workload, formed: bool) -> vllm.SamplingParams:
         sampling = {"temperature": 0.0} | workload.sampling
-        if "logit_bias" in sampling:
-            sampling["logit_bias"] = {int(token): bias for token, bias in sampling["logit_bias"].items()}
         form = StructuredOutputsParams(json=SCHEMA) if formed else None
         return vllm.SamplingParams(
             max_tokens=workload.output_tokens,

@@ -47,7 +47,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "min_p": {"temperature": 1.0, "min_p": 0.05},
     "seed": {"temperature": 1.0, "seed": 7},
     "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
-    "logit_bias": {"logit_bias": {str(i): 1.0 for i in range(1000, 1020)}},
+    "logit_bias": {"logit_bias": {i: 1.0 for i in range(1000, 1020)}},
     "logprobs": {"logprobs": 5},
 }
 PARAMETERS["all together"] = {name: value for some in PARAMETERS.values() for name, value in some.items()}
@@ -71,7 +71,7 @@ class Workload:
     Attributes:
         prompts: Token ids.
         system_tokens: Length of the system prompt that each of them starts with; None for none.
-        sampling: What is not greedy, by the names of the HTTP API.
+        sampling: What is not greedy, by the names of `SamplingParams`.
         num_formed: So many of the requests follow `SCHEMA`.
         in_turn: One request at a time.
         uncounted: Of requests in turn, the first ones whose first tokens do not count.

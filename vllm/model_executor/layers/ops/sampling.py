@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm.sampling_params import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+
 BANNED = -1e30
 """Score of a token that a parameter forbids: never drawn beside others, yet above what a grammar forbids."""
 
@@ -36,11 +38,10 @@ NO_MASK = -1
 LATER = -2
 """Instead of a row of the masks: the row obeys none; the row is not drawn by this call (of kernels for GPUs)."""
 
-MAX_BIAS = 1024
-MAX_STOPS = 1088
-MAX_BAD_TOKENS = 2048
-MAX_BAD_SEQUENCES = 512
-"""Columns of the tables; no request asks for more (see `vllm/sampling_params.py`)."""
+MAX_BIAS = MAX_LOGIT_BIAS
+MAX_STOPS = MAX_STOP_TOKEN_IDS + 64
+MAX_BAD_TOKENS = MAX_BAD_WORD_TOKENS
+"""Columns of the tables, as `MAX_BAD_SEQUENCES`: what a request may ask for; of stops, a model's own as well."""
 
 _MASK_64 = 2**64 - 1
 

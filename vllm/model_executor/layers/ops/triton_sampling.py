@@ -36,6 +36,7 @@ import triton.language as tl
 from vllm.kernel_launch import follow, launch
 from vllm.model_executor.layers.ops import sampling
 from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK, Flag, FloatColumn, IntColumn, SamplingTables
+from vllm.sampling_params import MAX_BAD_SEQUENCES
 
 CHUNK = 4096
 """Tokens of a program."""
@@ -81,10 +82,10 @@ _SPARSE = tl.constexpr(int(Flag.BIAS | Flag.STOPS | Flag.BAD_WORDS))
 _MAX_BIAS = tl.constexpr(sampling.MAX_BIAS)
 _MAX_STOPS = tl.constexpr(sampling.MAX_STOPS)
 _MAX_BAD_TOKENS = tl.constexpr(sampling.MAX_BAD_TOKENS)
-_MAX_BAD_SEQUENCES = tl.constexpr(sampling.MAX_BAD_SEQUENCES)
+_MAX_BAD_SEQUENCES = tl.constexpr(MAX_BAD_SEQUENCES)
 _STOPS_BLOCK = tl.constexpr(triton.next_power_of_2(sampling.MAX_STOPS))
-_BAD_SEQUENCES_BITS = tl.constexpr(sampling.MAX_BAD_SEQUENCES.bit_length())
-_FIRST_PROBE = tl.constexpr(1 << (sampling.MAX_BAD_SEQUENCES.bit_length() - 1))
+_BAD_SEQUENCES_BITS = tl.constexpr(MAX_BAD_SEQUENCES.bit_length())
+_FIRST_PROBE = tl.constexpr(1 << (MAX_BAD_SEQUENCES.bit_length() - 1))
 
 # What a row in progress is at: columns of a float64 table, which holds any float32.
 _STAGE = tl.constexpr(0)
