@@ -9,7 +9,7 @@ is to be written should not be filled with what nobody asked for. JSON Schema it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations, permutations
@@ -279,7 +279,7 @@ class _Writer:
             high = smaller(high, len(first))
         if first:
             form["prefixItems"] = [self._of_goal(goal) for goal in first]
-        if rest is not True:
+        if rest is not True or first:
             form["items"] = rest
         if kind.low:
             form["minItems"] = kind.low
@@ -290,7 +290,7 @@ class _Writer:
     # Objects -----------------------------------------------------------------------------------------------------
 
     def _objects(self, kind: Object) -> Iterator[dict[str, Any]]:
-        names = dict.fromkeys(kind.properties) | dict.fromkeys(sorted(kind.required))
+        names = dict.fromkeys(kind.properties) | dict.fromkeys(kind.required)
         names |= dict.fromkeys(sorted(name for rest in kind.rests for name in rest.names))
         others = self._other_properties(kind)
         if isinstance(others.get("named"), list):
@@ -313,7 +313,7 @@ class _Writer:
             forms = []
             for present, decided in self._choices(optional, len(kind.required), low, high, is_closed):
                 left = {name: goal for name, goal in possible.items() if name not in decided or name in present}
-                form = self._object(left, kind.required | present, goals, is_closed) | others
+                form = self._object(left, {*kind.required, *present}, goals, is_closed) | others
                 if not is_closed:
                     form |= {"minProperties": low} if low else {}
                     form |= {"maxProperties": high} if high is not None else {}
@@ -324,7 +324,7 @@ class _Writer:
         yield from forms
 
     def _object(
-        self, possible: dict[str, Goal], required: frozenset[str], goals: dict[str, Goal], is_closed: bool
+        self, possible: dict[str, Goal], required: Collection[str], goals: dict[str, Goal], is_closed: bool
     ) -> dict[str, Any]:
         form: dict[str, Any] = {"type": "object"}
         properties = {name: self._of_goal(goal) for name, goal in possible.items()}
@@ -380,7 +380,8 @@ class _Writer:
         others: dict[str, Any] = {}
         if is_closed:
             others["additionalProperties"] = False
-        elif rest:
+        elif rest or kind.is_explicit:
+            # Said even where it is what JSON Schema takes for granted: xgrammar does not.
             others["additionalProperties"] = self._of_goal(rest)
         if kind.names and not (is_closed and not patterns):
             if patterns:

@@ -215,7 +215,7 @@ class Expander:
             yield self._either([yes, no])
         for name, needed in self._dependents(place):
             absent: Union = everything() | {"object": [_without(name, self.nothing)]}
-            present = self._both({"object": [Object(required=frozenset((name,)))]}, needed)
+            present = self._both({"object": [Object(required=(name,))]}, needed)
             yield self._either([absent, present])
 
     def _references(self, place: Place) -> Iterable[Place | Union]:
@@ -297,7 +297,7 @@ class Expander:
         for key in ("dependentRequired", "dependentSchemas", "dependencies"):
             for name, needed in keywords.mapping(schema, key).items():
                 if isinstance(needed, list):
-                    required = frozenset(keywords.strings(needed, key))
+                    required = tuple(dict.fromkeys(keywords.strings(needed, key)))
                     yield name, {"object": [Object(required=required)]}
                 else:
                     yield name, self._unite_goal(place, needed, True)
@@ -378,7 +378,7 @@ class Expander:
                     )
         for key in ("dependentRequired", "dependentSchemas", "dependencies"):
             for name, needed in keywords.mapping(schema, key).items():
-                has: Union = {"object": [Object(required=frozenset((name,)))]}
+                has: Union = {"object": [Object(required=(name,))]}
                 if isinstance(needed, list):
                     for other in keywords.strings(needed, key):
                         yield self._both(has, {"object": [_without(other, self.nothing)]})

@@ -164,7 +164,7 @@ def object_(schema: dict[str, Any], goal_of: GoalOf) -> Object:
         properties=properties,
         patterns=patterns,
         rests=rests,
-        required=frozenset(names(schema, "required")),
+        required=tuple(dict.fromkeys(names(schema, "required"))),
         low=count(schema, "minProperties") or 0,
         high=count(schema, "maxProperties"),
         names=goal_of(schema.get("propertyNames", True), True),
@@ -243,8 +243,8 @@ def not_object(schema: dict[str, Any], goal_of: GoalOf) -> Iterator[Kind]:
     kind = object_(schema, goal_of)
     for name, child in mapping(schema, "properties").items():
         if kind.properties[name]:
-            yield Object(properties={name: goal_of(child, False)}, required=frozenset((name,)))
-    for name in sorted(kind.required):
+            yield Object(properties={name: goal_of(child, False)}, required=(name,))
+    for name in kind.required:
         yield Object(properties={name: goal_of(False, True)})
     if kind.low:
         yield Object(high=kind.low - 1)

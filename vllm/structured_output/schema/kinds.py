@@ -151,7 +151,7 @@ class Object(Kind):
     properties: dict[str, Goal] = field(default_factory=dict)
     patterns: dict[str, Goal] = field(default_factory=dict)
     rests: tuple[Rest, ...] = ()
-    required: frozenset[str] = frozenset()
+    required: tuple[str, ...] = ()
     low: int = 0
     high: int | None = None
     names: Goal = ANYTHING
@@ -287,7 +287,7 @@ def _both_objects(a: Object, b: Object) -> Object | None:
         properties=_both_maps(a.properties, b.properties),
         patterns=_both_maps(a.patterns, b.patterns),
         rests=a.rests + tuple(entry for entry in b.rests if entry not in a.rests),
-        required=a.required | b.required,
+        required=tuple(dict.fromkeys(a.required + b.required)),
         low=low,
         high=high,
         names=a.names | b.names,

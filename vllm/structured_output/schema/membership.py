@@ -97,7 +97,7 @@ class Membership:
     def _object_fits(self, kind: Object, value: dict[str, Any]) -> bool | None:
         if len(value) < kind.low or (kind.high is not None and len(value) > kind.high):
             return False
-        if not kind.required <= value.keys():
+        if not all(name in value for name in kind.required):
             return False
         goal_of = self._expander.goal_of_property
         return _all(self.meets(goal_of(kind, name), child) for name, child in value.items())
