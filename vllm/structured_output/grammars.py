@@ -94,12 +94,15 @@ class _GuidancePath(Path):
             raise RuntimeError(_first_line(self._matcher.get_error()))
 
     def accept(self, token_id: int) -> bool:
+        if token_id in self._stops:
+            # A matcher that can take nothing else does not take these either.
+            self._is_over = self._matcher.is_accepting()
+            return self._is_over
         # An invalid token is an error of the matcher, as a limit is; trying first tells them apart.
         if not self._matcher.validate_tokens([token_id]):
             return False
         if not self._matcher.consume_token(token_id):
             raise RuntimeError(_first_line(self._matcher.get_error()))
-        self._is_over = token_id in self._stops
         return True
 
     @property

@@ -187,11 +187,14 @@ class Expander:
     def _parts(self, place: Place) -> Iterable[Union]:
         """What each keyword says that stands for a whole schema, and what those of one type say together."""
         schema = place.schema
+        only_reference = self._document.is_old and "$ref" in schema
+        if not only_reference:
+            # First, as its properties come before those that are brought in.
+            yield self._typed(place)
         for target in self._references(place):
             yield target if isinstance(target, dict) else self.alternatives(self._goal(target, True))
-        if self._document.is_old and "$ref" in schema:
+        if only_reference:
             return
-        yield self._typed(place)
         if "const" in schema:
             yield _values([schema["const"]])
         if "enum" in schema:

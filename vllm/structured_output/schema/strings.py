@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -129,6 +130,10 @@ class StringTester:
     """Tries texts on patterns and formats as the engine reads them; by an engine, so that both always agree."""
 
     def __init__(self) -> None:
+        self._known: dict[tuple[str, str], Any] = {}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         import llguidance
 
         class Bytes:
@@ -140,16 +145,16 @@ class StringTester:
             def __call__(self, text: bytes) -> list[int]:
                 return list(text)
 
-        self._matcher = llguidance.LLMatcher
-        self._tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()), slices=[])
-        self._known: dict[tuple[str, str], Any] = {}
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Bytes()), slices=[])
 
     def fits(self, key: str, value: str, text: str) -> bool | None:
         """Whether a text has the `pattern` or `format` (which of the two, `key` says); None if it cannot be read."""
+        from llguidance import LLMatcher
+
         matcher = self._known.get((key, value))
         if matcher is None:
             schema = orjson.dumps({"type": "string", key: value}).decode()
-            matcher = self._matcher(self._tokenizer, self._matcher.grammar_from_json_schema(schema), log_level=0)
+            matcher = LLMatcher(self._tokenizer, LLMatcher.grammar_from_json_schema(schema), log_level=0)
             self._known[key, value] = matcher
         if matcher.is_error():
             return None
