@@ -380,7 +380,7 @@ class _Writer:
         others: dict[str, Any] = {}
         if is_closed:
             others["additionalProperties"] = False
-        elif rest or kind.is_explicit:
+        elif rest or kind.is_explicit or kind.properties or kind.required or patterns:
             # Said even where it is what JSON Schema takes for granted: xgrammar does not.
             others["additionalProperties"] = self._of_goal(rest)
         if kind.names and not (is_closed and not patterns):

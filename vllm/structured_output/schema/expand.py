@@ -37,8 +37,8 @@ from vllm.structured_output.schema.membership import Membership, canonical
 from vllm.structured_output.schema.strings import StringTester
 
 # How often two alternatives may be brought together; what real schemas need is hundreds.
-_MAX_WORK = 200_000
-_MAX_ALTERNATIVES = 2_000
+_MAX_WORK = 50_000
+_MAX_ALTERNATIVES = 512
 # Every choice of several branches counts where annotations are collected, as long as there are few.
 _MAX_COLLECTED = 4
 
@@ -450,15 +450,15 @@ class Expander:
             for name, kinds in union.items():
                 known = found.setdefault(name, [])
                 for kind in kinds:
-                    if len(kinds) + len(known) > _MAX_ALTERNATIVES:
-                        raise _too_many()
                     if kind not in known:
                         known.append(kind)
-        if not self._document.tracks_unevaluated:
-            for name, kinds in found.items():
-                whole = [kind for kind in kinds if is_full(kind)]
-                if whole:
-                    found[name] = whole[:1]
+        for name, kinds in found.items():
+            found[name] = _joined_values(kinds)
+            whole = [kind for kind in kinds if is_full(kind)]
+            if whole and not self._document.tracks_unevaluated:
+                found[name] = whole[:1]
+            if len(found[name]) > _MAX_ALTERNATIVES:
+                raise _too_many()
         return found
 
     def _both(self, a: Union, b: Union) -> Union:
@@ -473,8 +473,8 @@ class Expander:
                     kind = self._pair(one, other)
                     if kind is not None and kind not in kinds:
                         kinds.append(kind)
-            if len(kinds) > _MAX_ALTERNATIVES:
-                raise _too_many()
+                        if len(kinds) > _MAX_ALTERNATIVES:
+                            raise _too_many()
             if kinds:
                 found[name] = kinds
         return found
@@ -524,6 +524,15 @@ def _values(values: list[Any]) -> Union:
     for value in values:
         of_type.setdefault(type_of(value), {}).setdefault(canonical(value), value)
     return {name: [Values(values=tuple(known.values()))] for name, known in of_type.items()}
+
+
+def _joined_values(kinds: list[Kind]) -> list[Kind]:
+    """The same kinds, with all plain values in one."""
+    plain = [kind for kind in kinds if isinstance(kind, Values) and not kind.lost and kind.evaluated == Evaluated()]
+    if len(plain) < 2:
+        return kinds
+    values = {canonical(value): value for kind in plain for value in kind.values}
+    return [kind for kind in kinds if kind not in plain] + [Values(values=tuple(values.values()))]
 
 
 def _without(name: str, nothing: Goal) -> Object:
