@@ -184,6 +184,7 @@ def test_objects_are_closed_unless_they_say_otherwise() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": INTEGER}}}}
     assert not allows_value(compiled(json=schema), {"a": {"c": 1}})
     assert allows_value(compiled(json=schema | {"additionalProperties": True}), {"z": 1})
+    assert not allows_value(compiled(json={"type": "object", "properties": {}}), {"z": 1})
     assert allows_value(compiled(json={"type": "object"}), {"z": {"y": [1]}})
     tuple_ = {"type": "array", "prefixItems": [INTEGER]}
     assert not allows_value(compiled(json=tuple_), [1, 2])

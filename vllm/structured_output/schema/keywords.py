@@ -168,7 +168,7 @@ def object_(schema: dict[str, Any], goal_of: GoalOf) -> Object:
         low=count(schema, "minProperties") or 0,
         high=count(schema, "maxProperties"),
         names=goal_of(schema.get("propertyNames", True), True),
-        is_declared=bool(properties or patterns),
+        is_declared="properties" in schema or "patternProperties" in schema,
         is_explicit=is_explicit,
         evaluated=Evaluated(frozenset(properties), frozenset(patterns), all_names=is_explicit),
     )
