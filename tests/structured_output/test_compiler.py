@@ -7,16 +7,19 @@ import signal
 import threading
 import tracemalloc
 
+import msgspec
 import pytest
 
+from tests.structured_output.byte_text import STOP, VOCABULARY
 from vllm.entrypoints.openai.tool_parsers.forced import named_form, required_form
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.structured_output import compiler as compiler_module
+from vllm.structured_output.compile_server import CompileServer
 from vllm.structured_output.compiler import ConstraintCompiler
-from vllm.structured_output.constraint import MAX_CONSTRAINT_BYTES
+from vllm.structured_output.constraint import MAX_CONSTRAINT_BYTES, constraint_source
 from vllm.structured_output.json_schema import unenforced
-from vllm.structured_output.messages import read_frame
+from vllm.structured_output.messages import CompileJob, CompileResult, CompileServerArgs, read_frame
 
 
 def params(**fields: object) -> StructuredOutputsParams:
@@ -147,6 +150,27 @@ def test_an_answer_that_cannot_be_read_fails_whoever_waits(
         with pytest.raises(ServerBusyError, match="interrupted"):
             compiler.compile(params(regex="two")).result(60)
     assert compiler.compile(params(regex="three[a-z]")).result(60).data
+
+
+def test_what_had_no_time_to_compile_is_not_held_against_it() -> None:
+    server = CompileServer(VOCABULARY, CompileServerArgs("", False, VOCABULARY.size, [STOP]))
+    answers: list[CompileResult] = []
+    for sent in (signal.SIGSTOP, None):
+        job = CompileJob(1, constraint_source(params(json={"type": "integer"})))
+        reader, writer = os.pipe()
+        server.out = open(writer, "wb")  # noqa: SIM115
+        server._start(job)
+        (child,) = server._running.values()
+        if sent is not None:
+            os.kill(child.pid, sent)
+            child.deadline = 0.0
+        while server._running:
+            server.step()
+        server.out.close()
+        with open(reader, "rb") as stream:
+            answers.append(msgspec.msgpack.decode(read_frame(stream) or b"", type=CompileResult))
+    assert (answers[0].is_busy, answers[1].is_busy) == (True, False)
+    assert answers[1].error is None and answers[1].engine == "guidance"
 
 
 def test_too_many_at_once_are_turned_away(compiler: ConstraintCompiler) -> None:

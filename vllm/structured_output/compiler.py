@@ -160,8 +160,11 @@ class ConstraintCompiler:
             result = msgspec.msgpack.decode(frame, type=CompileResult)
             with self._lock:
                 key, outcome = self._pending.pop(result.id)
-                self._remember(key, outcome, len(result.data))
-            if result.error is None:
+                if not result.is_busy:
+                    self._remember(key, outcome, len(result.data))
+            if result.is_busy:
+                outcome.set_exception(_interrupted("the machine is busy"))
+            elif result.error is None:
                 outcome.set_result(CompiledConstraint(key, result.data, result.engine))
             else:
                 outcome.set_exception(_refused(result.error))

@@ -33,12 +33,16 @@ class CompileJob(msgspec.Struct):
 
 
 class CompileResult(msgspec.Struct, omit_defaults=True):
-    """Either `data`, the grammar as `engine` serialises it, or `error`, what is wrong with the constraint."""
+    """Either `data`, the grammar as `engine` serialises it, or `error`, what is wrong with the constraint.
+
+    `is_busy`: nothing is, there was no time for it.
+    """
 
     id: int
     engine: EngineName = "xgrammar"
     data: bytes = b""
     error: str | None = None
+    is_busy: bool = False
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
