@@ -35,7 +35,14 @@ from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.attention.ops.triton_common import TileConfig
 from vllm.attention.ops.triton_merge import merge_partials
 from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
-from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
+from vllm.attention.ops.triton_suffix import (
+    SUFFIX_FIELDS,
+    keep_from_merge,
+    plan_chunk,
+    plan_suffix,
+    suffix_attention,
+    suffix_tiles,
+)
 from vllm.host_staging import reserve, to_device
 from vllm.model_executor.layers.ops.triton_rope import rope_and_write
 
@@ -73,7 +80,7 @@ class PreparedBatch:
 
     Attributes:
         prefix, suffixes: Launches of the two kernels.
-        counts: Partial results of each token; int32 [T].
+        counts: Partial results of each token, -1 for those whose only one is the result; int32 [T].
         partial, lse: Workspace, float32 [P, T, H, D] and [P, T, H]; None where every token has one part, which is then
             written straight to the result.
         block_tables: int32 or int64 [rows, W].
@@ -219,6 +226,10 @@ class TritonAttentionBackend(AttentionBackend):
             if len(chosen):
                 tiles.append(self.suffix_tiles(int(chosen[:, 1].max())))
                 works.append(self.plan_sequences(chosen, counts, tiles[-1], max_partials, unbounded))
+        num_parts = int(counts.max(initial=0))
+        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
+        if not single:
+            keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
         flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]), self.device)
         launches, offset = [], len(works) + num_tokens
@@ -229,8 +240,6 @@ class TritonAttentionBackend(AttentionBackend):
             # The kernel for Hopper sets up a program for many items; the others are started one for each.
             programs = min(items, self.programs(shape)) if self.use_gluon and shape.block_m > 64 else items
             launches.append(Launch(view, flat[i : i + 1], shape, programs))
-        num_parts = int(counts.max(initial=0))
-        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
         partial, lse = (None, None) if single else self.workspace(num_parts, num_tokens)
         return PreparedBatch(
             prefix=launches[0] if len(prefix_work) else None,
@@ -291,7 +300,7 @@ class TritonAttentionBackend(AttentionBackend):
             self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
         beside = prepared.prefix is not None
         for run in prepared.suffixes:
-            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared, beside)
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside)
             beside = True
         if partial is not None and lse is not None:
             merge_partials(partial, lse, prepared.counts, out)
@@ -327,6 +336,7 @@ class TritonAttentionBackend(AttentionBackend):
         run: Launch,
         out: torch.Tensor,
         lse: torch.Tensor | None,
+        whole: torch.Tensor,
         prepared: PreparedBatch,
         beside: bool,
     ) -> None:
@@ -344,6 +354,7 @@ class TritonAttentionBackend(AttentionBackend):
                 out,
                 lse,
                 run.num_programs,
+                whole=whole,
                 block_tables=tables,
                 block_size=block_size,
                 causal=True,
@@ -363,6 +374,7 @@ class TritonAttentionBackend(AttentionBackend):
                 lse,
                 run.tiles,
                 run.num_programs,
+                whole,
                 beside,
             )
 
@@ -513,6 +525,8 @@ class ReplayBuffers:
             backend.plan_sequences(some, counts, shape, 1 if direct else parts, self._max_suffix_work)
             for some, shape in zip(picked, tiles, strict=True)
         ]
+        if not direct:
+            keep_from_merge(suffix_work, counts)
         used = e[2] + prefix_work.size
         for i, work in enumerate(suffix_work):
             if len(work):
