@@ -187,9 +187,10 @@ class CacheEngine:
         self._to_device, self._write = to_device, write
         self.block_size = block_size
         self.num_blocks = num_blocks
-        shape = (num_blocks * block_size, num_kv_heads, head_dim)
-        self.k_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        shape = (2 * num_layers, num_blocks * block_size, num_kv_heads, head_dim)
+        # In one piece, so that an extent of all layers is a rectangle of memory: one copy to the host.
+        caches = torch.zeros(shape, dtype=dtype, device=device).unbind()
+        self.k_caches, self.v_caches = list(caches[:num_layers]), list(caches[num_layers:])
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
         self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device
