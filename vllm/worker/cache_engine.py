@@ -182,7 +182,7 @@ class CacheEngine:
     ) -> None:
         import torch
 
-        from vllm.host_staging import to_device, write
+        from vllm.ops.staging import to_device, write
 
         self._to_device, self._write = to_device, write
         self.block_size = block_size
@@ -197,11 +197,11 @@ class CacheEngine:
 
     def _copier(self) -> Callable[[list[tuple[int, int]]], None]:
         """What copies blocks fastest on this device."""
-        from vllm.model_executor.layers.ops import cpu_kernels
+        from vllm.ops.cpu import kernels as cpu_kernels
 
         caches = [*self.k_caches, *self.v_caches]
         if self._device.type == "cuda":
-            from vllm.worker.ops.triton_copy import BlockCopier
+            from vllm.ops.triton.copy import BlockCopier
 
             return BlockCopier(caches, self.block_size).copy
         if cpu_kernels.library() is not None:

@@ -11,12 +11,12 @@ import torch
 
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.host_staging import to_device, write
-from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
-from vllm.model_executor.layers.ops.sampling import NO_MASK
 from vllm.model_executor.layers.sampler import PROMPT_LOGPROB_ROWS, LogprobTensors, Sampler, TokenMasks
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
+from vllm.ops.sampling import NO_MASK
+from vllm.ops.staging import to_device, write
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.running_step import Draw
@@ -99,7 +99,7 @@ class ModelRunner:
             capture: Steps will be captured.
             num_logprobs: Most likely tokens that a request may ask for.
         """
-        from vllm.kernel_launch import compiling_ahead
+        from vllm.ops.launch import compiling_ahead
 
         graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
         with compiling_ahead(), self.model.only_outer_layers():

@@ -13,8 +13,8 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
-from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.model_loader.load import load_model
+from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.platforms import current_platform
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity

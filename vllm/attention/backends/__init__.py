@@ -39,7 +39,7 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
         if device.type != "cpu":
             raise StartupError("--attention-backend CPU computes on --device cpu; leave it out, or choose TORCH.")
         from vllm.attention.backends.cpu import CpuAttentionBackend
-        from vllm.model_executor.layers.ops import cpu_kernels
+        from vllm.ops.cpu import kernels as cpu_kernels
 
         misfit = cpu_kernels.misfit_of_attention(
             shape.num_heads // shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype

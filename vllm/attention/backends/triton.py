@@ -31,13 +31,13 @@ import numpy as np
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
-from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
-from vllm.host_staging import reserve, to_device
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write
+from vllm.ops.attention.merge import merge_partials
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
+from vllm.ops.attention.suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
+from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.staging import reserve, to_device
+from vllm.ops.triton.rope import rope_and_write
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
@@ -131,7 +131,7 @@ class TritonAttentionBackend(AttentionBackend):
         self.use_gluon = False
         if use_tma and is_cuda and torch.cuda.get_device_capability(device)[0] == 9:
             # Gluon comes with the Triton of torch's builds for such GPUs.
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             self.use_gluon = gluon_attention.takes(dtype, head_dim, block_size)
 
@@ -148,7 +148,7 @@ class TritonAttentionBackend(AttentionBackend):
 
     def _for_device(self, tiles: TileConfig) -> TileConfig:
         if self.use_gluon and tiles.block_m > 64:
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             return gluon_attention.TILES
         return tiles
@@ -309,7 +309,7 @@ class TritonAttentionBackend(AttentionBackend):
         causal: bool,
     ) -> None:
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             programs = run.num_programs
             hopper_attention(q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, programs, causal=causal)
@@ -332,7 +332,7 @@ class TritonAttentionBackend(AttentionBackend):
     ) -> None:
         tables, block_size = prepared.block_tables, prepared.block_size
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             hopper_attention(
                 q,

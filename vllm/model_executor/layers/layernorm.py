@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda:
-            from vllm.model_executor.layers.ops import triton_norm
+            from vllm.ops.triton import norm as triton_norm
 
             return triton_norm.rms_norm(x, self.weight, self.eps)
         wide = functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)

@@ -38,7 +38,7 @@ def linear(
             return out.copy_(result)
         return result if residual is None else residual + result
     if len(x) == 1 and weight.dtype.itemsize == 2:
-        from vllm.model_executor.layers.ops import triton_linear
+        from vllm.ops.triton import linear as triton_linear
 
         if bias is not None:
             residual = bias.unsqueeze(0).clone() if residual is None else residual.add_(bias)

@@ -9,7 +9,7 @@ from torch.nn import functional
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` of [T, 2F], gate first → [T, F] (SwiGLU: Shazeer, 2020)."""
     if gate_up.is_cuda:
-        from vllm.model_executor.layers.ops import triton_activation
+        from vllm.ops.triton import activation as triton_activation
 
         return triton_activation.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
