@@ -8,11 +8,11 @@ from enum import IntEnum, StrEnum
 
 import numpy as np
 
+from vllm.kv_cache.extents import Extent
 from vllm.outputs import SystemPromptInfo
 from vllm.sequence import Sequence
 from vllm.step import PrefixExtent
 from vllm.token_ids import TokenIds
-from vllm.worker.cache_engine import Extent
 
 MAX_CHAIN = 8
 """Extents that a sequence may read one after the other; the work lists of attention are sized for so many."""
