@@ -542,7 +542,7 @@ class Scheduler:
         prompt = seq.system_prompt
         if prompt is None:
             return ()
-        if not prompt.extents:
+        if not prompt.prefix:
             raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
         return prompt.prefix
 

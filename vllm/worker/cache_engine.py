@@ -15,6 +15,7 @@ import torch
 from vllm.kv_cache.extents import Extent as Extent
 from vllm.kv_cache.extents import PinnedBlockPool as PinnedBlockPool
 from vllm.ops.staging import to_device, write
+from vllm.platforms.devices import is_gpu
 
 
 class HasRow(Protocol):
@@ -65,7 +66,7 @@ class CacheEngine:
         from vllm.ops.cpu import kernels as cpu_kernels
 
         caches = [*self.k_caches, *self.v_caches]
-        if self._device.type == "cuda":
+        if is_gpu(self._device):
             from vllm.ops.triton.copy import BlockCopier
 
             return BlockCopier(caches, self.block_size).copy

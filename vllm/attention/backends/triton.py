@@ -38,6 +38,7 @@ from vllm.ops.attention.suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, su
 from vllm.ops.attention.tiles import TileConfig
 from vllm.ops.staging import reserve, to_device
 from vllm.ops.triton.rope import rope_and_write
+from vllm.platforms.devices import gpu_generation, num_multiprocessors
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
@@ -121,15 +122,14 @@ class TritonAttentionBackend(AttentionBackend):
         self.group_size = num_heads // num_kv_heads
         self.dtype = dtype
         self.device = device
-        # The planner needs a number of multiprocessors also where the interpreter takes the place of a GPU.
-        is_cuda = device.type == "cuda"
-        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 8
+        generation = gpu_generation(device)
+        self.num_sms = num_multiprocessors(device)
         if use_tma is None:
             suited = dtype.itemsize == 2 and head_dim & (head_dim - 1) == 0
-            use_tma = suited and is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+            use_tma = suited and generation >= (9, 0)
         self.use_tma = use_tma
         self.use_gluon = False
-        if use_tma and is_cuda and torch.cuda.get_device_capability(device)[0] == 9:
+        if use_tma and generation[0] == 9:
             # Gluon comes with the Triton of torch's builds for such GPUs.
             from vllm.ops.attention import hopper as gluon_attention
 

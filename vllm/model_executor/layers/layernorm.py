@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from vllm.platforms.devices import on_gpu
+
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x²) + eps) · weight`, statistics in float32 (Zhang and Sennrich, 2019)."""
@@ -16,7 +18,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
+        if on_gpu(x):
             from vllm.ops.triton import norm as triton_norm
 
             return triton_norm.rms_norm(x, self.weight, self.eps)

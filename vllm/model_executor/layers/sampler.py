@@ -18,6 +18,7 @@ from vllm.ops.cpu import library as cpu_library
 from vllm.ops.cpu import sampling as cpu_sampling
 from vllm.ops.sampling import LATER, NO_MASK
 from vllm.ops.staging import to_device
+from vllm.platforms.devices import is_gpu
 from vllm.step import PositionLogprobs, SequenceStart
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Sampler:
         self.device = device
         self.rows = SamplingRows(max_num_seqs + 1, vocab_size, device)
         self.kernels: DrawKernels | None = None
-        if device.type == "cuda":
+        if is_gpu(device):
             from vllm.ops.triton.sampling import DrawKernels
 
             self.kernels = DrawKernels(self.rows.tables, max(max_num_seqs, PROMPT_LOGPROB_ROWS))
