@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import triton.testing
 
-from vllm.kernel_launch import compiling_ahead
-from vllm.model_executor.layers.ops.triton_sampling import CHUNK, PIVOTS, ROUNDS, DrawKernels
 from vllm.model_executor.layers.sampling_rows import SamplingRows
+from vllm.ops.launch import compiling_ahead
+from vllm.ops.triton.sampling import CHUNK, PIVOTS, ROUNDS, DrawKernels
 from vllm.sampling_params import SamplingParams
 from vllm.step import SequenceStart
 from vllm.token_ids import token_array

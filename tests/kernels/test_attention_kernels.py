@@ -12,10 +12,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, DTYPES, TOLERANCE, assert_near, poisoned, randn
-from vllm.attention.metadata import PrefixGroup
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials, merge_partials_reference
-from vllm.attention.ops.triton_prefix import (
+from vllm.ops.attention.merge import merge_partials, merge_partials_reference
+from vllm.ops.attention.metadata import PrefixGroup
+from vllm.ops.attention.prefix import (
     PREFIX_FIELDS,
     group_array,
     plan_prefix,
@@ -23,7 +22,7 @@ from vllm.attention.ops.triton_prefix import (
     prefix_attention_reference,
     prefix_tiles,
 )
-from vllm.attention.ops.triton_suffix import (
+from vllm.ops.attention.suffix import (
     SUFFIX_FIELDS,
     keep_from_merge,
     plan_chunk,
@@ -32,6 +31,7 @@ from vllm.attention.ops.triton_suffix import (
     suffix_attention_reference,
     suffix_tiles,
 )
+from vllm.ops.attention.tiles import TileConfig
 
 ON_GPU = DEVICE.type == "cuda"
 # Long extents and many rows take the interpreter long; these sizes are the nightly run's, and a GPU's.
@@ -394,7 +394,7 @@ def only(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 4097])
 @pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
 def test_hopper_kernel_over_extents(length: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     for tokens in (1, 31, 100, 300):
@@ -431,7 +431,7 @@ def test_hopper_kernel_over_chunks_of_a_prefill(
     start: int, count: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     """Consecutive slots are blocks in order, so the reference is that of the paged kernel."""
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     work = plan_chunk(16, start, count, TILES.tokens(heads // kv_heads))
@@ -457,7 +457,7 @@ def test_hopper_kernel_over_chunks_of_a_prefill(
 def test_hopper_kernel_over_blocks(
     block_size: int, shape: tuple[int, int, int], dtype: torch.dtype, max_partials: int
 ) -> None:
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     queries, contexts = np.array([1, 40, 300, 129, 7, 64, 20]), np.array([1, 40, 300, 4097, 700, 129, 0])

@@ -46,6 +46,7 @@ from vllm.core.pinned_prompt import (
     PromptState,
     SystemPromptRefusedError,
     prompt_id,
+    prompt_read_by,
 )
 from vllm.core.pool_log import PoolLog
 from vllm.core.prompt_index import EVERYBODY, PromptIndex, may_extend
@@ -53,12 +54,12 @@ from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.shared_heads import MIN_SHARED_TOKENS, SharedHeads
 from vllm.core.wants import Decision, Want, longer, wants_of
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.logger import init_logger
 from vllm.outputs import SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sequence import Sequence
 from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.token_ids import TokenIds, token_array
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 __all__ = ["Outcome", "PinClass", "PinnedPrompt", "PromptState", "SystemPromptPool", "SystemPromptRefusedError"]
 
@@ -213,7 +214,7 @@ class SystemPromptPool:
 
     def is_waiting(self, seq: Sequence) -> bool:
         """Whether `seq` waits for its system prompt's prefill, or for its way back to the device."""
-        prompt = seq.system_prompt
+        prompt = prompt_read_by(seq)
         return prompt is not None and prompt.state != PromptState.PINNED
 
     def _attach(self, seq: Sequence, prompt: PinnedPrompt) -> None:
@@ -227,8 +228,9 @@ class SystemPromptPool:
 
     def attach_sibling(self, seq: Sequence, sibling: Sequence) -> None:
         """Lets another output of one request read what the first one reads; its request was counted already."""
-        if sibling.system_prompt is not None:
-            self._attach(seq, sibling.system_prompt)
+        prompt = prompt_read_by(sibling)
+        if prompt is not None:
+            self._attach(seq, prompt)
 
     def _shared_head(self, seq: Sequence) -> list[Want]:
         """The head that a long prompt without a system part has in common with an earlier one of its namespace."""
@@ -389,7 +391,7 @@ class SystemPromptPool:
 
     def detach(self, seq: Sequence) -> None:
         """Ends the reading of a finished sequence."""
-        prompt = seq.system_prompt
+        prompt = prompt_read_by(seq)
         if prompt is None:
             return
         seq.system_prompt = None

@@ -22,6 +22,7 @@ import torch
 
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
+from vllm.platforms.devices import is_gpu
 
 logger = init_logger(__name__)
 
@@ -63,7 +64,7 @@ class HostArena:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        if device.type == "cuda":
+        if is_gpu(device):
             self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="host-memory")
 
     def lock_first(self) -> None:

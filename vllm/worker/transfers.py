@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 from vllm.logger import init_logger
+from vllm.ops.driver_copy import copy_rectangle, max_pitch
+from vllm.platforms.devices import on_gpu
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotOutcome, SnapshotStore
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.host_arena import HostArena
-from vllm.worker.ops.driver_copy import copy_rectangle, max_pitch
 
 logger = init_logger(__name__)
 
@@ -50,7 +51,7 @@ class ExtentTransfers:
         caches = (*cache.k_caches, *cache.v_caches)
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
         self._block_bytes = self._caches[0].shape[1]
-        self._on_gpu = caches[0].device.type == "cuda"
+        self._on_gpu = on_gpu(caches[0])
         self._pitch = self._even_distance() if self._on_gpu else None
         self._arena = HostArena(host_blocks * len(caches) * self._block_bytes, caches[0].device)
         self._own: dict[str, torch.Tensor] = {}

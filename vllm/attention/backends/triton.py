@@ -31,11 +31,10 @@ import numpy as np
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
-from vllm.attention.ops.triton_suffix import (
+from vllm.ops.attention.merge import merge_partials
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
+from vllm.ops.attention.suffix import (
     SUFFIX_FIELDS,
     keep_from_merge,
     plan_chunk,
@@ -43,8 +42,10 @@ from vllm.attention.ops.triton_suffix import (
     suffix_attention,
     suffix_tiles,
 )
-from vllm.host_staging import reserve, to_device
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write
+from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.staging import reserve, to_device
+from vllm.ops.triton.rope import rope_and_write
+from vllm.platforms.devices import gpu_generation, num_multiprocessors
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
@@ -128,17 +129,16 @@ class TritonAttentionBackend(AttentionBackend):
         self.group_size = num_heads // num_kv_heads
         self.dtype = dtype
         self.device = device
-        # The planner needs a number of multiprocessors also where the interpreter takes the place of a GPU.
-        is_cuda = device.type == "cuda"
-        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 8
+        generation = gpu_generation(device)
+        self.num_sms = num_multiprocessors(device)
         if use_tma is None:
             suited = dtype.itemsize == 2 and head_dim & (head_dim - 1) == 0
-            use_tma = suited and is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+            use_tma = suited and generation >= (9, 0)
         self.use_tma = use_tma
         self.use_gluon = False
-        if use_tma and is_cuda and torch.cuda.get_device_capability(device)[0] == 9:
+        if use_tma and generation[0] == 9:
             # Gluon comes with the Triton of torch's builds for such GPUs.
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             self.use_gluon = gluon_attention.takes(dtype, head_dim, block_size)
 
@@ -155,7 +155,7 @@ class TritonAttentionBackend(AttentionBackend):
 
     def _for_device(self, tiles: TileConfig) -> TileConfig:
         if self.use_gluon and tiles.block_m > 64:
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             return gluon_attention.TILES
         return tiles
@@ -318,7 +318,7 @@ class TritonAttentionBackend(AttentionBackend):
         causal: bool,
     ) -> None:
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             programs = run.num_programs
             hopper_attention(q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, programs, causal=causal)
@@ -342,7 +342,7 @@ class TritonAttentionBackend(AttentionBackend):
     ) -> None:
         tables, block_size = prepared.block_tables, prepared.block_size
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             hopper_attention(
                 q,

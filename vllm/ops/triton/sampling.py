@@ -33,9 +33,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.kernel_launch import follow, launch
-from vllm.model_executor.layers.ops import sampling
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK, Flag, FloatColumn, IntColumn, SamplingTables
+from vllm.ops import sampling
+from vllm.ops.launch import follow, launch
+from vllm.ops.sampling import LATER, NO_MASK, Flag, FloatColumn, IntColumn, SamplingTables
 from vllm.sampling_params import MAX_BAD_SEQUENCES
 
 CHUNK = 4096

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.attention.ops.triton_common import LOG2E
-from vllm.kernel_launch import follow, launch
+from vllm.ops.attention.tiles import LOG2E
+from vllm.ops.launch import follow, launch
 
 # Elements of a program's tile: parts × columns of the flattened heads.
 _TILE = 2048

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.attention.ops.triton_common import (
+from vllm.ops.attention.tiles import (
     LOG2E,
     TileConfig,
     attend,
@@ -25,7 +25,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
-from vllm.kernel_launch import follow_or_pass, launch, meet
+from vllm.ops.launch import follow_or_pass, launch, meet
 
 # first_token, num_tokens, table_row, begin, end (own keys), position (own position of the first query token), split
 SUFFIX_FIELDS = 7

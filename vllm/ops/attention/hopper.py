@@ -28,8 +28,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from vllm.attention.ops.triton_common import LOG2E, TileConfig, head_shape
-from vllm.kernel_launch import launch
+from vllm.ops.attention.tiles import LOG2E, TileConfig, head_shape
+from vllm.ops.launch import launch
 
 # Rows and keys of a tile, as the planners take them.
 TILES = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=2, programs_per_sm=1)

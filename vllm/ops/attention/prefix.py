@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.attention.metadata import PrefixGroup
-from vllm.attention.ops.triton_common import (
+from vllm.ops.attention.metadata import PrefixGroup
+from vllm.ops.attention.tiles import (
     LOG2E,
     TileConfig,
     attend,
@@ -28,7 +28,7 @@ from vllm.attention.ops.triton_common import (
     row_offsets,
     store_partial,
 )
-from vllm.kernel_launch import follow, launch
+from vllm.ops.launch import follow, launch
 
 # first_token, num_tokens, first_slot, begin, end (keys of the extent), split
 PREFIX_FIELDS = 6
