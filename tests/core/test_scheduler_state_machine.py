@@ -273,11 +273,13 @@ class Machine(RuleBasedStateMachine):
         self.requests = {k: v for k, v in self.requests.items() if k in running}
 
     def idle_probationers(self):
-        """Prompts on probation that nothing holds."""
+        """Prompts on probation that nothing holds, neither a reader nor a prompt that continues them."""
         return [
             p
             for p in self.pool.prompts()
-            if p.on_probation and p.state == "pinned" and not (p.readers or p.doomed or p.is_being_written)
+            if p.on_probation
+            and p.state == "pinned"
+            and not (p.readers or p.num_children_on_device or p.doomed or p.is_being_written)
         ]
 
     @invariant()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from vllm import LLM
 from vllm.beam_search import BeamSearch
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import CompletionOutput, Logprob
+from vllm.outputs import Logprob
 from vllm.sampling_params import BeamSearchParams
 
 PROMPT = [464, 3290, 318, 257, 845, 1263, 5044]
@@ -53,12 +53,12 @@ def search_table(
     params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, length_penalty=penalty)
     search = BeamSearch(config, None, [0], params)  # type: ignore[arg-type]
     while search.active:
-        outputs = []
+        before, rows = search.active, []
         for sequence in search.active:
             row = sorted(enumerate(table[sequence.tokens[-1]]), key=lambda entry: -entry[1])
-            entries = {token: Logprob(logprob) for token, logprob in row[: 2 * width]}
-            outputs.append(CompletionOutput(0, "", [], logprobs=[entries]))
-        search.advance(outputs)
+            rows.append({token: Logprob(logprob) for token, logprob in row[: 2 * width]})
+        search.advance(rows)
+        assert [before[i].tokens for i in search.origins] == [sequence.tokens[:-1] for sequence in search.active]
     return [(sequence.cum_logprob, sequence.tokens) for sequence in search.best()]
 
 

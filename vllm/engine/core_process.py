@@ -30,6 +30,7 @@ from vllm.engine.messages import (
     EngineOutput,
     EngineReady,
     EngineRequest,
+    ForkSequences,
     StepOutputs,
     UtilityCall,
     UtilityResult,
@@ -126,6 +127,8 @@ class CoreProcess:
             elif isinstance(message, AbortRequests):
                 for request_id, index in message.targets:
                     self._core.abort(request_id, index)
+            elif isinstance(message, ForkSequences):
+                self._core.fork(message.request_id, message.beams)
             else:
                 self._call(message)
 
