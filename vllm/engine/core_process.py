@@ -173,7 +173,7 @@ class CoreProcess:
             if not self._core.is_computed(prompt):
                 waiting.append((call_id, prompt))
             elif prompt.state == PromptState.REMOVED:
-                text = f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
+                text = f"System prompt {prompt.id} could not be pinned: the KV cache has no room for it."
                 self._results.append(UtilityResult(call_id, error=text))
             else:
                 self._results.append(UtilityResult(call_id, result=self._described(prompt)))

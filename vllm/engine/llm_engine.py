@@ -171,7 +171,7 @@ class LLMEngine:
             self._advance()
         if prompt.state == PromptState.REMOVED:
             raise SystemPromptRefusedError(
-                Outcome.BUSY, f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
+                Outcome.BUSY, f"System prompt {prompt.id} could not be pinned: the KV cache has no room for it."
             )
         return self.core.pool.describe(prompt)
 
