@@ -12,10 +12,10 @@ from vllm.core.block_manager import BlockManager
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import Outcome, PinClass, SystemPromptPool, SystemPromptRefusedError
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, MAX_LEN = 4, 64
 SIZE = 12  # Tokens of a prompt: three blocks.

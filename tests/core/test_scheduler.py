@@ -8,10 +8,10 @@ from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import SystemPromptPool
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import PROMPT_ROWS, StepPlan
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, NUM_BLOCKS, MAX_LEN = 4, 24, 40
 

@@ -19,11 +19,11 @@ from vllm.core.system_prompt_pool import (
     SystemPromptRefusedError,
 )
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK = 4
 A, B = [1] * 10, [2] * 7

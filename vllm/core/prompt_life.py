@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 from vllm.core.demand import Demand
-from vllm.core.pinned_prompt import PinClass, PinnedPrompt, PromptState
+from vllm.core.pinned_prompt import PinClass, PinnedPrompt, PromptState, prompt_read_by
 from vllm.core.pool_log import PoolLog
 from vllm.core.prompt_registry import PromptRegistry
 from vllm.core.prompt_room import PromptRoom
@@ -187,7 +187,7 @@ class PromptLife:
 
     def detach(self, seq: Sequence) -> None:
         """Ends the reading of a finished sequence."""
-        prompt = seq.system_prompt
+        prompt = prompt_read_by(seq)
         if prompt is None:
             return
         seq.system_prompt = None

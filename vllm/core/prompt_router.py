@@ -1,4 +1,4 @@
-"""What happens to a request that comes with a system prompt: it reads a known one, brings a new one, or runs unpinned."""
+"""What becomes of a request with a system prompt: it reads a known one, brings a new one, or runs unpinned."""
 
 from __future__ import annotations
 

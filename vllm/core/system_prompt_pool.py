@@ -29,6 +29,7 @@ from vllm.core.pinned_prompt import (
     PromptState,
     SystemPromptRefusedError,
     prompt_id,
+    prompt_read_by,
 )
 from vllm.core.pool_log import PoolLog
 from vllm.core.prefix_tree import Walk
@@ -112,8 +113,9 @@ class SystemPromptPool:
 
     def attach_sibling(self, seq: Sequence, sibling: Sequence) -> None:
         """Lets another output of one request read what the first one reads; its request was counted already."""
-        if sibling.system_prompt is not None:
-            self._life.attach(seq, sibling.system_prompt)
+        prompt = prompt_read_by(sibling)
+        if prompt is not None:
+            self._life.attach(seq, prompt)
 
     def detach(self, seq: Sequence) -> None:
         """Ends the reading of a finished sequence."""
@@ -121,7 +123,7 @@ class SystemPromptPool:
 
     def is_waiting(self, seq: Sequence) -> bool:
         """Whether `seq` waits for its system prompt's prefill, or for its way back to the device."""
-        prompt = seq.system_prompt
+        prompt = prompt_read_by(seq)
         return prompt is not None and prompt.state != PromptState.PINNED
 
     # Prompts of an operator ------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepO
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
 from vllm.executor.uniproc import UniprocExecutor
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.step import PositionLogprobs, StepPlan, StepResult
 from vllm.structured_output.masks import MaskFiller
 from vllm.structured_output.store import ConstraintStore
 from vllm.system_prompt_store import SnapshotRecord
-from vllm.worker.cache_engine import PinnedBlockPool
 from vllm.worker.running_step import RunningStep
 
 if TYPE_CHECKING:
