@@ -12,9 +12,9 @@ from typing import Any
 from vllm.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.input_processor import CheckedParams, ProcessedPrompt
+from vllm.entrypoints.chat.request import GenerationRequest
 from vllm.entrypoints.chat.sampling import num_choices
 from vllm.entrypoints.http.request_log import RequestLog
-from vllm.entrypoints.openai.protocol import GenerationRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from vllm.sampling_params import BeamSearchParams, SamplingParams
