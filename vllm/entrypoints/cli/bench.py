@@ -11,7 +11,8 @@ DESCRIPTION = "Measures a running server (serve), or the engine by itself (throu
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
-    from vllm.benchmarks import offline, serve
+    from vllm.benchmarks import serve
+    from vllm.entrypoints.cli import bench_offline as offline
 
     kinds = parser.add_subparsers(dest="kind", metavar="{serve,throughput,latency}", required=True)
     serve_parser = kinds.add_parser("serve", help="load on a running server, and how long its answers take")

@@ -7,8 +7,8 @@ from ctypes import POINTER, byref, c_int64, c_void_p, pointer
 
 import torch
 
-from vllm.model_executor.layers.ops.cpu_library import address, kernels, threads
-from vllm.model_executor.layers.ops.sampling import SamplingTables
+from vllm.ops.cpu.library import address, kernels, threads
+from vllm.ops.sampling import SamplingTables
 
 
 class TablesStruct(ctypes.Structure):

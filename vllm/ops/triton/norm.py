@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.kernel_launch import follow, launch
+from vllm.ops.launch import follow, launch
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.kernel_launch import follow, launch
+from vllm.ops.launch import follow, launch
 
 # Blocks are moved as 8-byte words, so many at a time.
 _WORDS = 1024

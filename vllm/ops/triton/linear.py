@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.kernel_launch import follow, launch
+from vllm.ops.launch import follow, launch
 
 _ROWS = 4
 _COLUMNS = 1024

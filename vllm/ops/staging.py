@@ -11,6 +11,8 @@ import threading
 import numpy as np
 import torch
 
+from vllm.platforms.devices import is_gpu, on_gpu
+
 _HALF = 4 << 20
 _ALIGNMENT = 64
 
@@ -86,7 +88,7 @@ def _staging() -> HostStaging:
 
 def reserve(size: int, dtype: type[np.generic], device: torch.device) -> tuple[np.ndarray, torch.Tensor]:
     """Memory that copies to a device do not wait for; see `HostStaging.reserve`."""
-    if device.type == "cuda":
+    if is_gpu(device):
         return _staging().reserve(size, np.dtype(dtype))
     array = np.empty(size, dtype)
     return array, torch.from_numpy(array)
@@ -94,12 +96,12 @@ def reserve(size: int, dtype: type[np.generic], device: torch.device) -> tuple[n
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """The array as a tensor on a device, on the current stream; it shares the memory of `values` on a CPU."""
-    if device.type == "cuda":
+    if is_gpu(device):
         return _staging().stage(values).to(device, non_blocking=True)
     return torch.from_numpy(values).to(device)
 
 
 def write(target: torch.Tensor, values: np.ndarray) -> None:
     """Copies an array into a tensor of its shape, on the current stream; cheapest where that is contiguous."""
-    staged = _staging().stage(values) if target.is_cuda else torch.from_numpy(values)
+    staged = _staging().stage(values) if on_gpu(target) else torch.from_numpy(values)
     target.copy_(staged, non_blocking=True)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm.kernel_launch import follow, launch
+from vllm.ops.launch import follow, launch
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])

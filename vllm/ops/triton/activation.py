@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch.nn import functional
 
-from vllm.kernel_launch import follow, launch
+from vllm.ops.launch import follow, launch
 
 
 @triton.jit

@@ -21,10 +21,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vllm.platforms.devices import gpu_generation
 
 _compile_only = False
 
@@ -57,7 +58,7 @@ def meet(beside, PDL: tl.constexpr):
 
 @cache
 def _overlaps() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+    return gpu_generation() >= (9, 0)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:

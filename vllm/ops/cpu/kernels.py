@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.model_executor.layers.ops.cpu_library import INSTRUCTIONS as INSTRUCTIONS
-from vllm.model_executor.layers.ops.cpu_library import address, kernels, threads
-from vllm.model_executor.layers.ops.cpu_library import library as library
-from vllm.model_executor.layers.ops.cpu_sampling import SamplingStruct, TablesStruct, check_logits
-from vllm.model_executor.layers.ops.cpu_sampling import logprobs as logprobs
-from vllm.model_executor.layers.ops.cpu_sampling import sample as sample
-from vllm.model_executor.layers.ops.sampling import SamplingTables
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu.library import INSTRUCTIONS as INSTRUCTIONS
+from vllm.ops.cpu.library import address, kernels, threads
+from vllm.ops.cpu.library import library as library
+from vllm.ops.cpu.sampling import SamplingStruct, TablesStruct, check_logits
+from vllm.ops.cpu.sampling import logprobs as logprobs
+from vllm.ops.cpu.sampling import sample as sample
+from vllm.ops.sampling import SamplingTables
 
 TILE = 16
 """Columns of a packed tile; slots of a tile of KV memory."""
