@@ -15,7 +15,7 @@ MAY_USE: dict[str, set[str]] = {
     "responses": {"chat", "http"},
     "anthropic": {"chat", "http"},
     "args": {"chat"},
-    "cli": {"args"},
+    "cli": {"args", "llm"},
 }
 # They are started by these names, and put all rooms together.
 PROGRAMS = {"openai/api_server.py", "openai/run_batch.py", "cli/serve.py", "cli/run_batch.py", "cli/bench.py"}
