@@ -310,7 +310,7 @@ def test_a_search_that_is_left_at_any_moment_leaves_nothing_behind(make_tiny, pi
     engine = make_tiny(max_model_len=128, num_gpu_blocks_override=24)
     params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
     for num_steps in range(14):
-        for i, prompt in enumerate(([*PROMPT, i] for i in range(3))):
+        for i, prompt in enumerate([*PROMPT, i] for i in range(3)):
             beams = BeamSearch(engine.vllm_config.model, engine.tokenizer, prompt, params)
             own = beams.sampling_params()
             search = Search(beams, own, lambda _: [])
