@@ -112,7 +112,9 @@ class Machine(RuleBasedStateMachine):
         outputs=st.sampled_from([None, 1, 2]),
         seed=st.integers(0, 1000),
     )
-    def start(self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl, threshold, outputs, seed):
+    def start(
+        self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl, threshold, outputs, seed
+    ):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
         self.blocks = BlockManager(self.num_blocks, BLOCK, caching)

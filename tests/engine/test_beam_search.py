@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, run, tokens
+from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, run
 from vllm import LLM
 from vllm.beam_search import BeamSearch
 from vllm.engine.llm_engine import LLMEngine
@@ -310,7 +310,7 @@ def test_a_search_that_is_left_at_any_moment_leaves_nothing_behind(make_tiny, pi
     engine = make_tiny(max_model_len=128, num_gpu_blocks_override=24)
     params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
     for num_steps in range(14):
-        for i, prompt in enumerate(([*PROMPT, i] for i in range(3))):
+        for i, prompt in enumerate([*PROMPT, i] for i in range(3)):
             beams = BeamSearch(engine.vllm_config.model, engine.tokenizer, prompt, params)
             own = beams.sampling_params()
             search = Search(beams, own, lambda _: [])
@@ -333,6 +333,6 @@ def test_other_requests_run_beside_a_search(make_tiny, pipeline_depth):
     own = beams.sampling_params()
     engine.add_request("search", PROMPT, own, search=Search(beams, own, lambda _: []))
     (beside,) = run(engine, [Request(OTHER)], greedy(20))
-    assert tokens([beside]) == tokens([alone])
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
     assert len(beams.best()) == 4 and not beams.active
     assert_nothing_held(engine)
