@@ -40,12 +40,19 @@ class Clock:
 class Bench:
     """A pool of 20 blocks, 10 of which may be pinned and 10 must not be, and a clock that stands still."""
 
-    def __init__(self, blocks: tuple[int, int, int] = (20, 10, 10), **config: Any) -> None:
+    def __init__(
+        self, blocks: tuple[int, int, int] = (20, 10, 10), tiers: PromptTiers | None = None, **config: Any
+    ) -> None:
         self.clock = Clock()
         self.released: list[Extent] = []
         self.blocks = PinnedBlockPool(*blocks)
         self.pool = SystemPromptPool(
-            SystemPromptConfig(**config), self.blocks, BLOCK, on_release=self.released.append, clock=self.clock
+            SystemPromptConfig(**config),
+            self.blocks,
+            BLOCK,
+            on_release=self.released.append,
+            clock=self.clock,
+            tiers=tiers,
         )
 
     def request(self, token_ids: list[int], tenant: bytes = b"", namespace: bytes = b"", **params: Any) -> Sequence:
@@ -568,8 +575,7 @@ def test_explaining_changes_nothing_and_routing_agrees() -> None:
 
 
 def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_saved() -> None:
-    bench = Bench()
-    bench.pool.tiers = PromptTiers(host_blocks=20)
+    bench = Bench(tiers=PromptTiers(host_blocks=20))
     prompt = bench.pool.add(list(A), pin=PinClass.HARD)
     bench.begin()
     bench.pool.end_prefill(prompt)

@@ -72,7 +72,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def stopped(engine: AsyncLLMEngine) -> Iterator[None]:
-    pid = engine._client.process.pid
+    pid = engine._link.client.process.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -345,7 +345,7 @@ def test_news_that_cannot_be_taken_in_are_the_engines_death(
         nonlocal faults
         requests = [asyncio.create_task(generate(engine, 1000, request_id=str(i))) for i in range(3)]
         await until(lambda: engine.stats.num_running == 3)
-        process, faults = engine._client.process, 1
+        process, faults = engine._link.client.process, 1
         for request in requests:
             with pytest.raises(EngineDeadError):
                 await request
