@@ -125,7 +125,6 @@ WRONG_REQUESTS: list[dict[str, Any]] = [
     {"cache_salt": 5},
     {"marks": [1]},
     {"marks": [CacheMark("x")]},  # type: ignore[arg-type]
-    {"search_step": "x"},
 ]
 
 

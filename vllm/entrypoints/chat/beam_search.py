@@ -1,22 +1,19 @@
-"""Outputs of a request by beam search: what it may ask for, and the engine requests of each step."""
+"""Outputs of a request by beam search: what it may ask for, and what it is answered."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import replace
+from collections.abc import AsyncGenerator
 from itertools import islice
 from typing import Any
 
 from vllm.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.input_processor import CheckedParams, ProcessedPrompt
+from vllm.engine.search_state import Search
 from vllm.entrypoints.chat.request import GenerationRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from vllm.sampling_params import BeamSearchParams, SamplingParams
-from vllm.token_ids import token_array
 
 
 def beam_params(engine: AsyncLLMEngine, request: GenerationRequest, checked: CheckedParams) -> BeamSearchParams:
@@ -45,8 +42,9 @@ def beam_params(engine: AsyncLLMEngine, request: GenerationRequest, checked: Che
     )
 
 
-async def beam_search(
+def beam_search(
     engine: AsyncLLMEngine,
+    prompt: list[int] | ProcessedPrompt,
     token_ids: list[int],
     params: SamplingParams,
     searched: BeamSearchParams,
@@ -54,45 +52,24 @@ async def beam_search(
     request_id: str,
     options: dict[str, Any],
 ) -> AsyncGenerator[RequestOutput, None]:
-    """One item with the n best outputs, the best first. Each step is an engine request a sequence, but whoever counts
-    and orders requests sees one, which came when the search began."""
+    """One item with the n best outputs, the best first."""
     if params.truncate_prompt_tokens is not None:
-        token_ids = engine.input_processor.truncate(token_ids, params)
+        prompt = token_ids = engine.input_processor.truncate(token_ids, params)
         options = options | {"num_system_tokens": None, "marks": ()}
-    search = BeamSearch(engine.vllm_config.model, engine.tokenizer, token_ids, searched)
-    counted = params.clone()
-    counted.n, counted.max_tokens = n, search.max_tokens
-    first: RequestOutput | None = None
-    prompts: list[list[int] | ProcessedPrompt] = [token_ids]
-    with engine.count_search(token_ids, counted) as count:
-        options |= {"arrival_time": count.metrics.arrival_time}
-        while search.active:
-            step = search.step_params()
-            step.logprobs = max(step.logprobs or 0, params.logprobs or 0)
-            step.prompt_logprobs = params.prompt_logprobs if first is None else None
-            options |= {"search_step": search.num_steps}
-            items = await _answers(
-                [
-                    engine.generate(prompt, step, f"{request_id}-{search.num_steps}-{i}", **options)
-                    for i, prompt in enumerate(prompts)
-                ]
-            )
-            if first is None:
-                first, checked = items[0], token_array(token_ids)
-                count.on_first_step(first)
-            search.advance([item.outputs[0] for item in items])
-            prompts = [
-                ProcessedPrompt(tokens, checked + token_array(tokens[len(token_ids) :]), None)
-                for tokens in (sequence.tokens for sequence in search.active)
-            ]
-        if first is None:
-            raise RuntimeError(f"the search for {request_id} took no step")
-        outputs = [
-            _output(index, sequence, search.output_text(sequence), len(token_ids), params)
-            for index, sequence in enumerate(search.best()[:n])
+
+    def outputs(beams: BeamSearch) -> list[CompletionOutput]:
+        return [
+            _output(index, sequence, beams.output_text(sequence), len(token_ids), params)
+            for index, sequence in enumerate(beams.best()[:n])
         ]
-        count.finish(outputs)
-    yield replace(first, request_id=request_id, outputs=outputs)
+
+    beams = BeamSearch(engine.vllm_config.model, engine.tokenizer, token_ids, searched)
+    asked = params.clone()
+    asked.n, asked.max_tokens = n, beams.max_tokens
+    step = beams.sampling_params()
+    step.logprobs = max(step.logprobs or 0, params.logprobs or 0)
+    step.prompt_logprobs = params.prompt_logprobs
+    return engine.generate(prompt, step, request_id, search=Search(beams, asked, outputs), **options)
 
 
 def _output(
@@ -120,19 +97,3 @@ def _output(
 def _shown(token_id: int, row: TokenLogprobs, top: int) -> TokenLogprobs:
     """The chosen token, then the `top` most likely ones."""
     return {token_id: row[token_id]} | dict(islice(row.items(), top))
-
-
-async def _answers(streams: Sequence[AsyncGenerator[RequestOutput, None]]) -> list[RequestOutput]:
-    """The one item of each stream; when one fails or the caller leaves, all are closed."""
-
-    async def only(stream: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
-        async with aclosing(stream):
-            return await anext(stream)
-
-    tasks = [asyncio.create_task(only(stream)) for stream in streams]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -45,7 +45,7 @@ def generate(
     asked: SamplingParams | BeamSearchParams = params.asked
     if request.use_beam_search:
         asked = searched = beam_params(engine, request, params)
-        outputs = beam_search(engine, token_ids, params.sampling, searched, n, request_id, options)
+        outputs = beam_search(engine, prompt, token_ids, params.sampling, searched, n, request_id, options)
     else:
         outputs = engine.generate(prompt, params, request_id, **options)
         if params.sampling.n != n:
