@@ -7,13 +7,13 @@ answer that comes at once is the same stream with one step a choice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from vllm.outputs import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(msgspec.Struct, frozen=True):
     """Counts of tokens.
 
     Attributes:
@@ -28,11 +28,10 @@ class Usage:
     completion: int = 0
 
     def with_completion(self, completion: int) -> Usage:
-        return replace(self, completion=completion)
+        return Usage(self.prompt, self.cached, self.written, completion)
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(msgspec.Struct, frozen=True):
     """The tokens of a step; first among its events, since the text may come later or never.
 
     Attributes:
@@ -43,22 +42,19 @@ class Tokens:
     logprobs: Sequence[TokenLogprobs] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Reasoning:
+class Reasoning(msgspec.Struct, frozen=True):
     """More of what the model thinks."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True):
     """More of what the model says."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallBegun:
+class CallBegun(msgspec.Struct, frozen=True):
     """A tool call begins; `index` counts the calls of a choice from 0."""
 
     index: int
@@ -66,23 +62,20 @@ class CallBegun:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallArguments:
+class CallArguments(msgspec.Struct, frozen=True):
     """More of a call's arguments, JSON as the model writes it."""
 
     index: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallEnded:
+class CallEnded(msgspec.Struct, frozen=True):
     """A call has all its arguments, or the answer ends within it."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """A choice is complete.
 
     Attributes:
@@ -98,16 +91,14 @@ PartEvent = Reasoning | Text | CallBegun | CallArguments | CallEnded
 StepEvent = Tokens | PartEvent | Finished
 
 
-@dataclass(frozen=True, slots=True)
-class PromptRead:
+class PromptRead(msgspec.Struct, frozen=True):
     """The prompt is computed; comes once, before all steps."""
 
     token_ids: list[int]
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(msgspec.Struct, frozen=True):
     """What is new in one choice.
 
     Attributes:
@@ -120,8 +111,7 @@ class Step:
     num_generated: int
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerEnd:
+class AnswerEnd(msgspec.Struct, frozen=True):
     """All choices are complete.
 
     Attributes:

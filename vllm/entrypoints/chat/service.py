@@ -123,11 +123,12 @@ class ChatService:
         shows_reasoning = request.include_reasoning is not False
         # One by one, the tokens would tell of reasoning that is left out.
         shows_tokens = shows_reasoning or answer_format.reasoning is None
+        wants_tokens = top_logprobs is not None or bool(request.return_token_ids)
         reading = AnswerReading(
             format=answer_format,
             parsers=[answer_format.make_parser(ended) for _ in range(num_choices(request))],
             shows_reasoning=shows_reasoning,
-            shows_tokens=shows_tokens,
+            shows_tokens=shows_tokens and wants_tokens,
             echoed=last_text(last) if request.echo and last["role"] == role else "",
         )
         return ChatAnswer(

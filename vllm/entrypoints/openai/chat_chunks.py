@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from vllm.entrypoints.chat.events import (
@@ -14,7 +13,6 @@ from vllm.entrypoints.chat.events import (
     PromptRead,
     Reasoning,
     Step,
-    StepEvent,
     Text,
     Tokens,
     Usage,
@@ -44,25 +42,21 @@ class ChunkWriter:
         self._returns_token_ids = bool(request.return_token_ids)
         self._prompt: Usage | None = None
 
-    def write(self, event: AnswerEvent) -> Iterator[dict[str, Any]]:
+    def write(self, event: AnswerEvent) -> list[dict[str, Any]]:
         """The chunks that tell of an event."""
         match event:
-            case PromptRead(token_ids, usage):
-                self._prompt = usage
-                for index in range(self._answer.num_choices):
-                    first = self._chunk(_choice(index, {"role": self._answer.role, "content": ""}), 0)
-                    yield first | {"prompt_token_ids": token_ids} if self._returns_token_ids else first
             case Step():
                 choice = self._step(event)
-                if choice is not None:
-                    yield self._chunk(choice, event.num_generated)
-            case AnswerEnd(usage):
-                if self._tells_usage:
-                    yield self._head | {
-                        "choices": [],
-                        "usage": usage_json(usage),
-                        "system_fingerprint": self._fingerprint,
-                    }
+                return [] if choice is None else [self._chunk(choice, event.num_generated)]
+            case PromptRead():
+                self._prompt = event.usage
+                first = {"role": self._answer.role, "content": ""}
+                extra = {"prompt_token_ids": event.token_ids} if self._returns_token_ids else {}
+                return [self._chunk(_choice(i, first), 0) | extra for i in range(self._answer.num_choices)]
+            case AnswerEnd() if self._tells_usage:
+                usage = {"usage": usage_json(event.usage), "system_fingerprint": self._fingerprint}
+                return [self._head | {"choices": []} | usage]
+        return []
 
     def _chunk(self, choice: dict[str, Any], completion_tokens: int) -> dict[str, Any]:
         made = self._head | {"choices": [choice]}
@@ -74,45 +68,40 @@ class ChunkWriter:
 
     def _step(self, step: Step) -> dict[str, Any] | None:
         """The choice of a chunk; None while there is nothing to tell, as when a character is not complete yet."""
-        choice = _choice(step.choice, _delta(step.events))
-        says_nothing = not choice["delta"]
-        if says_nothing and self._answer.is_plain:
-            choice["delta"]["content"] = ""
+        delta: dict[str, Any] = {}
+        choice = _choice(step.choice, delta)
         for event in step.events:
             match event:
-                case Tokens(ids):
-                    if self._answer.logprobs is not None and ids:
+                case Tokens():
+                    if self._answer.logprobs is not None and event.ids:
                         choice["logprobs"] = {"content": self._answer.logprobs.write(event), "refusal": None}
-                        says_nothing = False
                     if self._returns_token_ids:
-                        choice["token_ids"] = list(ids)
-                        says_nothing = False
-                case Finished(reason, stop_reason):
-                    choice |= {"finish_reason": reason, "stop_reason": stop_reason}
-                    says_nothing = False
-        return None if says_nothing else choice
+                        choice["token_ids"] = list(event.ids)
+                case Text():
+                    delta["content"] = delta.get("content", "") + event.text
+                case Reasoning():
+                    delta["reasoning"] = delta["reasoning_content"] = delta.get("reasoning", "") + event.text
+                case CallBegun() | CallArguments():
+                    _add_to_calls(delta.setdefault("tool_calls", []), event)
+                case Finished():
+                    choice["finish_reason"] = event.reason
+                    choice["stop_reason"] = event.stop_reason
+        tells = delta or choice["finish_reason"] is not None or choice["logprobs"] is not None or "token_ids" in choice
+        if not delta and self._answer.is_plain:
+            delta["content"] = ""
+        return choice if tells else None
 
 
 def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
 
-def _delta(events: Iterable[StepEvent]) -> dict[str, Any]:
-    """The `delta` of a step: what it adds to each field of the message."""
-    delta: dict[str, Any] = {}
-    calls: dict[int, dict[str, Any]] = {}
-    for event in events:
-        match event:
-            case Reasoning(text):
-                delta["reasoning"] = delta["reasoning_content"] = delta.get("reasoning", "") + text
-            case Text(text):
-                delta["content"] = delta.get("content", "") + text
-            case CallBegun(index, call_id, name):
-                function = {"name": name, "arguments": ""}
-                calls[index] = {"index": index, "function": function, "id": call_id, "type": "function"}
-            case CallArguments(index, text):
-                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
-                call["function"]["arguments"] += text
-    if calls:
-        delta["tool_calls"] = list(calls.values())
-    return delta
+def _add_to_calls(calls: list[dict[str, Any]], event: CallBegun | CallArguments) -> None:
+    """Adds to `delta.tool_calls`, which has one entry for each call that a step tells of."""
+    if isinstance(event, CallBegun):
+        function = {"name": event.name, "arguments": ""}
+        calls.append({"index": event.index, "function": function, "id": event.id, "type": "function"})
+        return
+    if not calls or calls[-1]["index"] != event.index:
+        calls.append({"index": event.index, "function": {"arguments": ""}})
+    calls[-1]["function"]["arguments"] += event.text
