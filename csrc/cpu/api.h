@@ -1,4 +1,4 @@
-// The C interface of the compiled CPU kernels; vllm/model_executor/layers/ops/cpu_kernels.py mirrors these structs.
+// The C interface of the compiled CPU kernels; vllm/ops/cpu mirrors these structs.
 //
 // All strides and sizes count elements unless said otherwise. Packed matrices come in tiles of 16 columns:
 //   float32   [N/16][K][16]
@@ -14,7 +14,7 @@
 
 #include <cstdint>
 
-// Raised with every change of what Python calls; cpu_kernels.py says the same number.
+// Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
 constexpr int32_t kInterface = 3;
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
@@ -95,7 +95,7 @@ struct Projection {
   float factor, softcap;
 };
 
-// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/attention/metadata.py. The groups of one
+// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/ops/attention/metadata.py. The groups of one
 // token come in the order of its extents; the last of these ends where the token's own blocks begin.
 struct Group {
   int64_t first_token, num_tokens, first_slot, length;
@@ -137,7 +137,7 @@ struct Network {
   int32_t embedding_format;
 };
 
-// What rows ask of the sampler; vllm/model_executor/layers/ops/sampling.py says what the columns mean and in which order
+// What rows ask of the sampler; vllm/ops/sampling.py says what the columns mean and in which order
 // they work.
 struct SamplingTables {
   const float* floats;   // [rows][kNumFloats]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from vllm.model_executor.layers.ops.cpu_kernels import (
+from vllm.ops.cpu.kernels import (
     AttentionOptions,
     DecoderLayer,
     DecoderProgram,

@@ -19,9 +19,9 @@ from tests.model_executor.cpu_networks import (
     randn,
     softmax_of,
 )
-from vllm.attention.metadata import PrefixGroup
-from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import (
+from vllm.ops.attention.metadata import PrefixGroup
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu.kernels import (
     WIDEN,
     AttentionOptions,
     CompiledSteps,
@@ -32,7 +32,7 @@ from vllm.model_executor.layers.ops.cpu_kernels import (
     Rope,
     SequenceRows,
 )
-from vllm.model_executor.layers.ops.sampling import SamplingTables
+from vllm.ops.sampling import SamplingTables
 
 every_instructions = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
 # Weights, whether they are quantised, and the largest error of a state in parts of the largest of its token; bfloat16 K
