@@ -26,6 +26,7 @@ from vllm.ops.cpu.kernels import (
     AttentionOptions,
     CompiledSteps,
     DecoderLayer,
+    DecoderProgram,
     Norm,
     PackedHead,
     PackedMatrix,
@@ -266,8 +267,10 @@ def test_what_does_not_fit_together_is_refused() -> None:
     up, down = PackedMatrix(torch.zeros(64, 48), interleave=True), PackedMatrix(torch.zeros(48, 32))
     DecoderLayer(attention, qkv, o, up, down)
     refused: list[tuple[dict[str, Any], str]] = [
+        ({"up": PackedMatrix(torch.zeros(64, 48))}, "up must be packed with interleave"),
+        ({"gated": False, "down": PackedMatrix(torch.zeros(48, 64))}, "up must not be packed with interleave"),
         ({"activation": "tanh"}, "activation 'tanh': the CPU kernels have silu, gelu_tanh, gelu, relu2"),
-        ({"gated": False}, "down is 48 x 32 where 48 x 64 fits"),
+        ({"gated": False, "up": PackedMatrix(torch.zeros(64, 48))}, "down is 48 x 32 where 48 x 64 fits"),
         ({"qkv": o}, "qkv is 48 x 64 where 128 x 64 fits"),
         ({"after_mlp": Norm(64, 1e-5)}, "after_mlp has 64 elements, hidden_size is 48"),
         ({"parallel": True, "before_mlp": Norm(48, 1e-5)}, "before_mlp must be None"),
@@ -275,6 +278,17 @@ def test_what_does_not_fit_together_is_refused() -> None:
     for changes, why in refused:
         with pytest.raises(ValueError, match=why):
             DecoderLayer(**{"attention": attention, "qkv": qkv, "o": o, "up": up, "down": down} | changes)
+    layer = DecoderLayer(attention, qkv, o, up, down)
+    with pytest.raises(ValueError, match="layers and final norm differ in hidden_size: 48, 64"):
+        DecoderProgram([layer], Norm(64, 1e-5))
+    caches = [torch.zeros(16, 1, 32).bfloat16()]
+    with pytest.raises(ValueError, match=r"K and V of torch\.bfloat16 do not go with matrices of another dtype"):
+        DecoderProgram([layer], None).use_caches(caches, caches)
+    caches = [torch.zeros(16, 2, 32)]
+    with pytest.raises(ValueError, match=r"a K/V tensor \[16, 2, 32\] .* for KV heads x head_dim of \(1, 32\)"):
+        DecoderProgram([layer], None).use_caches(caches, caches)
+    with pytest.raises(ValueError, match="64 rows, interleaved: True, are no MLP with gated=False"):
+        cpu_kernels.activated(torch.zeros(1, 48), up, "silu", WIDEN, gated=False)
     options: list[tuple[dict[str, Any], str]] = [
         ({"num_heads": 3, "num_kv_heads": 2}, "3 heads cannot share 2 KV heads"),
         ({"head_dim": 40}, "head_dim 40 is no multiple of 16"),

@@ -90,6 +90,7 @@ class PackedMatrix:
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, interleave: bool = False, int8: bool = False
     ) -> None:
         self.n, self.k = weight.shape
+        self.interleaved = interleave
         unit = 2 * TILE if interleave else 1
         if self.k % TILE or self.n % unit:
             raise ValueError(f"cannot pack a matrix of {self.n} x {self.k}: K must be a multiple of 16, N of {unit}")
@@ -169,6 +170,8 @@ def activated(
 ) -> torch.Tensor:
     """The first half of an MLP: `activation(gate) * up` of x times an interleaved matrix, float32 [R, K] →
     [R, N/2]; or `activation(x Wᵀ + b)`, [R, N] with N a multiple of 16."""
+    if gated != weight.interleaved or weight.n % TILE:
+        raise ValueError(f"{weight.n} rows, interleaved: {weight.interleaved}, are no MLP with gated={gated}")
     out = torch.empty((x.shape[0], weight.n // 2 if gated else weight.n))
     kernels().vsp_activated(
         address(x),

@@ -160,16 +160,24 @@ class DecoderLayer:
         for name, (matrix, n, k) in shapes.items():
             if (matrix.n, matrix.k) != (n, k):
                 raise ValueError(f"{name} is {matrix.n} x {matrix.k} where {n} x {k} fits the other matrices")
+            if matrix.interleaved != (name == "up" and self.gated):
+                raise ValueError(
+                    f"{name} must {'' if name == 'up' and self.gated else 'not '}be packed with interleave"
+                )
         for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
             norm: Norm | None = getattr(self, name)
             if norm is not None and norm.size != hidden:
                 raise ValueError(f"{name} has {norm.size} elements, hidden_size is {hidden}")
 
+    @property
+    def matrices(self) -> tuple[PackedMatrix, ...]:
+        return self.qkv, self.o, self.up, self.down
+
     def fill(self, struct: _Layer) -> None:
         struct.attention = self.attention.struct()
         for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
             setattr(struct, name, norm_struct(getattr(self, name)))
-        struct.qkv, struct.o, struct.up, struct.down = (m.struct for m in (self.qkv, self.o, self.up, self.down))
+        struct.qkv, struct.o, struct.up, struct.down = (m.struct for m in self.matrices)
         struct.activation = ACTIVATIONS.index(self.activation)
         struct.gated, struct.parallel = self.gated, self.parallel
         struct.residual_factor, struct.layer_factor = self.residual_factor, self.layer_factor
@@ -185,13 +193,18 @@ class DecoderProgram:
     """
 
     def __init__(self, layers: Sequence[DecoderLayer], final_norm: Norm | None, embedding_factor: float = 1.0) -> None:
+        hidden_size = layers[0].qkv.k
+        sizes = {layer.qkv.k for layer in layers} | {hidden_size if final_norm is None else final_norm.size}
+        if len(sizes) > 1:
+            raise ValueError(f"layers and final norm differ in hidden_size: {', '.join(map(str, sorted(sizes)))}")
         self._kept = (layers, final_norm)
+        self._formats = {m.data.dtype for layer in layers for m in layer.matrices} - {torch.int8}
         self._layers = (_Layer * len(layers))()
         for struct, layer in zip(self._layers, layers, strict=True):
             layer.fill(struct)
         self.struct = _Stack(
             len(layers),
-            layers[0].qkv.k,
+            hidden_size,
             embedding_factor,
             norm_struct(final_norm),
             self._layers,
@@ -200,9 +213,12 @@ class DecoderProgram:
         self._caches: list[torch.Tensor] = []
 
     def use_caches(self, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]) -> None:
-        """K/V tensors of every layer [num_slots, num_kv_heads, head_dim], all of one dtype."""
+        """K/V tensors of every layer [num_slots, num_kv_heads, head_dim], all of the dtype of the matrices; beside int8
+        matrices, of any."""
         if self._caches is k_caches:
             return
+        if self._formats - {k_caches[0].dtype}:
+            raise ValueError(f"K and V of {k_caches[0].dtype} do not go with matrices of another dtype")
         for struct, cache in zip(self._layers, k_caches, strict=True):
             shape = (struct.attention.num_kv_heads, struct.attention.head_dim)
             if cache.shape[1:] != shape or cache.dtype != k_caches[0].dtype:
