@@ -197,7 +197,8 @@ class DecoderProgram:
         sizes = {layer.qkv.k for layer in layers} | {hidden_size if final_norm is None else final_norm.size}
         if len(sizes) > 1:
             raise ValueError(f"layers and final norm differ in hidden_size: {', '.join(map(str, sorted(sizes)))}")
-        self._kept = (layers, final_norm)
+        self.layers = tuple(layers)
+        self._kept = final_norm
         self._formats = {m.data.dtype for layer in layers for m in layer.matrices} - {torch.int8}
         self._layers = (_Layer * len(layers))()
         for struct, layer in zip(self._layers, layers, strict=True):
