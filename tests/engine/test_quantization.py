@@ -28,8 +28,7 @@ def engine(default_model_path: str) -> Iterator[LLMEngine]:
 
 def test_matrices_are_int8_and_cache_and_embeddings_are_not(engine: LLMEngine) -> None:
     worker = engine.core.executor._worker
-    layers, *_ = worker.model.packed._stack._weights
-    matrices = [m for layer in layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    matrices = [m for layer in worker.model.packed._stack.layers for m in layer.matrices]
     matrices.append(worker.model.packed._head)
     assert {m.data.dtype for m in matrices} == {torch.int8}
     assert worker.model.embed_tokens.weight.dtype == torch.float32
