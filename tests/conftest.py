@@ -13,6 +13,7 @@ import pytest
 
 import vllm  # noqa: F401 - first, since it sets how torch's threads wait
 from server_process import ServerProcess
+from tests.warm_start import Nursery
 from vllm.platforms import CudaPlatform
 
 if TYPE_CHECKING:
@@ -84,19 +85,56 @@ def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def server_factory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
-    """`server_factory(*args, env=None, api_key=None, timeout=300)` returns a healthy server started with these flags.
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts processes of the product in a fraction of the time; see `warm_start`."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.stop()
+
+
+@pytest.fixture(scope="session")
+def run_vllm(nursery: Nursery) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_vllm(*args, timeout=120)` runs the command `vllm` to its end."""
+
+    def run(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [*nursery.command("vllm.entrypoints.cli.main"), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture
+def warm_engines(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engine processes that are started here are forks of the nursery."""
+    from vllm.engine.async_llm_engine import AsyncLLMEngine
+
+    monkeypatch.setattr(AsyncLLMEngine, "process_command", nursery.command("vllm.engine.core_process"))
+
+
+@pytest.fixture(scope="session")
+def server_factory(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
+    """`server_factory(*args, env=None, api_key=None, timeout=300, cold=False)` returns a healthy server started with
+    these flags.
 
     It is a `ServerProcess`: `.url`, `.port`, `.model`, `.log_path`, `.process`, `.stop()`. Raises
     RuntimeError with the end of the server's log if it does not start. Servers still running at the end are stopped.
+
+    A `cold` one is no fork of the nursery: for tests of the processes themselves, and for environment variables that
+    are read as modules are loaded.
     """
     servers: list[ServerProcess] = []
     folder = tmp_path_factory.mktemp("servers")
 
     def start(
-        *args: str, env: dict[str, str] | None = None, api_key: str | None = None, timeout: float = 300
+        *args: str,
+        env: dict[str, str] | None = None,
+        api_key: str | None = None,
+        timeout: float = 300,
+        cold: bool = False,
     ) -> ServerProcess:
-        server = ServerProcess(args, folder / f"server{len(servers)}.log", env, api_key)
+        module = "vllm.entrypoints.openai.api_server"
+        command = [sys.executable, "-m", module] if cold else nursery.command(module)
+        server = ServerProcess(args, folder / f"server{len(servers)}.log", env, api_key, command)
         servers.append(server)
         server.wait_until_healthy(timeout)
         return server
