@@ -11,13 +11,12 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from vllm.engine.input_processor import ProcessedPrompt
-from vllm.engine.logprobs import PromptLogprobs, logprobs_at
+from vllm.engine.logprobs import LogprobRows, PromptLogprobs
 from vllm.engine.messages import EngineOutput, EngineRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.step import PositionLogprobs
 from vllm.transformers_utils.detokenizer import incremental_detokenizer
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -411,8 +410,9 @@ class OutputProcessor:
         if news.prompt_logprobs is not None:
             state.prompt_logprobs = PromptLogprobs(news.prompt_logprobs, self.tokenizer)
         if news.logprobs is not None and out.logprobs is not None:
-            out.logprobs += self._logprobs(news.logprobs)
-            out.cumulative_logprob += sum(row[0] for row in news.logprobs.logprobs)
+            rows = LogprobRows(news.logprobs, self.tokenizer)
+            out.logprobs += map(rows.at, range(len(rows)))
+            out.cumulative_logprob += sum(rows.chosen())
         last = len(news.new_token_ids) - 1
         for i, token_id in enumerate(news.new_token_ids):
             out.token_ids.append(token_id)
@@ -434,9 +434,6 @@ class OutputProcessor:
         for _ in range(count):
             state.observer.on_token(now, out.last_token_time or None)
             state.metrics.last_token_time = out.last_token_time = now
-
-    def _logprobs(self, positions: PositionLogprobs) -> list[TokenLogprobs]:
-        return [logprobs_at(positions, i, self.tokenizer) for i in range(len(positions.token_ids))]
 
 
 def _own_fault(state: RequestState, error: Exception) -> RuntimeError:

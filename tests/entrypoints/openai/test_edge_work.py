@@ -186,7 +186,7 @@ def test_what_is_at_a_limit_is_served(served: Served, fields) -> None:
 
 
 def test_a_prompts_log_probabilities_are_bounded_and_shaped_in_a_thread(served: Served, monkeypatch) -> None:
-    seen = record_threads(monkeypatch, logprobs, "logprobs_at")
+    seen = record_threads(monkeypatch, logprobs.LogprobRows, "at")
     body = SHORT | {"prompt": list(range(100, 1100)), "prompt_logprobs": 20}
     (choice,) = served.post("/v1/completions", body).json()["choices"]
     shown = choice["prompt_logprobs"]
