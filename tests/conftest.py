@@ -103,12 +103,16 @@ def run_vllm(nursery: Nursery) -> Callable[..., subprocess.CompletedProcess[str]
     return run
 
 
-@pytest.fixture
-def warm_engines(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engine processes that are started here are forks of the nursery."""
+@pytest.fixture(scope="module")
+def warm_engines(nursery: Nursery) -> Iterator[None]:
+    """Engine and compile processes that this process starts are forks of the nursery."""
     from vllm.engine.async_llm_engine import AsyncLLMEngine
+    from vllm.structured_output.compiler import ConstraintCompiler
 
-    monkeypatch.setattr(AsyncLLMEngine, "process_command", nursery.command("vllm.engine.core_process"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AsyncLLMEngine, "process_command", nursery.command("vllm.engine.core_process"))
+        patch.setattr(ConstraintCompiler, "process_command", nursery.command("vllm.structured_output.compile_server"))
+        yield
 
 
 @pytest.fixture(scope="session")

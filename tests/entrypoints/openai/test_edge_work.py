@@ -66,7 +66,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model_dir) -> Iterator[Served]:
+def served(tiny_model_dir, warm_engines) -> Iterator[Served]:
     flags = ["--model", str(tiny_model_dir), "--max-model-len", "4096", "--num-gpu-blocks-override", "600"]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, "--disable-log-stats"])
     engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
