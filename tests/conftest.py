@@ -26,6 +26,7 @@ if not CudaPlatform.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ServerFactory = Callable[..., ServerProcess]
+_SIZE = ("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -149,17 +150,17 @@ def server_factory(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def server(server_factory: ServerFactory, default_model_path: str) -> ServerProcess:
-    """A server of the default model in float32 with 16,384 tokens of KV cache, shared by all tests."""
-    return server_factory("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024")
+def server(server_factory: ServerFactory, tiny_model_dir: Path) -> ServerProcess:
+    """A server of the tiny model with 16,384 tokens of KV cache, shared by all tests that do not care what it says."""
+    return server_factory("--model", str(tiny_model_dir), *_SIZE)
 
 
 @pytest.fixture(scope="session")
 def tools_server(server_factory: ServerFactory, default_model_path: str) -> ServerProcess:
-    """Like `server`, but it tells tool calls and reasoning from the rest of an answer."""
+    """A server of the default model, which ends a JSON text where it may, that tells tool calls and reasoning from the
+    rest of an answer."""
     parsers = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
-    size = ["--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024"]
-    return server_factory(*parsers, *size)
+    return server_factory(*parsers, *_SIZE)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ USER = {"role": "user", "content": "Write a very long story about a lighthouse."
 
 @pytest.fixture
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=120) as client:
         yield client
 
 

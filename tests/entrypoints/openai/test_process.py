@@ -164,7 +164,7 @@ def test_flags_of_the_http_layer(start, tmp_path: Path):
     names = ["--served-model-name", "one", "two", "--fingerprint-mode", "custom", "--fingerprint-value", "hash"]
     server = start(*flags, *names, *rendering, "--allowed-origins", '["http://a"]', "--disable-fastapi-docs")
     assert "Warning" not in server.log_path.read_text()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=60) as client:
         # A proxy may take the prefix off, or leave it.
         for prefix in ("", "/api"):
             models = client.get(f"{prefix}/v1/models", headers={"Origin": "http://b"})
@@ -200,7 +200,7 @@ def test_flags_of_the_http_layer(start, tmp_path: Path):
 def test_development_routes_open_in_development_mode(start):
     server = start("--max-model-len", "2048", env={"VLLM_SERVER_DEV_MODE": "1"})
     assert httpx.get(f"{server.url}/server_info", timeout=60).json()["vllm_config"]["model"]["max_model_len"] == 2048
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=60) as client:
         chat = {
             "messages": [{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": "Hi. " * 40}]
         }
