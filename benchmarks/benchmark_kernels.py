@@ -23,23 +23,23 @@ import numpy as np
 import torch
 import triton.testing
 
-from vllm.attention.ops import gluon_attention
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import plan_prefix, prefix_attention, prefix_attention_reference, prefix_tiles
-from vllm.attention.ops.triton_suffix import (
+from vllm.ops.attention import hopper as gluon_attention
+from vllm.ops.attention.merge import merge_partials
+from vllm.ops.attention.prefix import plan_prefix, prefix_attention, prefix_attention_reference, prefix_tiles
+from vllm.ops.attention.suffix import (
     plan_chunk,
     plan_suffix,
     suffix_attention,
     suffix_attention_reference,
     suffix_tiles,
 )
-from vllm.kernel_launch import compiling_ahead
-from vllm.model_executor.layers.ops.triton_activation import silu_and_mul
-from vllm.model_executor.layers.ops.triton_linear import row_linear
-from vllm.model_executor.layers.ops.triton_norm import rms_norm
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write
-from vllm.worker.ops.triton_copy import BlockCopier
+from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.launch import compiling_ahead
+from vllm.ops.triton.activation import silu_and_mul
+from vllm.ops.triton.copy import BlockCopier
+from vllm.ops.triton.linear import row_linear
+from vllm.ops.triton.norm import rms_norm
+from vllm.ops.triton.rope import rope_and_write
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, BLOCK_SIZE = 32, 8, 128, 4096, 14336, 16
 DEVICE = torch.device("cuda")

@@ -22,6 +22,7 @@ from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import SystemPromptPool
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.transformers_utils.chat_template import ChatRenderer
@@ -29,7 +30,6 @@ from vllm.transformers_utils.config import resolve_model
 from vllm.transformers_utils.system_parts import SystemPart
 from vllm.transformers_utils.text_heads import TextHead
 from vllm.transformers_utils.tokenizer import load_tokenizer
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK, PROMPT_TOKENS, MAX_LEN = 16, 64, 4096
 SHARED = 10

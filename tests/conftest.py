@@ -69,7 +69,7 @@ def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """The compiled CPU kernels with the instructions that a test asks for, indirectly; two threads."""
     import torch
 
-    from vllm.model_executor.layers.ops import cpu_kernels
+    from vllm.ops.cpu import kernels as cpu_kernels
 
     library, threads = cpu_kernels.library(), torch.get_num_threads()
     if library is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.sampling_params import SamplingParams
+from vllm.step import PrefixExtent
 from vllm.token_ids import token_array
 
 if TYPE_CHECKING:
-    from vllm.core.system_prompt_pool import PinnedPrompt
     from vllm.structured_output.matcher import TokenMatcher
 
 
@@ -31,6 +31,25 @@ FINISH_REASONS = {
     SequenceStatus.FINISHED_LENGTH: "length",
     SequenceStatus.FINISHED_ABORTED: "abort",
 }
+
+
+class PinnedPrefix(Protocol):
+    """What a sequence and the planning of its steps need to know of the pinned prompt that it reads.
+
+    Attributes:
+        id: Says which tokens, and who may read them.
+        prefix: The chain of extents that hold its tokens, from the outermost prompt on; empty while it has no place.
+        order_key: Brings the readers of one chain side by side when a batch is sorted by it.
+    """
+
+    id: str
+    prefix: tuple[PrefixExtent, ...]
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def order_key(self) -> tuple[int, ...]: ...
 
 
 class Sequence:
@@ -124,7 +143,7 @@ class Sequence:
         self.is_system_prompt = is_system_prompt
         self.goes_on = goes_on
         self.status = SequenceStatus.WAITING
-        self.system_prompt: PinnedPrompt | None = None
+        self.system_prompt: PinnedPrefix | None = None
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_committed_blocks = 0

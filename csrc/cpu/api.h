@@ -1,4 +1,4 @@
-// The C interface of the compiled CPU kernels; vllm/model_executor/layers/ops/cpu_kernels.py mirrors these structs.
+// The C interface of the compiled CPU kernels; vllm/ops/cpu/kernels.py mirrors these structs.
 //
 // All strides and sizes count elements unless said otherwise. Packed matrices come in tiles of 16 columns:
 //   float32   [N/16][K][16]
@@ -53,7 +53,7 @@ struct Stack {
   int32_t arithmetic;    // of bfloat16 operands
 };
 
-// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/attention/metadata.py.
+// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/ops/attention/metadata.py.
 struct Group {
   int64_t first_token, num_tokens, first_slot, length;
 };
@@ -94,7 +94,7 @@ struct Network {
   int32_t embedding_format;
 };
 
-// What rows ask of the sampler; vllm/model_executor/layers/ops/sampling.py says what the columns mean and in which order
+// What rows ask of the sampler; vllm/ops/sampling.py says what the columns mean and in which order
 // they work.
 struct SamplingTables {
   const float* floats;   // [rows][kNumFloats]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 
 
 @dataclass

@@ -16,11 +16,12 @@ from tests.attention.random_batch import MIXED, Batch, Member
 from vllm.attention.backends import AttentionShape, get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops import rotary
 from vllm.exceptions import StartupError
-from vllm.model_executor.layers.ops import cpu_kernels, cpu_library
-from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN
+from vllm.ops import rope as rotary
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu import library as cpu_library
+from vllm.ops.cpu.kernels import TILES, WIDEN
 
 every_instructions = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
 # Dtype of K and V, how bfloat16 multiplies (in tiles or dot products where there are instructions for them), largest

@@ -13,8 +13,8 @@ import torch
 
 from tests.attention.random_batch import MIXED, Batch, Member
 from vllm.attention.backends import AttentionShape, get_backend
-from vllm.attention.metadata import AttentionMetadata
 from vllm.exceptions import StartupError
+from vllm.ops.attention.metadata import AttentionMetadata
 
 CHAINS = [
     Member((33, 20), 5, 1),

@@ -17,9 +17,9 @@ from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK = 4
 MAX_LEN = 64

@@ -12,7 +12,7 @@ from tests.engine.helpers import Request, assert_nothing_held, greedy, make_engi
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import StartupError
-from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.ops.cpu import kernels as cpu_kernels
 
 TEXT = "The lighthouse keeper counted the ships that passed before the storm, and wrote each name in a book. "
 

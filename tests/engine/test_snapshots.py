@@ -19,7 +19,7 @@ from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, m
 from tests.engine.test_pinned_prompts import asking, ids, pinned_kv
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
-from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.system_prompt_store import SnapshotIdentity, snapshot_identity
 from vllm.system_prompt_store.manifest import Manifest
 

@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, DTYPES, TOLERANCE, assert_near, poisoned, randn
-from vllm.model_executor.layers.ops.triton_activation import silu_and_mul, silu_and_mul_reference
-from vllm.model_executor.layers.ops.triton_linear import row_linear, row_linear_reference
-from vllm.model_executor.layers.ops.triton_norm import rms_norm, rms_norm_reference
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write, rope_and_write_reference
-from vllm.worker.ops.triton_copy import BlockCopier, copy_blocks_reference
+from vllm.ops.triton.activation import silu_and_mul, silu_and_mul_reference
+from vllm.ops.triton.copy import BlockCopier, copy_blocks_reference
+from vllm.ops.triton.linear import row_linear, row_linear_reference
+from vllm.ops.triton.norm import rms_norm, rms_norm_reference
+from vllm.ops.triton.rope import rope_and_write, rope_and_write_reference
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

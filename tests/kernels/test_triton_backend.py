@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from tests.attention.test_torch_backend import MIXED, Batch, Member
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near
 from vllm.attention.backends.triton import PreparedBatch, ReplayBuffers, TritonAttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.core.pinned_prompt import MAX_CHAIN
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 
 
 def make(

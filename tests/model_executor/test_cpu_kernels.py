@@ -12,12 +12,12 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.distributed.parallel_state import TensorParallelGroup
-from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN, PackedMatrix
-from vllm.model_executor.layers.ops.sampling import Flag, IntColumn, SamplingTables
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu.kernels import TILES, WIDEN, PackedMatrix
+from vllm.ops.sampling import Flag, IntColumn, SamplingTables
 
 pytestmark = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
 # Weights, and how bfloat16 multiplies; in tiles or dot products where there are instructions for them.

@@ -13,13 +13,13 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vllm.attention.ops.rotary import rope_and_write
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.ops.rope import rope_and_write
 
 HIDDEN, WIDE, VOCAB = 8, 12, 11
 

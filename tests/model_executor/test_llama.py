@@ -11,10 +11,10 @@ from transformers import LlamaConfig
 
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.ops.attention.metadata import AttentionMetadata
 
 BLOCK = 4
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.model_executor.layers.ops.sampling import uniform
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks
+from vllm.ops.sampling import uniform
 from vllm.sampling_params import SamplingParams
 from vllm.step import PositionLogprobs, SequenceStart
 from vllm.token_ids import token_array

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence
-from vllm.worker.cache_engine import Extent
 
 
 class BlockManager:

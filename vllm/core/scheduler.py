@@ -15,10 +15,10 @@ from vllm.core.block_manager import BlockManager
 from vllm.core.pinned_prompt import UNORDERED, Rank
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence, SequenceStatus
 from vllm.step import PROMPT_ROWS, FreedSequence, PrefixExtent, SequenceStart, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.worker.cache_engine import Extent
 
 
 class PlannedBatch(NamedTuple):
@@ -542,7 +542,7 @@ class Scheduler:
         prompt = seq.system_prompt
         if prompt is None:
             return ()
-        if not prompt.extents:
+        if not prompt.prefix:
             raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
         return prompt.prefix
 

@@ -19,13 +19,13 @@ from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepO
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
 from vllm.executor.uniproc import UniprocExecutor
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.step import PositionLogprobs, StepPlan, StepResult
 from vllm.structured_output.masks import MaskFiller
 from vllm.structured_output.store import ConstraintStore
 from vllm.system_prompt_store import SnapshotRecord
-from vllm.worker.cache_engine import PinnedBlockPool
 from vllm.worker.running_step import RunningStep
 
 if TYPE_CHECKING:
@@ -404,7 +404,6 @@ class EngineCore:
 
     def stats(self, iteration_tokens: int) -> EngineStats:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
-        prefill_seconds, pool.prefill_seconds = pool.prefill_seconds, []
         new_spans, pool.log.new_spans = pool.log.new_spans, []
         return EngineStats(
             num_running=len(scheduler.running),
@@ -426,7 +425,7 @@ class EngineCore:
             pool_prefills=pool.num_prefills,
             pool_tokens_reused=pool.tokens_reused,
             pool_outcomes=dict(pool.outcomes),
-            pool_prefill_seconds=prefill_seconds,
+            pool_prefill_seconds=pool.take_prefill_seconds(),
             varying_prompts=new_spans,
             pool_host_tokens=pool.tiers.host.pinned_blocks * blocks.block_size,
             pool_snapshots={f"{op}/{outcome}": n for (op, outcome), n in pool.tiers.outcomes.items()},

@@ -17,12 +17,12 @@ import torch
 
 from vllm.attention.backends.triton import ReplayBuffers, TritonAttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import PrefixGroup
-from vllm.host_staging import write
 from vllm.logger import init_logger
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
 from vllm.model_executor.layers.sampler import Sampler
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.ops.attention.metadata import PrefixGroup
+from vllm.ops.sampling import LATER, NO_MASK
+from vllm.ops.staging import write
 from vllm.worker.cache_engine import CacheEngine
 
 logger = init_logger(__name__)

@@ -11,12 +11,13 @@ import torch
 
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.host_staging import to_device, write
-from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
-from vllm.model_executor.layers.ops.sampling import NO_MASK
 from vllm.model_executor.layers.sampler import PROMPT_LOGPROB_ROWS, LogprobTensors, Sampler, TokenMasks
 from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
+from vllm.ops.sampling import NO_MASK
+from vllm.ops.staging import to_device, write
+from vllm.platforms.devices import is_gpu
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.running_step import Draw
@@ -99,7 +100,7 @@ class ModelRunner:
             capture: Steps will be captured.
             num_logprobs: Most likely tokens that a request may ask for.
         """
-        from vllm.kernel_launch import compiling_ahead
+        from vllm.ops.launch import compiling_ahead
 
         graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
         with compiling_ahead(), self.model.only_outer_layers():
@@ -367,7 +368,7 @@ class ModelRunner:
             if len(picked) < len(rows):
                 rows, num_tokens = rows[picked], num_tokens[picked]
             masks = self._token_masks(plan, picked, token_masks)
-            if self.device.type == "cpu" and masks is None and self.sampler.takes_most_likely(rows):
+            if not is_gpu(self.device) and masks is None and self.sampler.takes_most_likely(rows):
                 # Without the logits of a whole row in memory.
                 drawn = self.model.most_likely(hidden)
                 self.token_ids[torch.from_numpy(rows), torch.from_numpy(num_tokens)] = drawn
@@ -415,7 +416,7 @@ class ModelRunner:
 
     def _fetch(self, tensors: list[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
         """Starts bringing tensors to the host; returns a function that waits for them."""
-        if self.device.type == "cpu":
+        if not is_gpu(self.device):
             return lambda: [tensor.numpy() for tensor in tensors]
         copies = []
         for tensor in tensors:

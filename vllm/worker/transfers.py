@@ -15,11 +15,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm.logger import init_logger
+from vllm.ops.driver_copy import copy_rectangle, max_pitch
+from vllm.platforms.devices import on_gpu
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotOutcome, SnapshotStore
 from vllm.worker.cache_engine import CacheEngine
@@ -47,7 +51,8 @@ class ExtentTransfers:
         caches = (*cache.k_caches, *cache.v_caches)
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
         self._block_bytes = self._caches[0].shape[1]
-        self._on_gpu = caches[0].device.type == "cuda"
+        self._on_gpu = on_gpu(caches[0])
+        self._pitch = self._even_distance() if self._on_gpu else None
         self._arena = HostArena(host_blocks * len(caches) * self._block_bytes, caches[0].device)
         self._own: dict[str, torch.Tensor] = {}
         self._store = store
@@ -58,6 +63,13 @@ class ExtentTransfers:
             self._stream, self._copied = torch.cuda.Stream(), torch.cuda.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshots", initializer=_give_way)
         self._running: deque[tuple[SnapshotJob, Future[str]]] = deque()
+
+    def _even_distance(self) -> int | None:
+        """Bytes from one K/V tensor to the next, if they are always the same and the driver can go by them."""
+        distances = {b.data_ptr() - a.data_ptr() for a, b in pairwise(self._caches)}
+        distance = distances.pop()
+        even = not distances and self._caches[0].nbytes <= distance <= max_pitch(self._caches[0].device.index)
+        return distance if even else None
 
     def start(self) -> None:
         """Has the first host memory made ready. To be called when all steps are captured: what locks memory in another
@@ -107,17 +119,43 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            for layer, there, here in _pieces_of(transfer, len(self._caches)):
-                on_host, on_device = image[layer, there], self._caches[layer][here]
-                source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
-                if not self._on_gpu:
-                    # A slice is small: waking torch's threads for it costs more than copying it.
-                    np.copyto(target.numpy(), source.numpy())
-                elif transfer.image.start is None:
-                    target.copy_(source, non_blocking=True)
+            for area in _areas_of(transfer, len(self._caches)):
+                if self._on_gpu and transfer.image.start is not None:
+                    self._copy_area(image, area, transfer.to_host)
                 else:
-                    for part in self._arena.parts_of(on_host):
-                        target.view(-1)[part].copy_(source.view(-1)[part], non_blocking=True)
+                    self._copy_rows(image, area, transfer.to_host)
+
+    def _copy_rows(self, image: torch.Tensor, area: Area, to_host: bool) -> None:
+        """An area between the device and memory that is not page-locked, or that is not a GPU's at all."""
+        here = slice(area.here, area.here + area.num_blocks)
+        for layer in range(area.first_layer, area.first_layer + area.num_layers):
+            on_host, on_device = image[layer, area.there : area.there + area.num_blocks], self._caches[layer][here]
+            source, target = (on_device, on_host) if to_host else (on_host, on_device)
+            if self._on_gpu:
+                target.copy_(source, non_blocking=True)
+            else:
+                # A slice is small: waking torch's threads for it costs more than copying it.
+                np.copyto(target.numpy(), source.numpy())
+
+    def _copy_area(self, image: torch.Tensor, area: Area, to_host: bool) -> None:
+        """An area between a GPU and the host tier, by as few orders to the driver as may be."""
+        block, pitch = self._block_bytes, image.shape[1] * self._block_bytes
+        first = int(image.storage_offset()) + area.first_layer * pitch + area.there * block
+        host = self._arena.tensor.data_ptr() + first
+        for row, rows, columns in self._arena.parts_of(first, area.num_blocks * block, pitch, area.num_layers):
+            layer = area.first_layer + row
+            # Tensors of a layout that the driver does not know go one by one.
+            step = rows if self._pitch is not None else 1
+            for i in range(0, rows, step):
+                copy_rectangle(
+                    host + (row + i) * pitch + columns.start,
+                    pitch,
+                    self._caches[layer + i].data_ptr() + area.here * block + columns.start,
+                    self._pitch or pitch,
+                    columns.stop - columns.start,
+                    step,
+                    to_host=to_host,
+                )
 
     def _image(self, image: HostImage) -> torch.Tensor:
         shape = (len(self._caches), image.num_blocks, self._block_bytes)
@@ -169,8 +207,25 @@ class ExtentTransfers:
         self._arena.close()
 
 
-def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice, slice]]:
-    """What a copy is of: layers, blocks of the image in them, and the blocks of the device that these are.
+class Area(NamedTuple):
+    """Neighbouring blocks of neighbouring K/V tensors.
+
+    Attributes:
+        first_layer, num_layers: The tensors.
+        there: First block in the image.
+        here: First block on the device.
+        num_blocks: Blocks of each tensor.
+    """
+
+    first_layer: int
+    num_layers: int
+    there: int
+    here: int
+    num_blocks: int
+
+
+def _areas_of(transfer: ExtentCopy, num_layers: int) -> Iterator[Area]:
+    """What a copy is of.
 
     Copies carry whole layers one after the other, as many bytes as their blocks take in all layers. So each lies in one
     piece in the image: where memory is used for the first time, that costs by the piece that the system hands out, and
@@ -181,12 +236,13 @@ def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, sli
     while row < end:
         layer, block = divmod(row, num_blocks)
         stop = min(num_blocks, block + end - row)
-        row += stop - block
+        layers = max(1, (end - row) // num_blocks) if block == 0 else 1
+        row += layers * (stop - block)
         before = 0
         for start, size in transfer.extents:
             first, last = max(block, before), min(stop, before + size)
             if first < last:
-                yield layer, slice(first, last), slice(start + first - before, start + last - before)
+                yield Area(layer, layers, first, start + first - before, last - first)
             before += size
 
 

@@ -13,9 +13,10 @@ from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
-from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.model_loader.load import load_model
+from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.platforms import current_platform
+from vllm.platforms.devices import is_gpu
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
@@ -46,7 +47,7 @@ class Worker:
                 f"--quantization {config.model.quantization} is of the compiled CPU kernels, which do not serve here "
                 f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
             )
-        if self.device.type == "cpu":
+        if not is_gpu(self.device):
             torch.set_num_threads(self.platform.num_threads())
         started = time.perf_counter()
         try:
@@ -89,7 +90,7 @@ class Worker:
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
         available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             self._step_bytes = self._bytes_of_largest_step()
         return max(0, available - self._step_bytes)
 
@@ -150,7 +151,7 @@ class Worker:
         except (MemoryError, RuntimeError) as error:
             raise self._too_large(needed, str(error).splitlines()[0]) from None
         self.transfers = self._open_tiers(self.runner.cache)
-        if self.device.type == "cuda" and not self.config.enforce_eager:
+        if is_gpu(self.device) and not self.config.enforce_eager:
             scheduler = self.config.scheduler
             try:
                 self.runner.capture_graphs(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)

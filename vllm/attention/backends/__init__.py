@@ -8,6 +8,7 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
+from vllm.platforms.devices import is_gpu
 
 if TYPE_CHECKING:  # at run time, torch is the name of a module of this package here
     import torch
@@ -36,10 +37,10 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
     if name.upper() == "TORCH":
         return TorchAttentionBackend()
     if name.upper() == "CPU":
-        if device.type != "cpu":
+        if is_gpu(device):
             raise StartupError("--attention-backend CPU computes on --device cpu; leave it out, or choose TORCH.")
         from vllm.attention.backends.cpu import CpuAttentionBackend
-        from vllm.model_executor.layers.ops import cpu_kernels
+        from vllm.ops.cpu import kernels as cpu_kernels
 
         misfit = cpu_kernels.misfit_of_attention(
             shape.num_heads // shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype
@@ -50,7 +51,7 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
             return TorchAttentionBackend()
         return CpuAttentionBackend()
     if name.upper() == "TRITON":
-        if device.type != "cuda":
+        if not is_gpu(device):
             raise StartupError("--attention-backend TRITON needs a GPU; leave it out, or choose TORCH.")
         # Triton comes with CUDA builds of torch only.
         from vllm.attention.backends.triton import TritonAttentionBackend
@@ -62,7 +63,7 @@ def get_backend(name: str, shape: AttentionShape, device: torch.device) -> Atten
 
 
 def _xformers(shape: AttentionShape, device: torch.device) -> AttentionBackend:
-    if device.type != "cuda":
+    if not is_gpu(device):
         raise StartupError("--attention-backend XFORMERS needs a GPU; leave it out, or choose TORCH.")
     dtype = str(shape.dtype).removeprefix("torch.")
     if shape.dtype.itemsize != 2:

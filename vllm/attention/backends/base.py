@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm.attention.metadata import AttentionMetadata
+from vllm.ops.attention.metadata import AttentionMetadata
 
 
 class AttentionBackend(ABC):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata
-from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import PreparedBatch
+from vllm.ops.attention.metadata import AttentionMetadata
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu.kernels import PreparedBatch
 
 
 class CpuAttentionBackend(AttentionBackend):

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.partial import attention_with_lse, merge
-from vllm.attention.ops.rotary import rope_and_write
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.partial import attention_with_lse, merge
+from vllm.ops.rope import rope_and_write
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,21 @@ import numpy as np
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
-from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
-from vllm.host_staging import reserve, to_device
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write
+from vllm.ops.attention.merge import merge_partials
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
+from vllm.ops.attention.suffix import (
+    SUFFIX_FIELDS,
+    keep_from_merge,
+    plan_chunk,
+    plan_suffix,
+    suffix_attention,
+    suffix_tiles,
+)
+from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.staging import reserve, to_device
+from vllm.ops.triton.rope import rope_and_write
+from vllm.platforms.devices import gpu_generation, num_multiprocessors
 
 # Query rows up to which a sequence is served by the small tiles of decode.
 _SMALL_ROWS = 16
@@ -73,7 +81,7 @@ class PreparedBatch:
 
     Attributes:
         prefix, suffixes: Launches of the two kernels.
-        counts: Partial results of each token; int32 [T].
+        counts: Partial results of each token, -1 for those whose only one is the result; int32 [T].
         partial, lse: Workspace, float32 [P, T, H, D] and [P, T, H]; None where every token has one part, which is then
             written straight to the result.
         block_tables: int32 or int64 [rows, W].
@@ -121,17 +129,16 @@ class TritonAttentionBackend(AttentionBackend):
         self.group_size = num_heads // num_kv_heads
         self.dtype = dtype
         self.device = device
-        # The planner needs a number of multiprocessors also where the interpreter takes the place of a GPU.
-        is_cuda = device.type == "cuda"
-        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 8
+        generation = gpu_generation(device)
+        self.num_sms = num_multiprocessors(device)
         if use_tma is None:
             suited = dtype.itemsize == 2 and head_dim & (head_dim - 1) == 0
-            use_tma = suited and is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+            use_tma = suited and generation >= (9, 0)
         self.use_tma = use_tma
         self.use_gluon = False
-        if use_tma and is_cuda and torch.cuda.get_device_capability(device)[0] == 9:
+        if use_tma and generation[0] == 9:
             # Gluon comes with the Triton of torch's builds for such GPUs.
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             self.use_gluon = gluon_attention.takes(dtype, head_dim, block_size)
 
@@ -148,7 +155,7 @@ class TritonAttentionBackend(AttentionBackend):
 
     def _for_device(self, tiles: TileConfig) -> TileConfig:
         if self.use_gluon and tiles.block_m > 64:
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             return gluon_attention.TILES
         return tiles
@@ -219,6 +226,10 @@ class TritonAttentionBackend(AttentionBackend):
             if len(chosen):
                 tiles.append(self.suffix_tiles(int(chosen[:, 1].max())))
                 works.append(self.plan_sequences(chosen, counts, tiles[-1], max_partials, unbounded))
+        num_parts = int(counts.max(initial=0))
+        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
+        if not single:
+            keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
         flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]), self.device)
         launches, offset = [], len(works) + num_tokens
@@ -229,8 +240,6 @@ class TritonAttentionBackend(AttentionBackend):
             # The kernel for Hopper sets up a program for many items; the others are started one for each.
             programs = min(items, self.programs(shape)) if self.use_gluon and shape.block_m > 64 else items
             launches.append(Launch(view, flat[i : i + 1], shape, programs))
-        num_parts = int(counts.max(initial=0))
-        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
         partial, lse = (None, None) if single else self.workspace(num_parts, num_tokens)
         return PreparedBatch(
             prefix=launches[0] if len(prefix_work) else None,
@@ -291,7 +300,7 @@ class TritonAttentionBackend(AttentionBackend):
             self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
         beside = prepared.prefix is not None
         for run in prepared.suffixes:
-            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared, beside)
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside)
             beside = True
         if partial is not None and lse is not None:
             merge_partials(partial, lse, prepared.counts, out)
@@ -309,7 +318,7 @@ class TritonAttentionBackend(AttentionBackend):
         causal: bool,
     ) -> None:
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             programs = run.num_programs
             hopper_attention(q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, programs, causal=causal)
@@ -327,12 +336,13 @@ class TritonAttentionBackend(AttentionBackend):
         run: Launch,
         out: torch.Tensor,
         lse: torch.Tensor | None,
+        whole: torch.Tensor,
         prepared: PreparedBatch,
         beside: bool,
     ) -> None:
         tables, block_size = prepared.block_tables, prepared.block_size
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             hopper_attention(
                 q,
@@ -344,6 +354,7 @@ class TritonAttentionBackend(AttentionBackend):
                 out,
                 lse,
                 run.num_programs,
+                whole=whole,
                 block_tables=tables,
                 block_size=block_size,
                 causal=True,
@@ -363,6 +374,7 @@ class TritonAttentionBackend(AttentionBackend):
                 lse,
                 run.tiles,
                 run.num_programs,
+                whole,
                 beside,
             )
 
@@ -513,6 +525,8 @@ class ReplayBuffers:
             backend.plan_sequences(some, counts, shape, 1 if direct else parts, self._max_suffix_work)
             for some, shape in zip(picked, tiles, strict=True)
         ]
+        if not direct:
+            keep_from_merge(suffix_work, counts)
         used = e[2] + prefix_work.size
         for i, work in enumerate(suffix_work):
             if len(work):

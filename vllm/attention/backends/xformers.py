@@ -16,10 +16,10 @@ from xformers.ops import fmha
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask, BlockDiagonalGappyKeysMask
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.partial import merge
 from vllm.exceptions import StartupError
-from vllm.host_staging import to_device
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.partial import merge
+from vllm.ops.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class XFormersAttentionBackend(AttentionBackend):
         v_cache: torch.Tensor,
         num_heads: int,
     ) -> torch.Tensor:
-        from vllm.model_executor.layers.ops.triton_rope import rope_and_write
+        from vllm.ops.triton.rope import rope_and_write
 
         return rope_and_write(qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
 

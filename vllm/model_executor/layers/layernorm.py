@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from vllm.platforms.devices import on_gpu
+
 
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x²) + eps) · weight`, statistics in float32 (Zhang and Sennrich, 2019)."""
@@ -16,8 +18,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            from vllm.model_executor.layers.ops import triton_norm
+        if on_gpu(x):
+            from vllm.ops.triton import norm as triton_norm
 
             return triton_norm.rms_norm(x, self.weight, self.eps)
         wide = functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vllm.distributed.communication import all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
+from vllm.platforms.devices import on_gpu
 
 
 def linear(
@@ -32,13 +33,13 @@ def linear(
     """
     if out is not None and (bias is not None or residual is not None):
         raise ValueError("a linear layer with a bias or a residual makes its own result")
-    if not x.is_cuda:
+    if not on_gpu(x):
         result = functional.linear(x, weight, bias)
         if out is not None:
             return out.copy_(result)
         return result if residual is None else residual + result
     if len(x) == 1 and weight.dtype.itemsize == 2:
-        from vllm.model_executor.layers.ops import triton_linear
+        from vllm.ops.triton import linear as triton_linear
 
         if bias is not None:
             residual = bias.unsqueeze(0).clone() if residual is None else residual.add_(bias)

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm.host_staging import to_device
-from vllm.model_executor.layers.ops import cpu_library, cpu_sampling, sampling
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
 from vllm.model_executor.layers.sampling_rows import SamplingRows
+from vllm.ops import sampling
+from vllm.ops.cpu import library as cpu_library
+from vllm.ops.cpu import sampling as cpu_sampling
+from vllm.ops.sampling import LATER, NO_MASK
+from vllm.ops.staging import to_device
+from vllm.platforms.devices import is_gpu
 from vllm.step import PositionLogprobs, SequenceStart
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.ops.triton_sampling import DrawKernels
+    from vllm.ops.triton.sampling import DrawKernels
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are in memory at a time."""
@@ -89,8 +92,8 @@ class Sampler:
         self.device = device
         self.rows = SamplingRows(max_num_seqs + 1, vocab_size, device)
         self.kernels: DrawKernels | None = None
-        if device.type == "cuda":
-            from vllm.model_executor.layers.ops.triton_sampling import DrawKernels
+        if is_gpu(device):
+            from vllm.ops.triton.sampling import DrawKernels
 
             self.kernels = DrawKernels(self.rows.tables, max(max_num_seqs, PROMPT_LOGPROB_ROWS))
 

@@ -13,7 +13,6 @@ from vllm.attention.layer import Attention, ForwardContext
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
-from vllm.model_executor.layers.activation import silu_and_mul
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
@@ -22,8 +21,9 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     copy_checked,
 )
-from vllm.model_executor.layers.ops import cpu_kernels
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.ops.activation import silu_and_mul
+from vllm.ops.cpu import kernels as cpu_kernels
 
 logger = init_logger(__name__)
 
