@@ -6,15 +6,11 @@ import json
 import re
 import socket
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import pytest
-
-from vllm.platforms import CudaPlatform
 
 USER = {"role": "user", "content": "Write a very long story about a lighthouse."}
 
@@ -59,15 +55,6 @@ def test_models(client, server):
     assert card["owned_by"] == "vllm"
     assert card["max_model_len"] == 2048
     assert client.get(f"/v1/models/{server.model}").json()["id"] == server.model
-
-
-@pytest.mark.skipif(CudaPlatform.is_available(), reason="GPUs compute with Triton")
-def test_no_process_of_a_cpu_server_has_loaded_triton(server):
-    process = psutil.Process(server.process.pid)
-    for each in (process, *process.children(recursive=True)):
-        maps = Path(f"/proc/{each.pid}/maps").read_text()
-        assert "libtorch" in maps
-        assert "libtriton" not in maps
 
 
 def test_health_ping_version_load(client):
