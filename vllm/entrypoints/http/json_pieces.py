@@ -139,7 +139,7 @@ class _Reader:
             if end - start > _PIECE_BYTES:
                 entries.append(self._value(start, end, depth + 1))
                 continue
-            group = self._parsed(b"[%b]" % self._text[start:end])
+            group = self._parsed(b"".join((b"[", self._text[start:end], b"]")))
             # Only nothing between two commas makes it fewer.
             if len(group) != count:
                 raise _Uncut
@@ -156,7 +156,7 @@ class _Reader:
                 members[self._parsed(key[1])] = self._value(key.end(), end, depth + 1)
                 continue
             self._stripped(start, end)
-            members |= self._parsed(b"{%b}" % self._text[start:end])
+            members |= self._parsed(b"".join((b"{", self._text[start:end], b"}")))
         return members
 
     @staticmethod
