@@ -175,9 +175,13 @@ class ExtentTransfers:
             raise RuntimeError("a plan has work on snapshots, but none are kept")
         if job.image is None:
             return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
-        array = self._image(job.image).numpy()
+        image = self._image(job.image)
+        ready = self._arena.prepare(int(image.storage_offset()), image.nbytes) if job.image.start is not None else None
+        array = image.numpy()
 
         def work() -> str:
+            if ready is not None:
+                ready()
             # Copies that fill what is written, or that still read what was in this memory before.
             if self._copied is not None:
                 self._copied.synchronize()
