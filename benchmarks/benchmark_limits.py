@@ -214,8 +214,8 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
             messages=[{"role": "user", "content": "<|im_end|>" * 100_000}]
         ),
         "tools, 1,024": lambda: chat(tools=[tool(i, 8) for i in range(1024)], tool_choice="none"),
-        "tools, 10,000 without parameters": lambda: chat(
-            tools=[{"type": "function", "function": {"name": f"tool_{i}"}} for i in range(10_000)], tool_choice="none"
+        "tools, 8,000 without parameters": lambda: chat(
+            tools=[{"type": "function", "function": {"name": f"tool_{i}"}} for i in range(8_000)], tool_choice="none"
         ),
         "tools, 64 that are required": lambda: chat(tools=[tool(i, 20) for i in range(64)], tool_choice="required"),
         "JSON schema of 4,000 properties": form(json=schema),
