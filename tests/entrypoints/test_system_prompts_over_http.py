@@ -37,7 +37,7 @@ def server(server_factory, tiny_model_dir, tmp_path_factory):
 @pytest.fixture
 def admin(server):
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, headers=headers, timeout=120) as client:
         yield client
 
 

@@ -405,9 +405,7 @@ class EngineCore:
                 self._prompt_logprobs[seq.request_id] = found
                 continue
             so_far = self._prompt_logprobs[seq.request_id]
-            so_far.token_ids += found.token_ids
-            so_far.logprobs += found.logprobs
-            so_far.ranks += found.ranks
+            self._prompt_logprobs[seq.request_id] = PositionLogprobs.joined([so_far, found])
 
     def stats(self, iteration_tokens: int) -> EngineStats:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm.engine.input_processor import ProcessedPrompt
-from vllm.engine.logprobs import PromptLogprobs, logprobs_at
+from vllm.engine.logprobs import LogprobRows, PromptLogprobs
 from vllm.engine.messages import EngineOutput, EngineRequest, ForkSequences
 from vllm.engine.observer import ObservedOutput, RequestObserver
 from vllm.engine.output_text import OutputText
@@ -177,9 +177,9 @@ class RequestState(InFlight):
     def _take_tokens(self, out: OutputState, news: EngineOutput) -> int:
         """Takes in the tokens of one output, up to a stop string; returns how many these are."""
         if news.logprobs is not None and out.logprobs is not None:
-            positions = news.logprobs
-            out.logprobs += [logprobs_at(positions, i, self.tokenizer) for i in range(len(positions.token_ids))]
-            out.cumulative_logprob += sum(row[0] for row in positions.logprobs)
+            rows = LogprobRows(news.logprobs, self.tokenizer)
+            out.logprobs += map(rows.at, range(len(rows)))
+            out.cumulative_logprob += sum(rows.chosen())
         last = len(news.new_token_ids) - 1
         for i, token_id in enumerate(news.new_token_ids):
             out.token_ids.append(token_id)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vllm.engine.beam_search import BeamSearch
 from vllm.engine.input_processor import ProcessedPrompt
-from vllm.engine.logprobs import logprobs_at
+from vllm.engine.logprobs import LogprobRows
 from vllm.engine.messages import EngineOutput, EngineRequest, ForkSequences
 from vllm.engine.observer import ObservedOutput, RequestObserver
 from vllm.engine.request_state import CoreOrders, InFlight, Receiver
@@ -64,7 +64,7 @@ class SearchState(InFlight):
         self._take_first(news)
         if news.logprobs is None:
             raise RuntimeError("a step of a beam search has no log-probabilities")
-        self._rows[news.index] = logprobs_at(news.logprobs, 0, self.tokenizer)
+        self._rows[news.index] = LogprobRows(news.logprobs, self.tokenizer).at(0)
         beams = self._search.beams
         if len(self._rows) < len(beams.active):
             return False

@@ -468,10 +468,4 @@ def _head(extents: tuple[PrefixExtent, ...], num_tokens: int) -> list[PrefixExte
 
 def _joined(parts: list[LogprobTensors], tables: Iterator[np.ndarray]) -> PositionLogprobs:
     """The positions of several parts, whose tables come next."""
-    joined = PositionLogprobs([], [], [])
-    for part in parts:
-        for entry in part.by_row(next(tables)).values():
-            joined.token_ids += entry.token_ids
-            joined.logprobs += entry.logprobs
-            joined.ranks += entry.ranks
-    return joined
+    return PositionLogprobs.joined([part.by_row(next(tables))[0] for part in parts])

@@ -72,7 +72,7 @@ def anthropic(client, messages, system=None, **options):
 
 @pytest.fixture
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=120) as client:
         yield client
 
 

@@ -67,7 +67,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tiny_model_dir) -> Iterator[Served]:
+def served(tiny_model_dir, warm_engines) -> Iterator[Served]:
     flags = ["--model", str(tiny_model_dir), "--max-model-len", "4096", "--num-gpu-blocks-override", "600"]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args([*flags, "--disable-log-stats"])
     engine = AsyncLLMEngine.from_engine_args(EngineArgs.from_cli_args(args))
@@ -187,7 +187,7 @@ def test_what_is_at_a_limit_is_served(served: Served, fields) -> None:
 
 
 def test_a_prompts_log_probabilities_are_bounded_and_shaped_in_a_thread(served: Served, monkeypatch) -> None:
-    seen = record_threads(monkeypatch, logprobs, "logprobs_at")
+    seen = record_threads(monkeypatch, logprobs.LogprobRows, "at")
     body = SHORT | {"prompt": list(range(100, 1100)), "prompt_logprobs": 20}
     (choice,) = served.post("/v1/completions", body).json()["choices"]
     shown = choice["prompt_logprobs"]

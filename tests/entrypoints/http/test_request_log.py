@@ -22,7 +22,7 @@ PROMPT = f"One\n{FORGED}\r\x1b[2J\u2028 two three" + " and so on" * 5 + " to the
 def verbose(server_factory: Callable[..., ServerProcess], tiny_model_dir: Path) -> Iterator[ServerProcess]:
     size = ("--model", str(tiny_model_dir), "--max-model-len", "512", "--num-gpu-blocks-override", "64")
     flags = ("--enable-log-requests", "--enable-log-outputs", "--max-log-len", "80", "--api-key", KEY)
-    server = server_factory(*size, *flags, env={"VLLM_LOGGING_LEVEL": "DEBUG"}, api_key=KEY)
+    server = server_factory(*size, *flags, env={"VLLM_LOGGING_LEVEL": "DEBUG"}, api_key=KEY, cold=True)
     yield server
     server.stop()
 

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import httpx
@@ -16,13 +15,13 @@ from vllm.entrypoints.http.listening import bind_socket, listen, unix_socket
 from vllm.exceptions import StartupError
 
 
-def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
+def test_a_unix_socket_in_place_of_a_port(nursery, tiny_model_dir, tmp_path):
     path = tmp_path / "api.sock"
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
     overrides = '{"max_position_embeddings": 77}'
     args = ["--uds", str(path), "--hf-overrides", overrides, "--num-gpu-blocks-override", "16"]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model_dir), *args]
+    command = [*nursery.command("vllm.entrypoints.cli.main"), "serve", str(tiny_model_dir), *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         transport = httpx.HTTPTransport(uds=str(path))

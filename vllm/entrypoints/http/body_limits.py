@@ -1,9 +1,7 @@
 """What request bodies may hold and how much of them is held at a time.
 
-The parser holds the interpreter's lock to its end, so what a body makes it do is what streams of others wait for, in
-whichever thread it runs. The limits keep that at some tens of milliseconds: 16 MiB of text, half a million integers of
-six digits and 65,000 different keys of one object take about 30 ms each (2 cores of an AMD EPYC, shared with other
-work; CPython 3.11).
+Whatever a body makes of itself is checked, copied and freed later, by code that holds the interpreter's lock to its
+end: what streams of others wait for, in whichever thread it runs. The limits keep that at some tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ import numpy as np
 
 from vllm.engine.work_lanes import LONG_BYTES
 from vllm.entrypoints.http.errors import ApiError
+from vllm.entrypoints.http.json_pieces import Marks, chunks_of_marks
 
 MAX_BODY_BYTES = 16 * 2**20
 MAX_BODY_VALUES = 524_288
@@ -20,8 +19,7 @@ MAX_BODY_FIELDS = 1024
 MAX_BODIES_BYTES = 256 * 2**20
 RETRY_AFTER_S = 1
 
-_QUOTE, _COMMA, _BRACKET, _BRACE = b'",[{'
-_CHUNK_BYTES = 2**20
+_COMMA, _BRACKET, _BRACE = b",[{"
 
 
 class BodyBytes:
@@ -63,8 +61,9 @@ class BodyBytes:
         self.held -= num_bytes
 
 
-def check_shape(body: bytes | bytearray) -> None:
-    """Counts what the parser would have to make of a body, and refuses what would take it long.
+def checked_marks(body: bytes | bytearray) -> list[Marks]:
+    """Counts what the parser would have to make of a body, and refuses what would take it long; returns what
+    `json_pieces.loads` reads it by.
 
     Counts are right for valid JSON; of anything else the parser says what is wrong.
 
@@ -72,26 +71,11 @@ def check_shape(body: bytes | bytearray) -> None:
         ApiError: 413, it has too many values, or too many strings, arrays and objects.
     """
     values = nodes = 0
-    start, in_string = 0, False
-    while start < len(body):
-        end = start + _CHUNK_BYTES
-        chunk = bytes(body[start:end])
-        # An escape that the end of the chunk would cut belongs to this one.
-        if (len(chunk) - len(chunk.rstrip(b"\\"))) % 2:
-            end += 1
-            chunk = bytes(body[start:end])
-        start = end
-        if b"\\" in chunk:
-            chunk = chunk.replace(b"\\\\", b"").replace(b'\\"', b"")
-        letters = np.frombuffer(chunk, np.uint8)
-        quotes = letters == _QUOTE
-        # Quotes so far, those of earlier chunks included: odd inside a string, its first quote included.
-        count = np.cumsum(quotes, dtype=np.int32)
-        inside = ((count + in_string) & 1).astype(bool)
-        num_quotes = int(count[-1]) if len(count) else 0
-        values += int(np.count_nonzero((letters == _COMMA) & ~inside))
-        nodes += int(np.count_nonzero(((letters == _BRACKET) | (letters == _BRACE)) & ~inside)) + num_quotes // 2
-        in_string ^= bool(num_quotes & 1)
+    found = []
+    for marks in chunks_of_marks(body):
+        kinds = np.bincount(marks.letters, minlength=256)
+        values += int(kinds[_COMMA])
+        nodes += int(kinds[_BRACKET] + kinds[_BRACE]) + marks.num_strings
         if values > MAX_BODY_VALUES:
             raise ApiError(413, f"The request body may hold at most {MAX_BODY_VALUES} values; send several requests.")
         if nodes > MAX_BODY_NODES:
@@ -100,3 +84,5 @@ def check_shape(body: bytes | bytearray) -> None:
                 f"The request body may hold at most {MAX_BODY_NODES} strings, arrays and objects; "
                 "send several requests.",
             )
+        found.append(marks)
+    return found

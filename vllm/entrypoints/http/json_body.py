@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import reprlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -12,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from vllm.engine.work_lanes import WorkLanes, is_long, request_bytes
-from vllm.entrypoints.http.body_limits import MAX_BODY_BYTES, MAX_BODY_FIELDS, BodyBytes, check_shape
+from vllm.entrypoints.http import json_pieces
+from vllm.entrypoints.http.body_limits import MAX_BODY_BYTES, MAX_BODY_FIELDS, BodyBytes, checked_marks
 from vllm.entrypoints.http.errors import ApiError
 from vllm.logger import init_logger
 
@@ -93,23 +96,28 @@ def _too_large() -> ApiError:
 
 
 def _parse_long(body: bytearray) -> dict[str, Any]:
-    check_shape(body)
+    marks = checked_marks(body)
     # The collector would look at what is made again and again, which takes as long as making it.
     gc.disable()
     try:
-        return parse_json_object(body)
+        return parse_json_object(body, partial(json_pieces.loads, marks=marks))
     finally:
         gc.enable()
 
 
-def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
+def parse_json_object(
+    body: bytes | bytearray, loads: Callable[[bytes | bytearray], Any] = orjson.loads
+) -> dict[str, Any]:
     """Parses strict JSON: no NaN or Infinity, no lone surrogates, valid UTF-8.
+
+    Args:
+        loads: Parses it, as `orjson.loads` does.
 
     Raises:
         ApiError: 400 with what is wrong, and where.
     """
     try:
-        value = orjson.loads(body)
+        value = loads(body)
     except orjson.JSONDecodeError as exc:
         raise ApiError(400, _explain(exc)) from None
     if not isinstance(value, dict):
