@@ -5,7 +5,7 @@ All ranks hold the same block numbering; which blocks are pinned says `PinnedBlo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 
 from vllm.kv_cache.extents import Extent as Extent
 from vllm.kv_cache.extents import PinnedBlockPool as PinnedBlockPool
+from vllm.kv_cache.spec import LayerCache
 from vllm.ops.staging import to_device, write
 from vllm.platforms.devices import is_gpu
 
@@ -29,33 +30,35 @@ class CacheEngine:
     """K and V tensors of a rank, and the block tables of the sequences that run on it.
 
     Per layer one K and one V tensor `[num_blocks * block_size, num_kv_heads, head_dim]`: a slot is a row, and an extent
-    is a plain slice that any dense attention can read without a block table.
+    is a plain slice that any dense attention can read without a block table. Layers may differ in heads and their size.
 
     Args:
-        num_layers, num_blocks, block_size, num_kv_heads, head_dim: Shape.
+        layers: What each layer keeps.
+        num_blocks, block_size: Blocks, and slots in each.
         max_num_seqs: Rows of `block_tables`, those for system prompts included.
         max_blocks_per_seq: Columns of `block_tables`.
-        dtype, device: Of the K/V tensors.
+        device: Of the K/V tensors.
     """
 
     def __init__(
         self,
         *,
-        num_layers: int,
+        layers: Sequence[LayerCache],
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         max_num_seqs: int,
         max_blocks_per_seq: int,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        shape = (num_blocks * block_size, num_kv_heads, head_dim)
-        self.k_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.v_caches = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.k_caches, self.v_caches = (
+            [
+                torch.zeros((num_blocks * block_size, row.num_heads, row.dim), dtype=row.dtype, device=device)
+                for row in rows
+            ]
+            for rows in ([layer.k for layer in layers], [layer.v for layer in layers])
+        )
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
         self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device
@@ -69,15 +72,22 @@ class CacheEngine:
         if is_gpu(self._device):
             from vllm.ops.triton.copy import BlockCopier
 
-            return BlockCopier(caches, self.block_size).copy
+            sizes = {cache[0].nbytes for cache in caches}
+            copiers = [BlockCopier([c for c in caches if c[0].nbytes == n], self.block_size) for n in sizes]
+
+            def copy(pairs: list[tuple[int, int]]) -> None:
+                for copier in copiers:
+                    copier.copy(pairs)
+
+            return copy
         if cpu_kernels.library() is not None:
             return cpu_kernels.BlockCopier(caches, self.block_size).copy
         return self._copy_by_index
 
     @staticmethod
-    def bytes_per_block(block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    def bytes_per_block(layers: Sequence[LayerCache], block_size: int) -> int:
         """Bytes of K and V of one block over all layers."""
-        return 2 * block_size * num_layers * num_kv_heads * head_dim * itemsize
+        return block_size * sum(layer.slot_bytes for layer in layers)
 
     def extent_slots(self, start_block: int, num_tokens: int) -> slice:
         """Rows of a K/V tensor that hold the first `num_tokens` tokens of an extent."""

@@ -3,7 +3,7 @@
     device  ⇄  image on the host  ⇄  disk
        slices, in steps      a thread
 
-An image is one array, uint8 [2 * num_layers, num_blocks, block_bytes]: K of every layer, then V. It lies in the host
+An image is K of every layer, then V, uint8 [num_blocks, block_bytes] each, one after the other. It lies in the host
 tier, or in memory of its own until the plan drops it.
 """
 
@@ -47,9 +47,10 @@ class ExtentTransfers:
     def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
         caches = (*cache.k_caches, *cache.v_caches)
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
-        self._block_bytes = self._caches[0].shape[1]
+        self._block_bytes = [tensor.shape[1] for tensor in self._caches]
+        self._all_block_bytes = sum(self._block_bytes)
         self._on_gpu = on_gpu(caches[0])
-        self._arena = HostArena(host_blocks * len(caches) * self._block_bytes, caches[0].device)
+        self._arena = HostArena(host_blocks * self._all_block_bytes, caches[0].device)
         self._own: dict[str, torch.Tensor] = {}
         self._store = store
         self._stream: torch.cuda.Stream | None = None
@@ -108,8 +109,8 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            for layer, there, here in _pieces_of(transfer, len(self._caches)):
-                on_host, on_device = image[layer, there], self._caches[layer][here]
+            for i, there, here in _pieces_of(transfer, self._block_bytes):
+                on_host, on_device = image[i][there], self._caches[i][here]
                 source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
                 if not self._on_gpu:
                     # A slice is small: waking torch's threads for it costs more than copying it.
@@ -120,14 +121,18 @@ class ExtentTransfers:
                     for part in self._arena.parts_of(on_host):
                         target.view(-1)[part].copy_(source.view(-1)[part], non_blocking=True)
 
-    def _image(self, image: HostImage) -> torch.Tensor:
-        shape = (len(self._caches), image.num_blocks, self._block_bytes)
-        if image.start is None:
+    def _image(self, image: HostImage) -> list[torch.Tensor]:
+        """Its tensors; uint8 [num_blocks, block_bytes] each."""
+        size = image.num_blocks * self._all_block_bytes
+        if image.start is not None:
+            first = image.start * self._all_block_bytes
+            flat = self._arena.tensor[first : first + size]
+        else:
             if image.prompt_id not in self._own:
-                self._own[image.prompt_id] = torch.empty(shape, dtype=torch.uint8)
-            return self._own[image.prompt_id]
-        block = len(self._caches) * self._block_bytes
-        return self._arena.tensor[image.start * block : (image.start + image.num_blocks) * block].view(shape)
+                self._own[image.prompt_id] = torch.empty(size, dtype=torch.uint8)
+            flat = self._own[image.prompt_id]
+        parts = flat.split([image.num_blocks * size for size in self._block_bytes])
+        return [part.view(image.num_blocks, -1) for part in parts]
 
     # Snapshots -------------------------------------------------------------------------------------------------
 
@@ -138,13 +143,13 @@ class ExtentTransfers:
             raise RuntimeError("a plan has work on snapshots, but none are kept")
         if job.image is None:
             return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
-        array = self._image(job.image).numpy()
+        arrays = [tensor.numpy() for tensor in self._image(job.image)]
 
         def work() -> str:
             # Copies that fill what is written, or that still read what was in this memory before.
             if self._copied is not None:
                 self._copied.synchronize()
-            return store.read(record, array) if job.op == "load" else store.write(record, array)
+            return store.read(record, arrays) if job.op == "load" else store.write(record, arrays)
 
         return work
 
@@ -170,25 +175,26 @@ class ExtentTransfers:
         self._arena.close()
 
 
-def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice, slice]]:
-    """What a copy is of: layers, blocks of the image in them, and the blocks of the device that these are.
+def _pieces_of(transfer: ExtentCopy, block_bytes: list[int]) -> Iterator[tuple[int, slice, slice]]:
+    """What a copy is of: tensors, blocks of the image in them, and the blocks of the device that these are.
 
-    Copies carry whole layers one after the other, as many bytes as their blocks take in all layers. So each lies in one
-    piece in the image: where memory is used for the first time, that costs by the piece that the system hands out, and
-    some blocks of every layer at a time would touch all of these in the first copy.
+    Copies carry whole tensors one after the other, as many bytes as their blocks take in all of them. So each lies in
+    one piece in the image: where memory is used for the first time, that costs by the piece that the system hands out,
+    and some blocks of every layer at a time would touch all of these in the first copy. A block that a boundary falls
+    into belongs to the copy that it begins in.
     """
-    num_blocks = transfer.image.num_blocks
-    row, end = transfer.first * num_layers, (transfer.first + transfer.count) * num_layers
-    while row < end:
-        layer, block = divmod(row, num_blocks)
-        stop = min(num_blocks, block + end - row)
-        row += stop - block
+    num_blocks, size_of_all = transfer.image.num_blocks, sum(block_bytes)
+    begin, end = transfer.first * size_of_all, (transfer.first + transfer.count) * size_of_all
+    offset = 0
+    for i, size in enumerate(block_bytes):
+        block, stop = (min(num_blocks, max(0, -((offset - at) // size))) for at in (begin, end))
+        offset += num_blocks * size
         before = 0
-        for start, size in transfer.extents:
-            first, last = max(block, before), min(stop, before + size)
+        for start, count in transfer.extents:
+            first, last = max(block, before), min(stop, before + count)
             if first < last:
-                yield layer, slice(first, last), slice(start + first - before, start + last - before)
-            before += size
+                yield i, slice(first, last), slice(start + first - before, start + last - before)
+            before += count
 
 
 def _give_way() -> None:
