@@ -132,7 +132,7 @@ def tune(vocab_size: int) -> None:
             *((chunk, PIVOTS, ROUNDS) for chunk in (2048, 8192)),
             *(
                 (CHUNK, pivots, rounds)
-                for pivots, rounds in ((4, 2), (4, 3), (8, 2), (8, 3), (16, 1), (32, 1), (32, 2))
+                for pivots, rounds in ((4, 3), (4, 4), (5, 3), (6, 3), (8, 2), (8, 3), (12, 2), (32, 1))
             ),
         ):
             chosen = dict(zip(("chunk", "pivots", "rounds"), sizes, strict=True))

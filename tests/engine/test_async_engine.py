@@ -22,9 +22,9 @@ from vllm.engine.llm_engine import LLMEngine
 from vllm.engine.messages import EngineRequest, EngineStats
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.watchdog import Watchdog
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.app import build_app
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.args.cli_args import make_arg_parser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.entrypoints.http.app import build_app
 from vllm.exceptions import EngineDeadError, EngineStalledError, VLLMValidationError
 from vllm.inputs import CacheMark
 from vllm.outputs import RequestOutput

@@ -24,6 +24,7 @@ from vllm.ops.attention.prefix import (
 )
 from vllm.ops.attention.suffix import (
     SUFFIX_FIELDS,
+    keep_from_merge,
     plan_chunk,
     plan_suffix,
     suffix_attention,
@@ -507,6 +508,90 @@ def test_hopper_kernel_over_blocks(
     empty = torch.isinf(want_lse[written])
     assert torch.equal(torch.isinf(lse[written]), empty)
     assert_near(lse[written][~empty], want_lse[written][~empty], TOLERANCE[dtype])
+
+
+def _mixed_plan(tiles: TileConfig, group_size: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Five sequences: the second reads an extent too, the third is split, the others have one part."""
+    queries, contexts = np.array([3, 2, 1, 5, 1]), np.array([20, 30, 700, 5, 40])
+    counts = np.zeros(12, np.int32)
+    counts[3:5] = 1
+    work = plan_suffix(
+        queries.cumsum() - queries,
+        queries,
+        contexts,
+        np.arange(5),
+        counts,
+        group_size=group_size,
+        num_kv_heads=kv_heads,
+        tiles=tiles,
+        num_programs=64,
+        max_partials=4,
+        max_work=10**6,
+    )
+    return work, counts
+
+
+def test_tokens_with_one_part_are_kept_from_the_merge() -> None:
+    tiles, (heads, kv_heads, dim) = TileConfig(16, 32, 4, 2, 2), (4, 2, 32)
+    work, counts = _mixed_plan(tiles, heads // kv_heads, kv_heads)
+    q = randn(12, heads, dim)
+    k, v = (randn(5 * 704, kv_heads, dim, seed=i) for i in (1, 2))
+    tables = torch.randperm(5 * 44, device=DEVICE).view(5, 44)
+    parts = int(counts.max())
+    reference, reference_lse = (
+        x.nan_to_num(0.5) for x in (poisoned(parts, 12, heads, dim), poisoned(parts, 12, heads))
+    )
+    partial, lse = reference.clone(), reference_lse.clone()
+    suffix_attention_reference(q, k, v, dim**-0.5, tables, 16, on_device(work), reference, reference_lse)
+    want, out = poisoned(12, heads, dim), poisoned(12, heads, dim)
+    merge_partials_reference(reference, reference_lse, on_device(counts), want)
+
+    keep_from_merge([work], counts)
+    assert counts.tolist() == [-1] * 3 + [2] * 2 + [parts] + [-1] * 6 and parts > 2
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    suffix_attention(q, k, v, dim**-0.5, tables, 16, on_device(work), size, partial, lse, tiles, 3, whole=out)
+    assert torch.equal(out.isnan().flatten(1).any(-1), on_device(counts) > 0)
+    merge_partials(partial, lse, on_device(counts), out)
+    assert_near(out, want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
+def test_hopper_kernel_keeps_tokens_with_one_part_from_the_merge(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+
+    heads, kv_heads, dim = shape
+    work, counts = _mixed_plan(TILES, heads // kv_heads, kv_heads)
+    q = randn(12, heads, dim, dtype=dtype)
+    k, v = (randn(5 * 704, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+    tables = torch.randperm(5 * 44, device=DEVICE).view(5, 44)
+    partial, lse, out = poisoned(4, 12, heads, dim), poisoned(4, 12, heads), poisoned(12, heads, dim).to(dtype)
+    want, want_lse = partial.clone(), lse.clone()
+    suffix_attention_reference(q, k, v, dim**-0.5, tables, 16, on_device(work), want, want_lse)
+    alone = on_device(counts) == 1
+    keep_from_merge([work], counts)
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    hopper_attention(
+        q,
+        k,
+        v,
+        dim**-0.5,
+        on_device(work),
+        size,
+        partial,
+        lse,
+        7,
+        whole=out,
+        block_tables=tables,
+        block_size=16,
+        causal=True,
+    )
+    assert torch.equal(out.isnan().flatten(1).any(-1), ~alone)
+    assert torch.isnan(partial[:, alone]).all()
+    assert_near(out[alone], want[0, alone], TOLERANCE[dtype])
 
 
 def test_chunks_are_cut_into_tiles_longest_first() -> None:

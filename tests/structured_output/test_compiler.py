@@ -9,7 +9,7 @@ import tracemalloc
 
 import pytest
 
-from vllm.entrypoints.openai.tool_parsers.forced import check_strict
+from vllm.entrypoints.chat.tool_parsers.forced import check_strict
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.structured_output import compiler as compiler_module

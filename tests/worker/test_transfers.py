@@ -129,7 +129,26 @@ def test_host_memory_is_taken_as_it_is_used() -> None:
     arena = host_arena.HostArena(1 << 32, torch.device("cpu"))
     arena.tensor[-(1 << 20) :] = 1
     assert resident() - before < 64 << 20
-    assert [s for s in arena.parts_of(arena.tensor[10:30])] == [slice(0, 20)]
+
+
+@pytest.mark.parametrize(
+    ("first", "width", "pitch", "height"), [(0, 8, 8, 9), (5, 40, 40, 3), (3, 6, 7, 20), (1, 1, 1, 1)]
+)
+def test_a_rectangle_of_the_host_is_cut_at_slabs(
+    first: int, width: int, pitch: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_arena, "_SLAB", 16)
+    arena = host_arena.HostArena(1 << 12, torch.device("cpu"))
+    found: list[int] = []
+    parts = list(arena.parts_of(first, width, pitch, height))
+    for row, rows, columns in parts:
+        starts = [first + (row + i) * pitch for i in range(rows)]
+        part = [at for start in starts for at in range(start + columns.start, start + columns.stop)]
+        assert part[0] // 16 == part[-1] // 16
+        found += part
+    assert found == [first + row * pitch + column for row in range(height) for column in range(width)]
+    # Whole rows of a slab are one part, a row across two slabs is two.
+    assert len(parts) <= 3 * (found[-1] // 16 - found[0] // 16) + 1
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,7 +11,7 @@ from vllm.attention.backends.triton import SMALL_ROWS, Launch, PreparedBatch, Tr
 from vllm.attention.spec import AttentionSpec
 from vllm.ops.attention.metadata import PrefixGroup
 from vllm.ops.attention.prefix import PREFIX_FIELDS, group_array
-from vllm.ops.attention.suffix import SUFFIX_FIELDS
+from vllm.ops.attention.suffix import SUFFIX_FIELDS, keep_from_merge
 from vllm.ops.attention.tiles import TileConfig
 from vllm.ops.staging import reserve
 
@@ -155,6 +155,8 @@ class ReplayBuffers:
             attention.plan_sequences(some, counts, shape, 1 if direct else parts, self._max_suffix_work)
             for some, shape in zip(picked, tiles, strict=True)
         ]
+        if not direct:
+            keep_from_merge(suffix_work, counts)
         used = e[2] + prefix_work.size
         for i, work in enumerate(suffix_work):
             if len(work):

@@ -5,6 +5,7 @@ All ranks hold the same block numbering; which blocks are pinned says `PinnedBlo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Protocol
@@ -52,13 +53,19 @@ class CacheEngine:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.k_caches, self.v_caches = (
-            [
-                torch.zeros((num_blocks * block_size, row.num_heads, row.dim), dtype=row.dtype, device=device)
-                for row in rows
-            ]
-            for rows in ([layer.k for layer in layers], [layer.v for layer in layers])
-        )
+        rows = [*(layer.k for layer in layers), *(layer.v for layer in layers)]
+        # Tensors of one shape lie in one piece, so that an extent of all of them is a rectangle of memory: one copy to
+        # the host.
+        alike = {
+            row: iter(
+                torch.zeros(
+                    (count, num_blocks * block_size, row.num_heads, row.dim), dtype=row.dtype, device=device
+                ).unbind()
+            )
+            for row, count in Counter(rows).items()
+        }
+        caches = [next(alike[row]) for row in rows]
+        self.k_caches, self.v_caches = caches[: len(layers)], caches[len(layers) :]
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
         self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device

@@ -71,18 +71,35 @@ class HostArena:
         """Locks the slabs that are used first, in threads."""
         self._lock_ahead(-(-len(self.tensor) // _SLAB) - 1)
 
-    def parts_of(self, view: torch.Tensor) -> Iterator[slice]:
-        """Makes a contiguous part of the arena ready to be copied from or to, perhaps waiting for that. Returns the
-        parts of it that lie in one slab each, in bytes: a copy must not cross from one to the next, since they are
-        locked one by one."""
-        start = int(view.storage_offset())
-        first, end = start, start + view.numel()
-        while first < end:
-            slab = first // _SLAB
-            self._prepare(slab)
-            stop = min(end, (slab + 1) * _SLAB)
-            yield slice(first - start, stop - start)
-            first = stop
+    def parts_of(self, first: int, width: int, pitch: int, height: int) -> Iterator[tuple[int, int, slice]]:
+        """Makes a rectangle of the arena ready to be copied from or to, perhaps waiting for that.
+
+        Args:
+            first: Byte at which its first row begins.
+            width, height: Bytes of a row, and rows.
+            pitch: Bytes from one row to the next.
+
+        Returns the parts of it that lie in one slab each, as first row, rows, and columns: a copy must not cross from
+        one slab to the next, since they are locked one by one.
+        """
+        row = 0
+        while row < height:
+            start = first + row * pitch
+            end = (start // _SLAB + 1) * _SLAB
+            rows = min(height - row, (end - start - width) // pitch + 1) if width <= end - start else 0
+            if rows:
+                self._prepare(start // _SLAB)
+                yield row, rows, slice(0, width)
+                row += rows
+                continue
+            column = 0
+            while column < width:
+                slab = (start + column) // _SLAB
+                self._prepare(slab)
+                stop = min(width, (slab + 1) * _SLAB - start)
+                yield row, 1, slice(column, stop)
+                column = stop
+            row += 1
 
     def _prepare(self, slab: int) -> None:
         if self._threads is not None:

@@ -84,7 +84,7 @@ def test_a_file_is_answered_in_its_order_and_bad_lines_hurt_no_other(tmp_path, t
     ("source", "target"), [("none.jsonl", "out.jsonl"), ("in.jsonl", "no/out.jsonl"), ("in.jsonl",) * 2]
 )
 def test_files_that_cannot_be_used_are_told_before_the_model_loads(tmp_path, monkeypatch, source, target):
-    from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+    from vllm.entrypoints.args.parser import FlexibleArgumentParser
     from vllm.exceptions import StartupError
 
     (tmp_path / "in.jsonl").write_text(line("a", **chat("Hi")))

@@ -36,7 +36,7 @@ from vllm.attention.spec import AttentionSpec
 from vllm.ops.attention.merge import merge_partials
 from vllm.ops.attention.metadata import AttentionMetadata
 from vllm.ops.attention.prefix import group_array, plan_prefix, prefix_attention, prefix_tiles
-from vllm.ops.attention.suffix import plan_chunk, plan_suffix, suffix_attention, suffix_tiles
+from vllm.ops.attention.suffix import keep_from_merge, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
 from vllm.ops.attention.tiles import TileConfig
 from vllm.ops.rope import QkNorm, Rope
 from vllm.ops.staging import to_device
@@ -75,7 +75,7 @@ class PreparedBatch:
 
     Attributes:
         prefix, suffixes: Launches of the two kernels.
-        counts: Partial results of each token; int32 [T].
+        counts: Partial results of each token, -1 for those whose only one is the result; int32 [T].
         partial, lse: Workspace, float32 [P, T, H, D] and [P, T, H]; None where every token has one part, which is then
             written straight to the result.
         block_tables: int32 or int64 [rows, W].
@@ -220,6 +220,10 @@ class TritonAttention:
             if len(chosen):
                 tiles.append(self.suffix_tiles(int(chosen[:, 1].max())))
                 works.append(self.plan_sequences(chosen, counts, tiles[-1], max_partials, unbounded))
+        num_parts = int(counts.max(initial=0))
+        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
+        if not single:
+            keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
         flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]), self.device)
         launches, offset = [], len(works) + num_tokens
@@ -230,8 +234,6 @@ class TritonAttention:
             # The kernel for Hopper sets up a program for many items; the others are started one for each.
             programs = min(items, self.programs(shape)) if self.use_gluon and shape.block_m > 64 else items
             launches.append(Launch(view, flat[i : i + 1], shape, programs))
-        num_parts = int(counts.max(initial=0))
-        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
         partial, lse = (None, None) if single else self.workspace(num_parts, num_tokens)
         return PreparedBatch(
             prefix=launches[0] if len(prefix_work) else None,
@@ -280,7 +282,7 @@ class TritonAttention:
             self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
         beside = prepared.prefix is not None
         for run in prepared.suffixes:
-            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared, beside)
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside)
             beside = True
         if partial is not None and lse is not None:
             merge_partials(partial, lse, prepared.counts, out)
@@ -316,6 +318,7 @@ class TritonAttention:
         run: Launch,
         out: torch.Tensor,
         lse: torch.Tensor | None,
+        whole: torch.Tensor,
         prepared: PreparedBatch,
         beside: bool,
     ) -> None:
@@ -333,6 +336,7 @@ class TritonAttention:
                 out,
                 lse,
                 run.num_programs,
+                whole=whole,
                 block_tables=tables,
                 block_size=block_size,
                 causal=True,
@@ -352,6 +356,7 @@ class TritonAttention:
                 lse,
                 run.tiles,
                 run.num_programs,
+                whole,
                 beside,
             )
 

@@ -1,1 +1,1 @@
-"""The Anthropic API on top of the chat path."""
+"""The Messages API of Anthropic: requests become chats, answers are written as content blocks."""

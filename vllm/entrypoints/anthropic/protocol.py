@@ -1,6 +1,6 @@
 """Requests of the Anthropic API.
 
-Fields of type Any are checked by `messages`, by the chat path they are handed to, or are accepted without effect.
+Fields of type Any are checked by `request`, by the chat path they are handed to, or are accepted without effect.
 """
 
 from __future__ import annotations

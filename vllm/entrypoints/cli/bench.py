@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 
 USAGE = "{serve,throughput,latency} [options]"
 DESCRIPTION = "Measures a running server (serve), or the engine by itself (throughput, latency)."

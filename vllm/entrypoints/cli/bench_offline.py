@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from vllm.benchmarks.datasets import add_dataset_arguments, make_samples
 from vllm.engine.arg_utils import EngineArgs
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.compatibility_args import add_compatibility_args
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.entrypoints.llm import LLM
-from vllm.entrypoints.openai.compatibility_args import add_compatibility_args
 from vllm.exceptions import StartupError
 from vllm.inputs import PromptType, TokensPrompt
 from vllm.sampling_params import SamplingParams

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.platforms import CudaPlatform
 from vllm.version import __version__
 

@@ -25,10 +25,10 @@ import uvloop
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.app import build_app
-from vllm.entrypoints.openai.cli_args import check_args, make_arg_parser
-from vllm.entrypoints.openai.prompts import PromptReader
+from vllm.entrypoints.args.cli_args import check_args, make_arg_parser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.entrypoints.chat.prompts import PromptReader
+from vllm.entrypoints.http.app import build_app
 from vllm.entrypoints.openai.system_prompt_files import preload, read_system_prompt_file
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger

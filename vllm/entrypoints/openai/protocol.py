@@ -104,7 +104,7 @@ class GenerationRequest(ApiModel):
 
 
 class ChatCompletionRequest(GenerationRequest):
-    """`POST /v1/chat/completions`. `messages` is checked by `chat_messages`."""
+    """`POST /v1/chat/completions`. `messages` is checked by `chat.messages`."""
 
     messages: list[Any]
     max_completion_tokens: int | None = None
@@ -128,7 +128,7 @@ class ChatCompletionRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """`POST /v1/completions`. `prompt` is checked by `prompts`."""
+    """`POST /v1/completions`. `prompt` is checked by `chat.prompts`."""
 
     prompt: Any = None
     prompt_embeds: Any = None

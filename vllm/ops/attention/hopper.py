@@ -180,7 +180,7 @@ def _attend(
 ):
     """Rows WHICH * HALF … of every item."""
     q_ptr, q_tiles, k_tiles, v_tiles, bars = rings
-    work, num_work, out_ptr, lse_ptr, split_stride, scale_log2 = results
+    work, num_work, out_ptr, lse_ptr, whole_ptr, split_stride, scale_log2 = results
     total_items = gl.load(num_work) * KV_HEADS
     k_full, k_empty, v_full, v_empty, wiped = bars
     BLOCK: gl.constexpr = k_tiles.type.shape[1]
@@ -282,19 +282,22 @@ def _attend(
 
         row = WHICH * HALF + gl.arange(0, HALF, out_rows)
         at = (first_token + row // G).to(gl.int64) * NUM_HEADS + kv_head * G + row % G
-        at += split.to(gl.int64) * split_stride
         column = gl.arange(0, D, gl.SliceLayout(0, out_layout))
         divisor = total
         if CAUSAL:
             divisor = gl.where(total == 0.0, 1.0, total)
         acc = acc / gl.convert_layout(divisor, out_rows)[:, None]
-        target = out_ptr + at[:, None] * D + column[None, :]
-        gl.store(target, acc.to(out_ptr.dtype.element_ty), mask=(row < num_rows)[:, None])
-        if WITH_LSE:
+        mask = (row < num_rows)[:, None]
+        # As `store_partial`.
+        if WITH_LSE and split >= 0:
+            at += split.to(gl.int64) * split_stride
+            gl.store(out_ptr + at[:, None] * D + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
             row = WHICH * HALF + gl.arange(0, HALF, score_rows)
             at = (first_token + row // G).to(gl.int64) * NUM_HEADS + kv_head * G + row % G
             at += split.to(gl.int64) * split_stride
             gl.store(lse_ptr + at, (peak + gl.log2(total)) * 0.6931471805599453, mask=row < num_rows)
+        else:
+            gl.store(whole_ptr + at[:, None] * D + column[None, :], acc.to(whole_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(
@@ -311,6 +314,7 @@ def _kernel(
     num_work_ptr,
     out_ptr,
     lse_ptr,
+    whole_ptr,
     split_stride,
     scale_log2,
     beside,
@@ -348,7 +352,7 @@ def _kernel(
             gdc_wait()
         gdc_launch_dependents()
     rings = (q_ptr, q_tiles, k_tiles, v_tiles, (k_full, k_empty, v_full, v_empty, wiped))
-    results = (work_ptr, num_work_ptr, out_ptr, lse_ptr, split_stride, scale_log2)
+    results = (work_ptr, num_work_ptr, out_ptr, lse_ptr, whole_ptr, split_stride, scale_log2)
     gl.warp_specialize(
         [
             (_attend, (rings, results, 0, NUM_HEADS, KV_HEADS, FIELDS, HALF, CAUSAL, WITH_LSE)),
@@ -374,6 +378,7 @@ def hopper_attention(
     lse: torch.Tensor | None,
     num_programs: int,
     *,
+    whole: torch.Tensor | None = None,
     block_tables: torch.Tensor | None = None,
     block_size: int = 0,
     causal: bool = False,
@@ -385,6 +390,7 @@ def hopper_attention(
         q, k_cache, v_cache, scale, num_work, out, num_programs: As for `prefix_attention`; see `takes`.
         work: From `plan_prefix`, or, if `causal`, from `plan_chunk` or `plan_suffix`; made for `TILES`.
         lse: None where every token has one part, which is then final.
+        whole: As for `suffix_attention`.
         block_tables, block_size: Where the work is `plan_suffix`'s; as for `suffix_attention`.
         causal: Items say at which position their query tokens begin, and see keys up to their own.
         beside: As for `suffix_attention`.
@@ -406,6 +412,7 @@ def hopper_attention(
         num_work,
         out,
         out if lse is None else lse,
+        out if whole is None else whole,
         out.shape[-3] * num_heads,
         scale * LOG2E,
         int(beside),

@@ -40,6 +40,8 @@ def _merge_kernel(
     valid = columns < COLUMNS
     head = columns // D
     count = tl.load(counts_ptr + token)
+    if count < 0:
+        return
     parts = tl.arange(0, BLOCK_P)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -68,8 +70,8 @@ def merge_partials(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tenso
     Args:
         partial: [P, T, H, D], contiguous; what lies beyond a token's parts is not read.
         lse: float32 [P, T, H], natural logarithm; -inf marks an empty part (whose values must be finite).
-        counts: Parts of each token; int32 [T].
-        out: [T, H, D], contiguous; written.
+        counts: Parts of each token, or -1 for those whose result is in `out` already; int32 [T].
+        out: [T, H, D], contiguous; the others are written.
     """
     num_parts, num_tokens, num_heads, head_dim = partial.shape
     # Many tokens have few parts each; few tokens have many, which are read side by side, by small programs. On an H100
@@ -99,5 +101,7 @@ def merge_partials(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tenso
 def merge_partials_reference(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tensor, out: torch.Tensor) -> None:
     """`merge_partials` in float64, token by token."""
     for token, count in enumerate(counts.tolist()):
+        if count < 0:
+            continue
         weights = lse[:count, token].double().softmax(dim=0).nan_to_num(0.0)
         out[token] = (weights.unsqueeze(-1) * partial[:count, token].double()).sum(dim=0).to(out.dtype)

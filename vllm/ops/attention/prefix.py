@@ -200,7 +200,6 @@ def _prefix_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FIELDS: tl.constexpr,
-    WITH_LSE: tl.constexpr,
     USE_TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -242,7 +241,20 @@ def _prefix_kernel(
             v = load_tile(v_ptr + tail, key_offset, inside, True, D, BLOCK_D)
             peak, total, acc = attend(q, k, v, peak, total, acc, inside[None, :], scale_log2, True)
         store_partial(
-            out_ptr, lse_ptr, split, split_stride, num_rows, rows_at, peak, total, acc, WITH_LSE, D, BLOCK_M, BLOCK_D
+            out_ptr,
+            lse_ptr,
+            out_ptr,
+            split,
+            split_stride,
+            num_rows,
+            rows_at,
+            peak,
+            total,
+            acc,
+            True,
+            D,
+            BLOCK_M,
+            BLOCK_D,
         )
 
 
@@ -302,7 +314,6 @@ def prefix_attention(
         BLOCK_N=tiles.block_n,
         BLOCK_D=triton.next_power_of_2(head_dim),
         FIELDS=PREFIX_FIELDS,
-        WITH_LSE=True,
         USE_TMA=use_tma,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,

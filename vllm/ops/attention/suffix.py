@@ -9,6 +9,8 @@ table. An item is a tile of a sequence's query tokens × a range of its keys; pa
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import triton
@@ -150,6 +152,21 @@ def plan_chunk(first_slot: int, start: int, count: int, tokens_of_tile: int) -> 
     return work
 
 
+def keep_from_merge(works: Iterable[np.ndarray], counts: np.ndarray) -> None:
+    """Marks what has one part as done without a merge: items by split -1, their tokens by count -1.
+
+    Partial results are float32, and are written, read and written again; so it pays for every token that is spared.
+
+    Args:
+        works: All lists of a batch from `plan_suffix`; changed.
+        counts: Parts of each token, all of them counted; changed. A token with one part has it from these lists.
+    """
+    alone = counts == 1
+    for work in works:
+        work[alone[work[:, 0]], -1] = -1
+    counts[alone] = -1
+
+
 def _members(first: np.ndarray, size: np.ndarray) -> np.ndarray:
     """All tokens of the ranges, range by range."""
     return np.repeat(first - (size.cumsum() - size), size) + np.arange(size.sum())
@@ -170,6 +187,7 @@ def _suffix_kernel(
     num_work_ptr,
     out_ptr,
     lse_ptr,
+    whole_ptr,
     split_stride,
     scale_log2,
     beside,
@@ -229,7 +247,20 @@ def _suffix_kernel(
             keep = inside[None, :] & (own[None, :] <= (position + rows // G)[:, None])
             peak, total, acc = attend(q, k, v, peak, total, acc, keep, scale_log2, True)
         store_partial(
-            out_ptr, lse_ptr, split, split_stride, num_rows, rows_at, peak, total, acc, WITH_LSE, D, BLOCK_M, BLOCK_D
+            out_ptr,
+            lse_ptr,
+            whole_ptr,
+            split,
+            split_stride,
+            num_rows,
+            rows_at,
+            peak,
+            total,
+            acc,
+            WITH_LSE,
+            D,
+            BLOCK_M,
+            BLOCK_D,
         )
     meet(beside, PDL)
 
@@ -247,6 +278,7 @@ def suffix_attention(
     lse: torch.Tensor | None,
     tiles: TileConfig,
     num_programs: int,
+    whole: torch.Tensor | None = None,
     beside: bool = False,
 ) -> None:
     """Does the items of a work list and writes the partial results at their split indexes.
@@ -257,6 +289,7 @@ def suffix_attention(
         work: int32 [capacity, SUFFIX_FIELDS] from `plan_suffix` with the same `tiles`.
         out: [P, T, H, D], contiguous; where every token has one part, P = 1 and this may be the final result.
         lse: float32 [P, T, H], or None where there is nothing to merge.
+        whole: [T, H, D], contiguous; receives the items that `keep_from_merge` has marked. None where none are.
         beside: The launch before this one is of this batch's attention too; they run at the same time.
     """
     num_heads, num_kv_heads, head_dim = head_shape(q, k_cache, v_cache)
@@ -272,6 +305,7 @@ def suffix_attention(
         num_work,
         out,
         out if lse is None else lse,
+        out if whole is None else whole,
         out.shape[1] * num_heads,
         scale * LOG2E,
         int(beside),

@@ -112,6 +112,7 @@ def attend(q, k, v, peak, total, acc, keep, scale_log2, MASKED: tl.constexpr):
 def store_partial(
     out,
     lse,
+    whole,
     split,
     split_stride,
     num_rows,
@@ -126,14 +127,21 @@ def store_partial(
 ):
     """Writes normalised rows into out[split] and, if WITH_LSE, natural log-sum-exps into lse[split].
 
-    `split_stride` is the number of (token, head) pairs of one split; rows that saw no key get 0 and -inf.
+    `split_stride` is the number of (token, head) pairs of one split; rows that saw no key get 0 and -inf. Rows of split
+    -1, which only WITH_LSE has, are nobody's part: they go into `whole`.
     """
     valid = tl.arange(0, BLOCK_M) < num_rows
-    at = rows_at + split.to(tl.int64) * split_stride
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     columns = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (columns < D)[None, :]
-    tl.store(out + at[:, None] * D + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
     if WITH_LSE:
-        tl.store(lse + at, tl.where(empty, float("-inf"), (peak + tl.math.log2(total)) * LN2), mask=valid)
+        if split < 0:
+            tl.store(whole + rows_at[:, None] * D + columns[None, :], acc.to(whole.dtype.element_ty), mask=mask)
+        else:
+            at = rows_at + split.to(tl.int64) * split_stride
+            tl.store(out + at[:, None] * D + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+            tl.store(lse + at, tl.where(empty, float("-inf"), (peak + tl.math.log2(total)) * LN2), mask=valid)
+    else:
+        at = rows_at + split.to(tl.int64) * split_stride
+        tl.store(out + at[:, None] * D + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)

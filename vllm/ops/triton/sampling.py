@@ -535,6 +535,35 @@ def _narrow_kernel(
 
 
 @triton.jit
+def _highest_key(candidates_ptr, found, key, end, missing, highest, scale, BY_WEIGHT: tl.constexpr):
+    """The highest key from which on the candidates, their number or their weight, are not less than `missing`; at least
+    `key`, from where on they are, and below `end`."""
+    key = key.to(tl.int64)
+    end = end.to(tl.int64)
+    while end - key > 1:
+        quarter = (end - key + 3) // 4
+        first, second, third = key + quarter, key + 2 * quarter, key + 3 * quarter
+        from_first, from_second, from_third = missing * 0, missing * 0, missing * 0
+        for tile in range(0, found, _TILE):
+            there = tile + tl.arange(0, _TILE)
+            candidates = tl.load(candidates_ptr + there, mask=there < found, other=float("-inf"))
+            weights = (there < found).to(tl.int64)
+            if BY_WEIGHT:
+                weights = _weights(candidates, highest, scale)
+            keys = _key(candidates).to(tl.int64)
+            from_first += tl.sum(tl.where(keys >= first, weights, 0), 0)
+            from_second += tl.sum(tl.where(keys >= second, weights, 0), 0)
+            from_third += tl.sum(tl.where(keys >= third, weights, 0), 0)
+        key += quarter * (
+            (from_first >= missing).to(tl.int64)
+            + (from_second >= missing).to(tl.int64)
+            + (from_third >= missing).to(tl.int64)
+        )
+        end = tl.minimum(end, key + quarter)
+    return key.to(tl.int32)
+
+
+@triton.jit
 def _gather_kernel(
     logits_ptr,
     scores_ptr,
@@ -551,7 +580,10 @@ def _gather_kernel(
     CHUNKS_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Finds the cut in the bracket, and sets up what comes next: the search for top_p, or the draw."""
+    """Finds the cut in the bracket, and sets up what comes next: the search for top_p, or the draw.
+
+    Where top_k keeps few, they are all copied out, so that the cut for top_p is found among them at once.
+    """
     follow(PDL)
     chunk = tl.program_id(0)
     i = tl.program_id(1).to(tl.int64)
@@ -565,9 +597,14 @@ def _gather_kernel(
     offsets = chunk * CHUNK + tl.arange(0, CHUNK)
     x = _scores(logits_ptr, scores_ptr, tl.load(state + _ADJUSTED) != 0, i, offsets, V)
     at = i * CHUNKS + chunk
-    tl.store(number_ptr + at, tl.sum((x >= high).to(tl.int32), 0))
-    tl.store(mass_ptr + at, tl.sum(_weights(tl.where(x >= high, x, float("-inf")), highest, scale), 0))
-    inside = ((x >= low) & (x < high) & (x > float("-inf"))).to(tl.int32)
+    target = tl.load(state + _TARGET)
+    few = target < 0
+    if SEEKS == _SEEKS_TOP_K:
+        few = target <= _TILE
+    end = tl.where(few, float("inf"), high)
+    tl.store(number_ptr + at, tl.sum((x >= end).to(tl.int32), 0))
+    tl.store(mass_ptr + at, tl.sum(_weights(tl.where(x >= end, x, float("-inf")), highest, scale), 0))
+    inside = ((x >= low) & (x < end) & (x > float("-inf"))).to(tl.int32)
     candidates_ptr += i * V
     # In no fixed order, which the search among them does not depend on.
     start = tl.atomic_add(found_ptr + i, tl.sum(inside, 0), sem="relaxed", scope="gpu")
@@ -582,7 +619,6 @@ def _gather_kernel(
     chunks = tl.arange(0, CHUNKS_BLOCK)
     parts = i * CHUNKS + chunks
     above = tl.sum(tl.load(mass_ptr + parts, mask=chunks < CHUNKS, other=0), 0)
-    target = tl.load(state + _TARGET)
     if SEEKS == _SEEKS_TOP_K:
         number = tl.sum(tl.load(number_ptr + parts, mask=chunks < CHUNKS, other=0).to(tl.int64), 0)
         missing = target.to(tl.int64) - number
@@ -591,45 +627,29 @@ def _gather_kernel(
     # At least one: rounding may have it that what is above the bracket is enough.
     missing = tl.maximum(missing, 1)
 
-    # The highest key for which the candidates from there on are not less than what is missing. It is below `end`.
-    key = _key(low).to(tl.int64)
-    end = _key(high).to(tl.int64)
-    while end - key > 1:
-        quarter = (end - key + 3) // 4
-        first, second, third = key + quarter, key + 2 * quarter, key + 3 * quarter
-        from_first, from_second, from_third = above * 0, above * 0, above * 0
-        for tile in range(0, found, _TILE):
-            there = tile + tl.arange(0, _TILE)
-            candidates = tl.load(candidates_ptr + there, mask=there < found, other=float("-inf"))
-            weights = (there < found).to(tl.int64)
-            if SEEKS == _SEEKS_TOP_P:
-                weights = _weights(candidates, highest, scale)
-            keys = _key(candidates).to(tl.int64)
-            from_first += tl.sum(tl.where(keys >= first, weights, 0), 0)
-            from_second += tl.sum(tl.where(keys >= second, weights, 0), 0)
-            from_third += tl.sum(tl.where(keys >= third, weights, 0), 0)
-        key += quarter * (
-            (from_first >= missing).to(tl.int64)
-            + (from_second >= missing).to(tl.int64)
-            + (from_third >= missing).to(tl.int64)
-        )
-        end = tl.minimum(end, key + quarter)
-    cut = _of_key(key.to(tl.int32))
-    tl.store(state + _CUT, tl.maximum(tl.load(state + _CUT), cut.to(tl.float64)))
+    key = _highest_key(candidates_ptr, found, _key(low), _key(high), missing, highest, scale, SEEKS == _SEEKS_TOP_P)
+    cut = _of_key(key)
     stage = tl.full([], _CHOOSES, tl.int32)
     if SEEKS == _SEEKS_TOP_K:
         top_p = tl.load(state + _NUCLEUS)
         if top_p < 1.0:
-            stage = tl.full([], _SEEKS_TOP_P, tl.int32)
             kept = above
             for tile in range(0, found, _TILE):
                 there = tile + tl.arange(0, _TILE)
                 candidates = tl.load(candidates_ptr + there, mask=there < found, other=float("-inf"))
                 candidates = tl.where(candidates >= cut, candidates, float("-inf"))
                 kept += tl.sum(_weights(candidates, highest, scale), 0)
-            tl.store(state + _TARGET, top_p * kept.to(tl.float64))
-            tl.store(state + _LOW, tl.maximum(tl.load(state + _FLOOR), cut.to(tl.float64)))
-            tl.store(state + _HIGH, _of_key(_key(highest) + 1))
+            target = top_p * kept.to(tl.float64)
+            if few:
+                missing = tl.maximum(tl.ceil(target).to(tl.int64), 1)
+                key = _highest_key(candidates_ptr, found, key, _key(highest) + 1, missing, highest, scale, True)
+                cut = _of_key(key)
+            else:
+                stage = tl.full([], _SEEKS_TOP_P, tl.int32)
+                tl.store(state + _TARGET, target)
+                tl.store(state + _LOW, tl.maximum(tl.load(state + _FLOOR), cut.to(tl.float64)))
+                tl.store(state + _HIGH, _of_key(_key(highest) + 1))
+    tl.store(state + _CUT, tl.maximum(tl.load(state + _CUT), cut.to(tl.float64)))
     tl.store(state + _STAGE, stage)
 
 
