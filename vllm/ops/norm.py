@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from vllm.platforms.devices import on_gpu
-
 
 @dataclass(frozen=True)
 class Norm:
@@ -50,12 +48,3 @@ def normalise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
         wide, factor = wide.to(x.dtype), factor.to(x.dtype)
     wide = wide * factor
     return (wide if bias is None else wide + bias).to(x.dtype)
-
-
-def row_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) -> torch.Tensor:
-    """`normalise` of rows [T, N] by the fastest kernel of the device."""
-    if on_gpu(x):
-        from vllm.ops.triton.norm import row_norm as on_device
-
-        return on_device(x, weight, bias, norm)
-    return normalise(x, weight, bias, norm)

@@ -184,7 +184,7 @@ class SnapshotStore:
                 return SnapshotOutcome.TOO_LARGE
             temporary.mkdir(mode=0o700)
             held = files.lock(temporary)
-            digests = [hashlib.sha256(tensor).hexdigest() for tensor in image]
+            digests = [hashlib.sha256(tensor.data).hexdigest() for tensor in image]
             files.write_file(temporary / files.TENSORS_FILE, self._pieces(header, image))
             manifest = Manifest(self.identity, record, digests)
             files.write_file(temporary / files.MANIFEST_FILE, [manifest.encode()])

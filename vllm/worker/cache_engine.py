@@ -91,6 +91,10 @@ class CacheEngine:
             return cpu_kernels.BlockCopier(caches, self.block_size).copy
         return self._copy_by_index
 
+    def block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one block in K of every layer, then in V of every layer."""
+        return tuple(self.block_size * cache[0].nbytes for cache in (*self.k_caches, *self.v_caches))
+
     @staticmethod
     def bytes_per_block(layers: Sequence[LayerCache], block_size: int) -> int:
         """Bytes of K and V of one block over all layers."""
