@@ -16,11 +16,17 @@ from vllm.step import PROMPT_ROWS, StepPlan
 BLOCK, NUM_BLOCKS, MAX_LEN = 4, 24, 40
 
 
-def make_scheduler(max_num_batched_tokens: int = 64, max_num_seqs: int = 8, **limits: int) -> Scheduler:
-    blocks = BlockManager(NUM_BLOCKS, BLOCK)
+def make_scheduler(
+    max_num_batched_tokens: int = 64,
+    max_num_seqs: int = 8,
+    num_blocks: int = NUM_BLOCKS,
+    budget: int = 12,
+    **limits: int,
+) -> Scheduler:
+    blocks = BlockManager(num_blocks, BLOCK)
     pool = SystemPromptPool(
         SystemPromptConfig(),
-        PinnedBlockPool(NUM_BLOCKS, 12, MAX_LEN // BLOCK),
+        PinnedBlockPool(num_blocks, budget, MAX_LEN // BLOCK),
         BLOCK,
         on_release=blocks.give_back,
     )
@@ -107,10 +113,7 @@ def test_a_prompt_and_what_continues_it_are_computed_in_one_step() -> None:
 
 
 def test_more_new_prompts_than_rows_take_turns() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=10_000, max_num_seqs=200)
-    scheduler.blocks = BlockManager(400, BLOCK)
-    scheduler.pool.blocks = PinnedBlockPool(400, 300, MAX_LEN // BLOCK)
-    scheduler.pool._on_release = scheduler.blocks.give_back
+    scheduler = make_scheduler(max_num_batched_tokens=10_000, max_num_seqs=200, num_blocks=400, budget=300)
     for i in range(100):
         add(scheduler, f"new{i}", [i] * 5, max_tokens=1, num_system_tokens=4)
     assert [len(step(scheduler)) for _ in range(2)] == [PROMPT_ROWS, 100 - PROMPT_ROWS]

@@ -38,12 +38,12 @@ class Clock:
 
 
 class Bench:
-    """A pool of 20 blocks, 10 of which may be pinned, and a clock that stands still."""
+    """A pool of 20 blocks, 10 of which may be pinned and 10 must not be, and a clock that stands still."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, blocks: tuple[int, int, int] = (20, 10, 10), **config: Any) -> None:
         self.clock = Clock()
         self.released: list[Extent] = []
-        self.blocks = PinnedBlockPool(20, 10, 10)
+        self.blocks = PinnedBlockPool(*blocks)
         self.pool = SystemPromptPool(
             SystemPromptConfig(**config), self.blocks, BLOCK, on_release=self.released.append, clock=self.clock
         )
@@ -442,8 +442,7 @@ def test_what_is_read_gives_way_to_nothing() -> None:
 
 
 def test_pins_that_lie_in_the_way_go_when_even_pieces_find_no_room() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(22, 20, 2)
+    bench = Bench((22, 20, 2))
     kept = [bench.pinned([20 + i] * 4, pin=PinClass.SOFT) for i in range(20)]
     for prompt in kept[0:16:2]:
         bench.pool.remove(prompt.id)
@@ -455,8 +454,7 @@ def test_pins_that_lie_in_the_way_go_when_even_pieces_find_no_room() -> None:
 
 
 def test_a_prompt_lies_in_pieces_where_no_room_is_that_long() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(12, 10, 2)
+    bench = Bench((12, 10, 2))
     kept = [bench.pinned([20 + i] * 4) for i in range(10)]
     for i in (0, 1, 4, 5):
         bench.pool.remove(kept[i].id)
@@ -528,8 +526,7 @@ def test_a_mark_makes_a_system_prompt_last_longer_never_shorter() -> None:
 
 
 def test_a_long_head_seen_twice_is_offered() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(2000, 1000, 100)
+    bench = Bench((2000, 1000, 100))
     head = list(range(1500))
 
     def route(tail: list[int], **options: Any) -> Outcome | None:
@@ -604,8 +601,7 @@ def test_what_goes_on_with_a_request_reads_pinned_prompts_and_counts_for_nothing
 
 
 def test_the_beams_of_a_search_are_not_prompts_with_a_shared_head() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(2000, 1000, 100)
+    bench = Bench((2000, 1000, 100))
     prompt = list(range(1500))
     assert bench.pool.route(bench.request(prompt), None) is None
     for token in (5, 6, 7):

@@ -406,7 +406,6 @@ class EngineCore:
 
     def stats(self, iteration_tokens: int) -> EngineStats:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
-        prefill_seconds, pool.prefill_seconds = pool.prefill_seconds, []
         new_spans, pool.log.new_spans = pool.log.new_spans, []
         return EngineStats(
             num_running=len(scheduler.running),
@@ -428,7 +427,7 @@ class EngineCore:
             pool_prefills=pool.num_prefills,
             pool_tokens_reused=pool.tokens_reused,
             pool_outcomes=dict(pool.outcomes),
-            pool_prefill_seconds=prefill_seconds,
+            pool_prefill_seconds=pool.take_prefill_seconds(),
             varying_prompts=new_spans,
             pool_host_tokens=pool.tiers.host.pinned_blocks * blocks.block_size,
             pool_snapshots={f"{op}/{outcome}": n for (op, outcome), n in pool.tiers.outcomes.items()},
