@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import vllm
 from tests.attention.random_batch import MIXED, Batch, Member
 from vllm.attention.backends import get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
@@ -236,6 +237,14 @@ def test_backend_gives_the_dtype_of_the_queries(cpu_instructions: str, dtype: to
     )
 
 
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_library_is_looked_for_where_it_is_built() -> None:
+    assert Path(vllm.__file__).parent / "cpu_kernels.so" == cpu_library._LIBRARY
+
+
 SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=64, v_dim=64, scale=0.125, dtype=torch.float32)
 
 
@@ -251,7 +260,7 @@ def test_backend_turns_part_of_normalised_heads(
     positions, slots = torch.tensor([3, 4, 5, 0, 9]), torch.tensor([3, 4, 5, 16, 17])
     rope = Rope(randn(10, turned, seed=1), interleaved) if turned else None
     qk_norm = QkNorm(Norm(1e-5), randn(dim, seed=2), randn(dim, seed=3)) if norms else None
-    (k_cache, v_cache), (want_k, want_v) = ([torch.zeros(num_slots, kv_heads, dim) for _ in range(2)] for _ in range(2))
+    k_cache, v_cache, want_k, want_v = (torch.zeros(num_slots, kv_heads, dim) for _ in range(4))
     backend = CpuAttentionBackend(16)
     q = backend.rope_and_write(qkv, positions, rope, qk_norm, slots, k_cache, v_cache, heads)
     want_q = rotary.rope_and_write(qkv, positions, rope, qk_norm, slots, want_k, want_v, heads)
@@ -262,8 +271,8 @@ def test_backend_turns_part_of_normalised_heads(
 
 def test_what_the_kernels_do_not_take_is_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
     misfits: list[tuple[dict[str, Any], str]] = [
-        ({"head_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
-        ({"head_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
+        ({"head_dim": 20, "v_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
+        ({"head_dim": 528, "v_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
         ({"num_heads": 258}, "129 query heads share a KV head, more than 128"),
         ({"dtype": torch.float16}, "dtype float16 is neither float32 nor bfloat16"),
         ({"window": 100}, "a window of 100 tokens"),

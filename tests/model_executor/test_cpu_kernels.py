@@ -318,7 +318,7 @@ def test_a_step_in_one_call(cpu_instructions: str) -> None:
         steps_caches, network_caches = bench.caches(), bench.caches()
         for step in (PROMPT_STEP, LAST_STEP):
             want = bench.by_network(step, *network_caches)
-            steps = bench.packed.steps(bench.rows, *steps_caches)
+            steps = bench.model.compiled_steps(bench.rows, *steps_caches)
             row, starts, counts, samples = (list(column) for column in zip(*step, strict=True))
             ends = torch.tensor(counts).cumsum(0) - 1
             picked = torch.tensor(samples)
@@ -337,7 +337,7 @@ def test_a_step_draws_as_each_row_asks(cpu_instructions: str) -> None:
     bench = Steps()
     network_caches = bench.caches()
     bench.by_network(PROMPT_STEP, *network_caches)
-    logits = bench.packed.logits(bench.by_network(LAST_STEP, *network_caches))[torch.tensor([2, 3, 4])]
+    logits = bench.model.logits(bench.by_network(LAST_STEP, *network_caches))[torch.tensor([2, 3, 4])]
     row, starts, counts, samples = (list(column) for column in zip(*LAST_STEP, strict=True))
     rows, num_tokens = torch.tensor(row), torch.tensor(starts) + torch.tensor(counts)
     tables = SamplingTables.make(4, bench.VOCAB, torch.device("cpu"))
@@ -354,7 +354,7 @@ def test_a_step_draws_as_each_row_asks(cpu_instructions: str) -> None:
             for wants_logits in (False, True):
                 out = torch.empty(3, bench.VOCAB) if wants_logits else None
                 caches = bench.caches()
-                steps = bench.packed.steps(bench.rows, *caches)
+                steps = bench.model.compiled_steps(bench.rows, *caches)
                 prompts = [list(column) for column in zip(*PROMPT_STEP, strict=True)]
                 before, counted = bench.token_ids.clone(), tables.counts[1].sum()
                 steps.draw(*prompts, bench.groups_of(PROMPT_STEP), bench.greedy)  # type: ignore[arg-type]
@@ -385,13 +385,13 @@ def test_more_rows_draw_than_have_their_logits_in_memory(cpu_instructions: str) 
         token_ids, torch.arange(count).unsqueeze(1), torch.zeros(count, dtype=torch.int64), 16
     )
     k, v = ([torch.zeros(count * 16, 1, 32, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
-    steps = bench.packed.steps(rows, k, v)
+    steps = bench.model.compiled_steps(rows, k, v)
     tables = SamplingTables.make(count, bench.VOCAB, torch.device("cpu"))
     tables.floats[:] = torch.tensor([1.0, 0.9, 0.0, 0.0, 0.0, 1.0])
     tables.floats[::3, 0] = 0.0
     tables.ints[:, IntColumn.SEED] = torch.arange(count)
     step = list(range(count)), [0] * count, [1] * count, [True] * count
-    logits = bench.packed.logits(steps.hidden(*step, []))
+    logits = bench.model.logits(steps.hidden(*step, []))
     want = cpu_kernels.sample(logits, torch.arange(count), torch.ones(count).long(), token_ids.clone(), tables)
     assert steps.draw(*step, [], tables) == want.tolist()
     assert token_ids[:, 1].tolist() == want.tolist()
@@ -406,7 +406,7 @@ def test_an_extent_is_read_in_the_step_that_writes_it(cpu_instructions: str) -> 
         k, v = bench.caches()
         for cache in (*k, *v):
             cache[8 * 16 : 10 * 16] = float("nan")
-        steps = bench.packed.steps(bench.rows, k, v)
+        steps = bench.model.compiled_steps(bench.rows, k, v)
         entries = [(1, EXTENT, 19, True), (3, 0, EXTENT, False), (0, 0, 9, True)]
         members = [entries] if together else [[entries[1]], [entries[0], entries[2]]]
         for step in members:

@@ -204,3 +204,20 @@ def test_a_job_that_breaks_is_an_error_of_its_own(tmp_path: Path, monkeypatch: p
     transfers.begin(StepPlan(jobs=[SnapshotJob("load", record, HostImage("sp-a", 1))]))
     assert transfers.ended_jobs(30.0) == [EndedJob("load", "sp-a", "error")]
     transfers.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(3,), (1, 1, 1), (2, 1)])
+def test_layers_of_different_heads(device: str, sizes: tuple[int, ...]) -> None:
+    # The second layer's blocks are smaller, the last one's values are larger than its keys.
+    small, wide = Row(1, 3, torch.bfloat16), Row(2, 9, torch.bfloat16)
+    cache = make_cache(device, (PagedKV(ROW, ROW), PagedKV(small, small), PagedKV(ROW, ROW), PagedKV(ROW, wide)))
+    before = blocks(cache, 2, 3)
+    transfers = ExtentTransfers(cache, 8, None)
+    image = HostImage("sp-a", 3, 1)
+    run(transfers, *copies(image, 2, True, sizes))
+    cache.clear([2, 3, 4])
+    run(transfers, *copies(image, 7, False, sizes))
+    transfers.close()
+    for found, wanted in zip(blocks(cache, 7, 3), before, strict=True):
+        assert torch.equal(found, wanted)
