@@ -151,7 +151,9 @@ def test_directories_that_lack_something(checkpoint: Path) -> None:
 
 def test_other_architectures_are_named(checkpoint: Path) -> None:
     change_config(checkpoint, architectures=["MambaForCausalLM"], model_type="mamba")
-    with pytest.raises(StartupError, match=r"MambaForCausalLM; supported is LlamaForCausalLM"):
+    with pytest.raises(
+        StartupError, match=r"MambaForCausalLM of model type 'mamba'; supported architectures: .*LlamaForC"
+    ):
         load_hf_config(str(checkpoint))
 
 

@@ -56,7 +56,8 @@ class Worker:
             torch.set_num_threads(self.platform.num_threads())
         started = time.perf_counter()
         try:
-            self.model = load_model(config.model, self.spec, self._build(), self.device)
+            build = self._build()
+            self.model = load_model(config.model, self.spec, build, self.device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
@@ -64,6 +65,7 @@ class Worker:
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
+        self._is_packed = isinstance(build.method, CpuPacked) or isinstance(self.backend, CpuAttentionBackend)
         self.runner: ModelRunner | None = None
         self.transfers: ExtentTransfers | None = None
         self._step_bytes = 0
@@ -211,7 +213,7 @@ class Worker:
         """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
         is measured at each start, and need not be the same one."""
         narrow = self.dtype != torch.float32 or self.config.model.quantization is not None
-        return str(cpu_kernels.arithmetic()) if narrow and isinstance(self.backend, CpuAttentionBackend) else ""
+        return str(cpu_kernels.arithmetic()) if narrow and self._is_packed else ""
 
     def snapshots(self) -> list[SnapshotRecord]:
         """What this rank has on disk, the last used first."""

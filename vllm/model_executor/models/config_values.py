@@ -71,8 +71,14 @@ def biases(config: PretrainedConfig, key: str, parts: str) -> frozenset[str]:
     return frozenset(parts.split()) if getattr(config, key, False) else frozenset()
 
 
-def windows(config: PretrainedConfig) -> list[int | None]:
-    """Window of each layer, by `layer_types` and `sliding_window`."""
+def window(config: PretrainedConfig, max_positions: int) -> int | None:
+    """`sliding_window`; None where it is not set, or where no sequence is longer."""
+    size = getattr(config, "sliding_window", None)
+    return None if size is None or size >= max_positions else int(size)
+
+
+def windows(config: PretrainedConfig, max_positions: int) -> list[int | None]:
+    """Window of each layer, by `layer_types`; see `window`."""
     size = getattr(config, "sliding_window", None)
     types: Sequence[str] = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     for kind in types:
@@ -82,7 +88,7 @@ def windows(config: PretrainedConfig) -> list[int | None]:
             raise refused(config, f"windows in layer_types but sliding_window {size!r}", "a number of tokens")
     if len(types) != config.num_hidden_layers:
         raise refused(config, f"{len(types)} layer_types for {config.num_hidden_layers} layers", "one for each")
-    return [int(size) if _WINDOWS[kind] and size is not None else None for kind in types]
+    return [window(config, max_positions) if _WINDOWS[kind] else None for kind in types]
 
 
 def rope(

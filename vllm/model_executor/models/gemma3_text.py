@@ -33,8 +33,7 @@ def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
     num_heads, num_kv_heads, head_dim = config_values.heads(config)
     norm = Norm(config.rms_norm_eps, offset=1.0, rounds_first=False)
 
-    def layer(window: int | None) -> LayerSpec:
-        kind = "full_attention" if window is None else "sliding_attention"
+    def layer(kind: str, window: int | None) -> LayerSpec:
         return LayerSpec(
             mixer=AttentionMixer(
                 num_heads,
@@ -54,7 +53,7 @@ def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
     return DecoderSpec(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        layers=tuple(map(layer, config_values.windows(config))),
+        layers=tuple(map(layer, config.layer_types, config_values.windows(config, max_positions))),
         final_norm=norm,
         tied=bool(config.tie_word_embeddings),
         embedding_multiplier=float(config.hidden_size**0.5),

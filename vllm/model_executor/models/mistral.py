@@ -13,6 +13,6 @@ from vllm.model_executor.models.spec import DecoderSpec
 def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
     config_values.refuse(config, attention_bias=False, mlp_bias=False)
     spec = llama.decoder(config, max_positions)
-    window = getattr(config, "sliding_window", None)
+    window = config_values.window(config, max_positions)
     layer = replace(spec.layers[0], mixer=replace(spec.layers[0].mixer, window=window))
     return replace(spec, layers=(layer,) * len(spec.layers))

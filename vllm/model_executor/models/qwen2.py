@@ -14,5 +14,7 @@ def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
     config_values.refuse(config, mlp_bias=False)
     spec = llama.decoder(config, max_positions)
     mixer = replace(spec.layers[0].mixer, biases=frozenset("qkv"))
-    layers = [replace(spec.layers[0], mixer=replace(mixer, window=w)) for w in config_values.windows(config)]
+    layers = [
+        replace(spec.layers[0], mixer=replace(mixer, window=w)) for w in config_values.windows(config, max_positions)
+    ]
     return replace(spec, layers=tuple(layers))
