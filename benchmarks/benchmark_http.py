@@ -27,7 +27,8 @@ from typing import Any
 import aiohttp
 from benchmark_offline import make_model
 
-from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, SAMPLED, workloads
+from chat_load import SAMPLED
+from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, workloads
 
 WORKLOAD = "plain 256x(128+256)"
 

@@ -14,7 +14,7 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -156,9 +156,9 @@ def boundaries(model: str | None, template: str | None, num_tokens: int) -> dict
             finding[-1] += time.perf_counter() - started
             return size
 
-    def watched(chat: Any, scope: Hashable) -> WatchedPart:
+    def watched(*args: Any) -> WatchedPart:
         started = time.perf_counter()
-        part = find(chat, scope)
+        part = find(*args)
         finding.append(time.perf_counter() - started)
         return WatchedPart(part)
 

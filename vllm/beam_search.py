@@ -1,8 +1,8 @@
 """Beam search: the most likely continuations of a prompt, kept several at a time.
 
-The search itself, apart from what computes the probabilities: its user asks the model for the token after each active
-sequence and hands the answers to `BeamSearch.advance`. The prefix cache keeps what the sequences have in common, so
-each step computes little more than one token a sequence.
+The search itself, apart from what computes the probabilities: its user asks the model for the most likely tokens after
+each active sequence and hands them to `BeamSearch.advance`. In the engine the active sequences of a step fork from those
+of the step before, so that a step computes one token a sequence.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from heapq import nlargest
 from itertools import islice
 
 from vllm.config import ModelConfig
-from vllm.engine.output_processor import OutputText
+from vllm.engine.output_text import OutputText
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import CompletionOutput, TokenLogprobs
+from vllm.outputs import TokenLogprobs
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -64,7 +64,8 @@ class BeamSearch:
 
     Attributes:
         active: Sequences that go on, the most likely first; none when the search is over.
-        num_steps: Steps taken.
+        origins: For each of them, the index of the sequence that it continues among those active before the last step.
+        num_prompt_tokens: Tokens that all sequences begin with.
 
     Raises:
         VLLMValidationError: The beam is wider than the log-probabilities that the server gives out allow.
@@ -76,10 +77,10 @@ class BeamSearch:
         check_beam_width("beam_width", params.beam_width, config.max_logprobs)
         self.params = params
         self.active = [BeamSearchSequence(prompt_token_ids)]
-        self.num_steps = 0
+        self.origins = [0]
+        self.num_prompt_tokens = len(prompt_token_ids)
         self._tokenizer = tokenizer
         self._max_logprobs = config.max_logprobs
-        self._num_prompt_tokens = len(prompt_token_ids)
         self._longest = min(config.max_model_len, len(prompt_token_ids) + params.max_tokens)
         ends = () if params.ignore_eos else config.eos_token_ids
         self._end_ids = frozenset(ends) | frozenset(params.stop_token_ids)
@@ -88,19 +89,19 @@ class BeamSearch:
         if params.stop_strings:
             self.active[0].output = self._text(prompt_token_ids)
 
-    def step_params(self) -> SamplingParams:
-        """What to ask of the model for each active sequence: one token, and the most likely ones in its place.
+    def sampling_params(self) -> SamplingParams:
+        """What to ask of the model for each active sequence: the most likely next tokens.
 
-        It differs from step to step: where no sequence may end yet, the token is not an end token. The
-        log-probabilities are of the model itself, with end tokens among them, so more of them are asked for.
+        The log-probabilities are of the model itself. Where end tokens may not come yet they are among the most likely
+        ones all the same, so more of these are asked for; the token that is drawn is none of them.
         """
         wanted = 2 * self.params.beam_width
-        if not self._may_end:
+        if self.params.min_tokens:
             wanted = min(self._max_logprobs, wanted + len(self._end_ids))
         return SamplingParams(
             temperature=0.0,
-            max_tokens=1,
-            min_tokens=0 if self._may_end else 1,
+            max_tokens=self.max_tokens,
+            min_tokens=min(self.params.min_tokens, self.max_tokens),
             stop_token_ids=self.params.stop_token_ids,
             ignore_eos=self.params.ignore_eos,
             logprobs=wanted,
@@ -108,30 +109,30 @@ class BeamSearch:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def advance(self, outputs: Sequence[CompletionOutput]) -> None:
+    def advance(self, rows: Sequence[TokenLogprobs]) -> None:
         """Takes a step.
 
         Args:
-            outputs: What the model gave each active sequence for `step_params`.
+            rows: For each active sequence, the drawn token and the most likely ones, as `sampling_params` asks.
         """
-        self.num_steps += 1
         width, may_end = self.params.beam_width, self._may_end
-        candidates: list[tuple[float, int, BeamSearchSequence, TokenLogprobs]] = []
-        for sequence, output in zip(self.active, outputs, strict=True):
-            row = output.logprobs[0] if output.logprobs else {}
+        candidates: list[tuple[float, int, int, TokenLogprobs]] = []
+        for origin, (sequence, row) in enumerate(zip(self.active, rows, strict=True)):
             if not may_end:
                 # The drawn token leads, though end tokens that may not come are more likely.
                 row = dict(sorted(row.items(), key=lambda entry: -entry[1].logprob))
             for token_id, logprob in islice(row.items(), 2 * width if may_end else None):
                 total = sequence.cum_logprob + logprob.logprob
                 if token_id not in self._end_ids:
-                    candidates.append((total, token_id, sequence, row))
+                    candidates.append((total, token_id, origin, row))
                 elif may_end:
                     self._end(_continued(sequence, token_id, total, row), "stop", token_id)
         best = nlargest(width, candidates, key=lambda candidate: candidate[0])
-        following = [_continued(sequence, token_id, total, row) for total, token_id, sequence, row in best]
-        self.active = []
-        for sequence in following:
+        before, self.active, self.origins = self.active, [], []
+        following = [
+            (origin, _continued(before[origin], token_id, total, row)) for total, token_id, origin, row in best
+        ]
+        for origin, sequence in following:
             stop = self._found_stop(sequence)
             if stop is not None:
                 self._end(sequence, "stop", stop)
@@ -139,8 +140,9 @@ class BeamSearch:
                 self._end(sequence, "length")
             else:
                 self.active.append(sequence)
+                self.origins.append(origin)
         if self.active and len(self._ended) == width and self._best_to_come() <= self._ended[-1][0]:
-            self.active = []
+            self.active, self.origins = [], []
 
     def best(self) -> list[BeamSearchSequence]:
         """The sequences with the highest scores, at most `beam_width`, the highest first."""
@@ -150,8 +152,8 @@ class BeamSearch:
         """Text of the generated tokens, without an end token and, unless it is to be included, a stop string."""
         text, ended = sequence.output, sequence.stop_reason in self._end_ids
         if text is None:
-            text = self._text(sequence.tokens[: self._num_prompt_tokens])
-            for token_id in sequence.tokens[self._num_prompt_tokens : -1 if ended else None]:
+            text = self._text(sequence.tokens[: self.num_prompt_tokens])
+            for token_id in sequence.tokens[self.num_prompt_tokens : -1 if ended else None]:
                 text.append(token_id, False, False)
             text.end()
         elif ended:
@@ -162,12 +164,12 @@ class BeamSearch:
     @property
     def max_tokens(self) -> int:
         """Most tokens that a sequence can get."""
-        return self._longest - self._num_prompt_tokens
+        return self._longest - self.num_prompt_tokens
 
     @property
     def _may_end(self) -> bool:
         """Whether an end token may come next; all active sequences have one length."""
-        return not self.active or len(self.active[0].tokens) - self._num_prompt_tokens >= self.params.min_tokens
+        return not self.active or len(self.active[0].tokens) - self.num_prompt_tokens >= self.params.min_tokens
 
     def _end(self, sequence: BeamSearchSequence, reason: str, stop: int | str | None = None) -> None:
         sequence.finish_reason, sequence.stop_reason = reason, stop

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 
 
 class SequenceStatus(IntEnum):
-    """States; everything from `FINISHED_STOPPED` on is final."""
+    """States; everything from `FINISHED_STOPPED` on is final. `HELD`: a beam that has blocks, and no row."""
 
     WAITING = 0
     RUNNING = 1
     PREEMPTED = 2
-    FINISHED_STOPPED = 3
-    FINISHED_LENGTH = 4
-    FINISHED_ABORTED = 5
+    HELD = 3
+    FINISHED_STOPPED = 4
+    FINISHED_LENGTH = 5
+    FINISHED_ABORTED = 6
 
 
 FINISH_REASONS = {
@@ -77,19 +78,22 @@ class Sequence:
         matcher: Follows the output of a sequence whose form is constrained; its next token can only be drawn when all
             before it are known.
         fork_parent: Sibling whose prompt blocks this one may share.
-        goes_on: It goes on with a request that has been counted and has a place in the order: a later step of a search.
+        is_beam: It belongs to a beam search. The tokens that are drawn for it are the search's to choose from, not its
+            own: `Scheduler.fork` gives it one of them.
+        awaits_search: Its next token has been drawn, or is being drawn, and the search has not yet chosen.
     """
 
     __slots__ = (
         "arrival_time",
+        "awaits_search",
         "block_keys",
         "block_table",
         "cache_seed",
         "first_scheduled_time",
         "fork_children",
         "fork_parent",
-        "goes_on",
         "index",
+        "is_beam",
         "is_system_prompt",
         "matcher",
         "namespace",
@@ -126,7 +130,7 @@ class Sequence:
         tenant: bytes = b"",
         namespace: bytes = b"",
         is_system_prompt: bool = False,
-        goes_on: bool = False,
+        is_beam: bool = False,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -141,7 +145,8 @@ class Sequence:
         self.tenant = tenant
         self.namespace = namespace
         self.is_system_prompt = is_system_prompt
-        self.goes_on = goes_on
+        self.is_beam = is_beam
+        self.awaits_search = False
         self.status = SequenceStatus.WAITING
         self.system_prompt: PinnedPrefix | None = None
         self.block_table: list[int] = []
@@ -156,6 +161,29 @@ class Sequence:
         self.matcher: TokenMatcher | None = None
         self.fork_parent: Sequence | None = None
         self.fork_children: list[Sequence] = []
+
+    def fork(self, index: int) -> Sequence:
+        """Another beam with the same tokens, which may share the blocks of this one."""
+        twin = Sequence(
+            self.request_id,
+            self.token_ids,
+            self.sampling_params,
+            index=index,
+            order=self.order,
+            priority=self.priority,
+            seed=self.seed,
+            arrival_time=self.arrival_time,
+            cache_seed=self.cache_seed,
+            tenant=self.tenant,
+            namespace=self.namespace,
+            is_beam=True,
+        )
+        twin.num_prompt_tokens = self.num_prompt_tokens
+        twin.num_cached_tokens = self.num_cached_tokens
+        twin.first_scheduled_time = self.first_scheduled_time
+        twin.block_keys = list(self.block_keys)
+        twin.fork_parent = self
+        return twin
 
     def __lt__(self, other: Sequence) -> bool:
         return (self.priority, self.order) < (other.priority, other.order)

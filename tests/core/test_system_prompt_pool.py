@@ -583,28 +583,3 @@ def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_save
     assert saved == [[]] * (prompt.num_blocks - 1) + [[prompt]], "a block a step"
     bench.pool.end_save(prompt)
     assert bench.released and bench.pool.get(prompt.id) is None
-
-
-def test_what_goes_on_with_a_request_reads_pinned_prompts_and_counts_for_nothing() -> None:
-    bench = Bench()
-    prompt = bench.pinned(A)
-    request = bench.request([*A, 3])
-    assert bench.pool.route(request, len(A)) == Outcome.HIT
-    counts = (prompt.hits, prompt.tokens_saved, bench.pool.tokens_reused, bench.pool.outcomes.copy())
-    beam = Sequence("r2", [*A, 3, 4], goes_on=True)
-    assert bench.pool.route(beam, len(A)) == Outcome.HIT
-    assert (beam.system_prompt, prompt.readers) == (prompt, 2)
-    assert (prompt.hits, prompt.tokens_saved, bench.pool.tokens_reused, bench.pool.outcomes) == counts
-    long = Sequence("r3", [5] * 60, goes_on=True)
-    assert bench.pool.route(long, 50) == Outcome.OVER_BUDGET
-    assert not bench.pool.info().refused and bench.pool.outcomes == counts[3]
-
-
-def test_the_beams_of_a_search_are_not_prompts_with_a_shared_head() -> None:
-    bench = Bench((2000, 1000, 100))
-    prompt = list(range(1500))
-    assert bench.pool.route(bench.request(prompt), None) is None
-    for token in (5, 6, 7):
-        assert bench.pool.route(Sequence("r", [*prompt, token, token], goes_on=True), None) is None
-    assert bench.pool.route(bench.request([*prompt, 8, 9]), None) is None, "the next turn of what came first"
-    assert not bench.pool.has_prefill

@@ -24,7 +24,7 @@ from vllm.engine.metrics import EngineMetrics
 from vllm.engine.watchdog import Watchdog
 from vllm.entrypoints.args.cli_args import make_arg_parser
 from vllm.entrypoints.args.parser import FlexibleArgumentParser
-from vllm.entrypoints.http.app import build_app
+from vllm.entrypoints.assembly import build_app
 from vllm.exceptions import EngineDeadError, EngineStalledError, VLLMValidationError
 from vllm.inputs import CacheMark
 from vllm.outputs import RequestOutput
@@ -125,7 +125,6 @@ WRONG_REQUESTS: list[dict[str, Any]] = [
     {"cache_salt": 5},
     {"marks": [1]},
     {"marks": [CacheMark("x")]},  # type: ignore[arg-type]
-    {"search_step": "x"},
 ]
 
 

@@ -551,8 +551,11 @@ def test_tokens_with_one_part_are_kept_from_the_merge() -> None:
     size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
     suffix_attention(q, k, v, dim**-0.5, tables, 16, on_device(work), size, partial, lse, tiles, 3, whole=out)
     assert torch.equal(out.isnan().flatten(1).any(-1), on_device(counts) > 0)
+    done = out.clone()
     merge_partials(partial, lse, on_device(counts), out)
     assert_near(out, want, TOLERANCE[torch.float32])
+    merge_partials(partial, lse, on_device(counts), done, on_device(np.flatnonzero(counts >= 0)))
+    assert torch.equal(done, out)
 
 
 @pytest.mark.gpu

@@ -71,6 +71,8 @@ class PromptLife:
         self._tiers = tiers
         self._log = log
         self._clock = clock
+        # On probation and computed, but not copied to the host yet; the oldest first.
+        self._unsaved: dict[str, PinnedPrompt] = {}
         self._expiries: list[tuple[float, str]] = []
 
     # Beginning -------------------------------------------------------------------------------------------------
@@ -116,6 +118,7 @@ class PromptLife:
         above: PinnedPrompt | None = prompt
         while above is not None and above.on_probation:
             self._room.end_probation(above)
+            self._unsaved.pop(above.id, None)
             logger.info("System prompt %s is used again: pinned.", above.id)
             self.save(above)
             above = above.parent
@@ -132,6 +135,7 @@ class PromptLife:
         may_load = self._tiers.can_load(prompt)
         self._enter(prompt, PromptState.LOADING if may_load else PromptState.COMPUTING)
         self._room.give(prompt, extents)
+        self._save_before_it_is_full()
         if may_load:
             self._tiers.begin_load(prompt)
 
@@ -162,7 +166,11 @@ class PromptLife:
         """Records that the last chunk of a prompt has run, and how long its prefill took. A prompt removed meanwhile
         ends only now, since the ranks wrote into its blocks."""
         prompt.is_being_written = False
-        self.save(prompt)
+        if prompt.on_probation:
+            self._unsaved[prompt.id] = prompt
+            self._save_before_it_is_full()
+        else:
+            self.save(prompt)
         self.release_if_done(prompt)
         self.prefill_seconds.append(time.perf_counter() - prompt.prefill_started)
 
@@ -266,6 +274,17 @@ class PromptLife:
                     break
         prompt.is_being_saved = self._tiers.save(prompt)
 
+    def _save_before_it_is_full(self) -> None:
+        """Has prompts on probation copied to the host, the oldest first, once they may soon have to leave the device.
+
+        While there is room, most prompts that come once would be copied for nothing: the copies of 4 GB a second, and
+        the host memory that is made ready for them, delay the steps.
+        """
+        if self._room.is_filling:
+            waiting, self._unsaved = self._unsaved, {}
+            for prompt in waiting.values():
+                self.save(prompt)
+
     def end_save(self, prompt: PinnedPrompt) -> None:
         """Records that the extents of a prompt have been copied to the host."""
         prompt.is_being_saved = False
@@ -353,6 +372,8 @@ class PromptLife:
         if prompt.state == PromptState.LOADING:
             self.loading.remove(prompt)
         prompt.state = state
+        if state != PromptState.PINNED:
+            self._unsaved.pop(prompt.id, None)
         if state == PromptState.PENDING:
             self._enqueue(prompt)
         if state == PromptState.COMPUTING:
@@ -383,6 +404,7 @@ class PromptLife:
             assert (p.state in (PromptState.PENDING, PromptState.HOST)) == (not p.extents)
             assert p.state != PromptState.HOST or (self._tiers.is_on_host(p) and _may_wait_on_host(p)), p
             assert not (p.on_probation and p.pin == PinClass.HARD), p
+            assert p.id not in self._unsaved or (p.on_probation and p.state == PromptState.PINNED), p
             if p.parent is not None:
                 assert p.state != PromptState.PINNED or p.parent.state == PromptState.PINNED, (p, p.parent)
                 assert p.last_used <= p.parent.last_used

@@ -65,6 +65,11 @@ class PromptRoom:
         """Blocks that are pinned or promised."""
         return self.blocks.pinned_blocks + self._promised_blocks
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether more than half of the budget is taken, so that prompts may soon have to leave the device."""
+        return 2 * self.taken_blocks > self.blocks.budget_blocks
+
     def fits(self, num_blocks: int) -> bool:
         """Whether a prompt of so many blocks finds room besides all that is promised, and displaces nothing."""
         return self.blocks.fits(self._promised_blocks + num_blocks)

@@ -59,7 +59,7 @@ class PromptRouter:
     def route(self, seq: Sequence, num_system_tokens: int | None, marks: Several[CacheMark] = ()) -> Outcome | None:
         """See `SystemPromptPool.route`."""
         outcome = self._route(seq, num_system_tokens, marks)
-        if outcome is not None and not seq.goes_on:
+        if outcome is not None:
             self.outcomes[outcome.value] += 1
         return outcome
 
@@ -71,8 +71,7 @@ class PromptRouter:
             # The request asks for the logits of every position, so every position is computed.
             return Outcome.PROMPT_LOGPROBS if in_play else None
         wants = wants_of(self._config, seq, num_system_tokens, marks) or self._shared_head(seq)
-        if not seq.goes_on:
-            self._demand.count_request()
+        self._demand.count_request()
         decision = self.decide(seq, wants)
         for want, refusal in decision.refused:
             self._note_refusal(seq.token_ids[: want.num_tokens], want, refusal, seq)
@@ -81,7 +80,7 @@ class PromptRouter:
             if prompt.num_tokens in lengths:
                 self._renew(prompt, lengths[prompt.num_tokens])
         leaf = decision.known[-1] if decision.known else None
-        if leaf is not None and not seq.goes_on:
+        if leaf is not None:
             leaf.hits += 1
             leaf.tokens_saved += leaf.num_tokens
             self.tokens_reused += leaf.num_tokens
@@ -89,7 +88,7 @@ class PromptRouter:
             # The request that brought the prompt was its first use, so this one ends its probation.
             self._life.promote(leaf)
         for want in decision.creates:
-            leaf = self._life.register(seq.token_ids[: want.num_tokens], want, is_use=not seq.goes_on)
+            leaf = self._life.register(seq.token_ids[: want.num_tokens], want, is_use=True)
             leaf.serve_by(seq.priority, seq.order)
             leaf.payer = seq
             seq.num_cache_write_tokens += leaf.num_own_tokens
@@ -138,12 +137,12 @@ class PromptRouter:
         """Records that the waiters of a pending prompt run without it, since it finds no room."""
         want = Want(prompt.num_tokens, prompt.pin, prompt.ttl, prompt.source, prompt.scope)
         for seq in prompt.waiters:
-            self.outcomes[Outcome.BUSY.value] += not seq.goes_on
+            self.outcomes[Outcome.BUSY.value] += 1
             self._note_refusal(prompt.token_ids, want, Outcome.BUSY, seq)
 
     def _shared_head(self, seq: Sequence) -> list[Want]:
         """The head that a long prompt without a system part has in common with an earlier one of its namespace."""
-        if self._config.mode != "auto" or seq.num_prompt_tokens <= MIN_SHARED_TOKENS or seq.goes_on:
+        if self._config.mode != "auto" or seq.num_prompt_tokens <= MIN_SHARED_TOKENS:
             return []
         size = self._heads.see(seq)
         if not size:
@@ -167,8 +166,6 @@ class PromptRouter:
         self._tiers.note_change(prompt)
 
     def _note_refusal(self, token_ids: TokenIds, want: Want, outcome: Outcome, seq: Sequence) -> None:
-        if seq.goes_on:
-            return
         key = prompt_id(token_ids, want.scope)
         if outcome in (Outcome.OVER_BUDGET, Outcome.BUSY) and key not in self._registry:
             self._demand.note(key)

@@ -35,7 +35,8 @@ from vllm.engine.messages import (
     UtilityCall,
 )
 from vllm.engine.metrics import EngineMetrics
-from vllm.engine.output_processor import OutputProcessor, SearchCount
+from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.search_state import Search
 from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
 from vllm.engine.varying_prompts import log_varying_prompts
@@ -232,9 +233,11 @@ class AsyncLLMEngine:
     async def _take_in(self, news: StepOutputs) -> None:
         if news.outputs or news.results or (news.stats is not None and news.stats.iteration_tokens):
             self._watchdog.note_progress()
-        to_abort = self._processor.process(news.outputs)
-        if to_abort:
-            await self._send(AbortRequests(to_abort))
+        orders = self._processor.process(news.outputs)
+        if orders.aborts:
+            await self._send(AbortRequests(orders.aborts))
+        for fork in orders.forks:
+            await self._send(fork)
         if news.stats is not None:
             self.stats = news.stats
             self.metrics.on_stats(news.stats)
@@ -311,7 +314,7 @@ class AsyncLLMEngine:
         priority: int = 0,
         marks: Sequence[CacheMark] = (),
         arrival_time: float | None = None,
-        search_step: int | None = None,
+        search: Search | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request as they come. Closing the iterator early aborts the request.
 
@@ -319,7 +322,7 @@ class AsyncLLMEngine:
             sampling_params: If `check_params` has checked them, they may be those of several requests.
             num_system_tokens, cache_salt, priority, marks: As in `LLMEngine.add_request`.
             arrival_time: When it came, in seconds of `time.time()`; None for now.
-            search_step: As of `EngineRequest`. Whoever runs the search counts it, with `count_search`.
+            search: As of `LLMEngine.add_request`; its outputs come as one item, when it is over.
 
         Raises:
             VLLMValidationError: a value is not allowed; before the first item.
@@ -333,7 +336,7 @@ class AsyncLLMEngine:
         if not isinstance(params, CheckedParams):
             check_sampling_params(params)
         asked = params.asked if isinstance(params, CheckedParams) else params
-        with self._admission.entry(asked.n, goes_on=bool(search_step)):
+        with self._admission.entry(asked.n if search is None else search.beams.params.beam_width):
             if isinstance(prompt, str):
                 prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
             if not isinstance(params, CheckedParams):
@@ -350,12 +353,12 @@ class AsyncLLMEngine:
                 marks=marks,
                 tenant=current_tenant.get(),
                 arrival_time=arrival_time,
-                search_step=search_step,
+                is_search=search is not None,
             )
             mailbox = Mailbox(request.sampling_params.output_kind)
             self._expect_work()
             try:
-                state = self._processor.add(request, processed, mailbox.put)
+                state = self._processor.add(request, processed, mailbox.put, search)
             except ValueError as error:
                 raise VLLMValidationError(str(error), "request_id") from None
         try:
@@ -386,10 +389,6 @@ class AsyncLLMEngine:
                 return await work
         finally:
             work.close()
-
-    def count_search(self, prompt_token_ids: list[int], params: SamplingParams) -> SearchCount:
-        """Counts a search as one request that arrives now; see `SearchCount`."""
-        return SearchCount(self.metrics, prompt_token_ids, params)
 
     async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
         # Several requests may wait for the same one: it goes on when one of them leaves.

@@ -193,7 +193,7 @@ class EngineCore:
                 cache_seed=cache_seed,
                 tenant=tenant,
                 namespace=namespace,
-                goes_on=bool(request.search_step),
+                is_beam=request.is_search,
             )
             for i in range(params.n)
         ]
@@ -218,6 +218,10 @@ class EngineCore:
             self._unready.pop(request_id, None)
         self.scheduler.abort(request_id, index)
         self._prompt_logprobs.pop(request_id, None)
+
+    def fork(self, request_id: str, beams: list[tuple[int, int]]) -> None:
+        """Goes on with a beam search; see `Scheduler.fork`."""
+        self.scheduler.fork(request_id, beams)
 
     def _seed(self, asked: int | None) -> int:
         """The seed of a request: its own, else drawn from the engine's seed, else fresh entropy."""
@@ -352,7 +356,8 @@ class EngineCore:
             if seq.matcher is not None and seq.matcher.error is not None:
                 self._fail(seq.request_id, f"{seq.matcher.field} {seq.matcher.error}.", seq.matcher.field)
                 continue
-            first = len(seq.token_ids) == seq.num_prompt_tokens + 1
+            # A beam does not keep the token that is drawn for it.
+            first = len(seq.token_ids) - seq.num_prompt_tokens == (0 if seq.is_beam else 1)
             outputs.append(
                 EngineOutput(
                     seq.request_id,
@@ -408,7 +413,7 @@ class EngineCore:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
         new_spans, pool.log.new_spans = pool.log.new_spans, []
         return EngineStats(
-            num_running=len(scheduler.running),
+            num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_cache_usage=blocks.num_used_blocks / max(1, blocks.num_schedulable_blocks),
             iteration_tokens=iteration_tokens,

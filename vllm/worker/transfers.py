@@ -177,9 +177,16 @@ class ExtentTransfers:
             raise RuntimeError("a plan has work on snapshots, but none are kept")
         if job.image is None:
             return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
-        arrays = [tensor.numpy() for tensor in self._image(job.image)]
+        tensors = self._image(job.image)
+        arrays = [tensor.numpy() for tensor in tensors]
+        ready = None
+        if job.image.start is not None:
+            size = job.image.num_blocks * self._all_block_bytes
+            ready = self._arena.prepare(int(tensors[0].storage_offset()), size)
 
         def work() -> str:
+            if ready is not None:
+                ready()
             # Copies that fill what is written, or that still read what was in this memory before.
             if self._copied is not None:
                 self._copied.synchronize()

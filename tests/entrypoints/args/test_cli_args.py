@@ -7,7 +7,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.args import cli_args, compatibility_args
 from vllm.entrypoints.args.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.models import ServingModels
+from vllm.entrypoints.chat.served_models import ServedModels
 from vllm.exceptions import StartupError
 
 
@@ -325,7 +325,7 @@ def test_the_kv_cache_has_the_dtype_of_the_model(tiny_model_dir):
 def test_the_fingerprint_is_what_its_mode_says(tiny_model_dir):
     def fingerprint(mode, value=None, **overrides):
         config = EngineArgs(model=str(tiny_model_dir), hf_overrides=overrides).create_engine_config()
-        return ServingModels(config, mode, value).fingerprint
+        return ServedModels(config, mode, value).fingerprint
 
     digest = fingerprint("hash")
     assert fingerprint("hash") == digest

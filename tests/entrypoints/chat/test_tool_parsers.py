@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, ToolDelta, ToolParser
+from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Text
+from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, ToolParser
 from vllm.entrypoints.chat.tool_parsers.forced import NamedToolParser, RequiredToolParser
 
 WEATHER = {
@@ -142,30 +143,38 @@ CASES: list[tuple[str, str, str, Calls]] = [
 ]  # fmt: skip
 
 
-def found(deltas: list[ToolDelta]) -> tuple[str, list[tuple[str, str]]]:
-    """Content and calls (name, arguments) of all deltas together; checks how calls begin."""
-    content, calls, ids = "", [], []
-    for delta in deltas:
-        content += delta.content
-        for call in delta.calls:
-            if call.name is not None:
-                assert call.index == len(calls)
-                assert call.id
-                ids.append(call.id)
-                calls.append((call.name, ""))
-            calls[call.index] = (calls[call.index][0], calls[call.index][1] + call.arguments)
+def found(events: list[PartEvent]) -> tuple[str, list[tuple[str, str]]]:
+    """Content and calls (name, arguments) of all events; checks that calls begin and end, one after the other."""
+    content, calls, ids, is_open = "", [], [], False
+    for event in events:
+        match event:
+            case Text(text):
+                assert text and not is_open
+                content += text
+            case CallBegun(index, call_id, name):
+                assert index == len(calls) and call_id and not is_open
+                is_open = True
+                ids.append(call_id)
+                calls.append((name, ""))
+            case CallArguments(index, text):
+                assert index == len(calls) - 1 and text and is_open
+                calls[index] = (calls[index][0], calls[index][1] + text)
+            case CallEnded(index):
+                assert index == len(calls) - 1 and is_open
+                is_open = False
+    assert not is_open
     assert len(set(ids)) == len(ids)
     return content, calls
 
 
 def at_once(parser: ToolParser, text: str) -> tuple[str, list[tuple[str, str]]]:
-    return found([parser.feed(text), parser.finish()])
+    return found([*parser.feed(text), *parser.finish()])
 
 
 def in_pieces(parser: ToolParser, text: str, cuts: list[int]) -> tuple[str, list[tuple[str, str]]]:
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    deltas = [parser.feed(text[a:b]) for a, b in pairwise(ends)]
-    return found([*deltas, parser.finish()])
+    events = [event for a, b in pairwise(ends) for event in parser.feed(text[a:b])]
+    return found([*events, *parser.finish()])
 
 
 @pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
@@ -242,17 +251,17 @@ def test_arguments_are_handed_on_while_they_come() -> None:
         ("deepseek_v3", V3[:21] + '<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "', '"}\n```'),
     ]:
         parser = TOOL_PARSERS[name](TOOLS)
-        deltas = [parser.feed(start), *[parser.feed("word ") for _ in range(50)], parser.feed(end), parser.finish()]
-        pieces = [call.arguments for delta in deltas for call in delta.calls if call.arguments]
+        fed = [parser.feed(start), *[parser.feed("word ") for _ in range(50)], parser.feed(end), parser.finish()]
+        pieces = [event.text for events in fed for event in events if isinstance(event, CallArguments)]
         assert len(pieces) > 45, name
         assert json.loads("".join(pieces)) == {"city": "word " * 50}
 
 
 def test_mistral_ids_have_nine_letters_or_digits() -> None:
-    delta = TOOL_PARSERS["mistral"](TOOLS).feed("[TOOL_CALLS]now{}")
-    assert delta.calls[0].id is not None
-    assert len(delta.calls[0].id) == 9
-    assert delta.calls[0].id.isalnum()
+    begun, _ = TOOL_PARSERS["mistral"](TOOLS).feed("[TOOL_CALLS]now{}")
+    assert isinstance(begun, CallBegun)
+    assert len(begun.id) == 9
+    assert begun.id.isalnum()
 
 
 @pytest.mark.parametrize(

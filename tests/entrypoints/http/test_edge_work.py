@@ -19,9 +19,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.args.cli_args import make_arg_parser
 from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.entrypoints.assembly import build_app
 from vllm.entrypoints.chat import messages as chat_messages
 from vllm.entrypoints.http import json_answer, json_body
-from vllm.entrypoints.http.app import build_app
 from vllm.entrypoints.http.body_limits import BodyBytes
 from vllm.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_SAMPLER_ENTRIES, MAX_STOP_SEARCHES
 from vllm.transformers_utils import chat_template

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 
-from vllm.entrypoints.http.openapi import BODIES
+from vllm.entrypoints.assembly import BODIES
 
 CASES_OF_A_KIND = 110
 # A request that says nothing of its length may run to the end of the context: a short one keeps thousands short.

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from vllm.entrypoints.http.streaming import ClientGoneError, EventStream, merge, unless_disconnected
+from vllm.entrypoints.http.merging import merge
+from vllm.entrypoints.http.streaming import ClientGoneError, EventStream, unless_disconnected
 from vllm.exceptions import VLLMValidationError
 
 

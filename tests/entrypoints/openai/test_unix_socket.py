@@ -12,7 +12,7 @@ import time
 import httpx
 import pytest
 
-from vllm.entrypoints.openai.api_server import _listen, bind_socket, unix_socket
+from vllm.entrypoints.http.listening import bind_socket, listen, unix_socket
 from vllm.exceptions import StartupError
 
 
@@ -98,10 +98,10 @@ def test_where_it_cannot_listen_is_named(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:  # Datagram sockets cannot listen.
         deaf.bind(path)
         with pytest.raises(StartupError, match=rf"^Cannot listen on --uds {path}: .*\. Choose another path\.$"):
-            _listen(deaf, path)
+            listen(deaf, path)
     with bind_socket("127.0.0.1", 0) as first, socket.socket() as second:
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         second.bind(first.getsockname())
         first.listen()
         with pytest.raises(StartupError, match=rf"127\.0\.0\.1 port {first.getsockname()[1]}: Address already in use"):
-            _listen(second, None)
+            listen(second, None)

@@ -78,6 +78,7 @@ class PreparedBatch:
         counts: Partial results of each token, -1 for those whose only one is the result; int32 [T].
         partial, lse: Workspace, float32 [P, T, H, D] and [P, T, H]; None where every token has one part, which is then
             written straight to the result.
+        merged: Tokens whose parts are merged; int32 [n]. None where every token is looked at.
         block_tables: int32 or int64 [rows, W].
         block_size: Slots in a block.
         causal: The query tokens are the last ones of the extent that `prefix` reads, and there is nothing else.
@@ -91,6 +92,7 @@ class PreparedBatch:
     block_tables: torch.Tensor
     block_size: int
     causal: bool = False
+    merged: torch.Tensor | None = None
 
 
 class TritonAttention:
@@ -225,7 +227,8 @@ class TritonAttention:
         if not single:
             keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
-        flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]), self.device)
+        merged = np.flatnonzero(counts >= 0)
+        flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works), merged]), self.device)
         launches, offset = [], len(works) + num_tokens
         for i, (work, shape) in enumerate(zip(works, tiles, strict=True)):
             view = flat[offset : offset + work.size].view(work.shape)
@@ -243,6 +246,7 @@ class TritonAttention:
             lse=lse,
             block_tables=metadata.block_tables,
             block_size=metadata.block_size,
+            merged=flat[offset:],
         )
 
     def _prepare_chunk(self, metadata: AttentionMetadata, first_slot: int) -> PreparedBatch | None:
@@ -285,7 +289,7 @@ class TritonAttention:
             self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside)
             beside = True
         if partial is not None and lse is not None:
-            merge_partials(partial, lse, prepared.counts, out)
+            merge_partials(partial, lse, prepared.counts, out, prepared.merged)
         return out
 
     def _prefix(

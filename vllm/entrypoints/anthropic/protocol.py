@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.entrypoints.openai.protocol import ApiModel
+from vllm.entrypoints.http.api_model import ApiModel
 
 
 class CountTokensRequest(ApiModel):

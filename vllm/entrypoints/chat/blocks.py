@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
+
+from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, Reasoning, StepEvent, Text, Tokens
 
 
 @dataclass
@@ -15,7 +17,6 @@ class Block:
         index: Position in the answer.
         pieces: What has come of its text.
         call_id / name: Of a tool call.
-        logprobs: Of text: one entry a token, as chat completions show them.
     """
 
     index: int
@@ -23,7 +24,6 @@ class Block:
     call_id: str = ""
     name: str = ""
     pieces: list[str] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -32,16 +32,20 @@ class Block:
 
 
 class BlockNews(NamedTuple):
-    """A block begins, grows by `text`, or is complete."""
+    """A block begins, grows by `text`, or is complete.
+
+    Attributes:
+        tokens: Where text grows: those that have come since the last text.
+    """
 
     what: Literal["start", "delta", "stop"]
     block: Block
     text: str = ""
-    logprobs: tuple[dict[str, Any], ...] = ()
+    tokens: tuple[Tokens, ...] = ()
 
 
 class BlockReader:
-    """Reads the deltas of one choice, or its whole message as if it were a single one.
+    """Reads the steps of one choice.
 
     Attributes:
         blocks: All blocks so far; none of them is without content but a tool call without arguments.
@@ -50,56 +54,47 @@ class BlockReader:
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self._open: Block | None = None
-        self._call_index: int | None = None
-        self._logprobs: list[dict[str, Any]] = []
+        self._tokens: list[Tokens] = []
 
     @property
     def calls_tools(self) -> bool:
         return any(block.kind == "tool_call" for block in self.blocks)
 
-    def read(self, choice: dict[str, Any]) -> Iterator[BlockNews]:
-        """The news in a choice of a chat completion, or of a chunk of one."""
-        message = choice.get("delta") or choice.get("message") or {}
-        self._logprobs += (choice.get("logprobs") or {}).get("content") or ()
-        reasoning = message.get("reasoning") or message.get("reasoning_content")
-        if reasoning:
-            yield from self._grow("reasoning", reasoning)
-        if message.get("content"):
-            logprobs, self._logprobs = tuple(self._logprobs), []
-            yield from self._grow("text", message["content"], logprobs)
-        for i, call in enumerate(message.get("tool_calls") or ()):
-            yield from self._grow_call(call.get("index", i), call)
+    def read(self, events: Iterable[StepEvent]) -> Iterator[BlockNews]:
+        """The news in the events of a step."""
+        for event in events:
+            match event:
+                case Tokens():
+                    self._tokens.append(event)
+                case Reasoning(text):
+                    yield from self._grow("reasoning", text)
+                case Text(text):
+                    tokens, self._tokens = tuple(self._tokens), []
+                    yield from self._grow("text", text, tokens)
+                case CallBegun(_, call_id, name):
+                    yield from self._begin(Block(len(self.blocks), "tool_call", call_id, name))
+                case CallArguments(_, text):
+                    yield from self._grow("tool_call", text)
+                case CallEnded():
+                    yield from self.end()
 
     def end(self) -> Iterator[BlockNews]:
-        """The news when no more deltas come."""
+        """The news when the open block gets no more."""
         if self._open is not None:
             yield BlockNews("stop", self._open)
             self._open = None
 
     def _grow(
-        self, kind: Literal["reasoning", "text"], text: str, logprobs: tuple[dict[str, Any], ...] = ()
+        self, kind: Literal["reasoning", "text", "tool_call"], text: str, tokens: tuple[Tokens, ...] = ()
     ) -> Iterator[BlockNews]:
         if self._open is None or self._open.kind != kind:
             yield from self._begin(Block(len(self.blocks), kind))
-        yield from self._add(text, logprobs)
-
-    def _grow_call(self, index: int, call: dict[str, Any]) -> Iterator[BlockNews]:
-        function = call.get("function") or {}
-        if self._open is None or self._open.kind != "tool_call" or self._call_index != index:
-            self._call_index = index
-            block = Block(len(self.blocks), "tool_call", call_id=call.get("id") or "", name=function.get("name") or "")
-            yield from self._begin(block)
-        yield from self._add(function.get("arguments") or "")
+        if self._open is not None:
+            self._open.pieces.append(text)
+            yield BlockNews("delta", self._open, text, tokens)
 
     def _begin(self, block: Block) -> Iterator[BlockNews]:
         yield from self.end()
         self.blocks.append(block)
         self._open = block
         yield BlockNews("start", block)
-
-    def _add(self, text: str, logprobs: tuple[dict[str, Any], ...] = ()) -> Iterator[BlockNews]:
-        block = self._open
-        if block is not None and text:
-            block.pieces.append(text)
-            block.logprobs += logprobs
-            yield BlockNews("delta", block, text, logprobs)

@@ -174,3 +174,9 @@ def count_chars(value: Any) -> int:
         elif isinstance(item, list):
             pending.extend(item)
     return total
+
+
+def last_text(message: dict[str, Any]) -> str:
+    """The text of a message that an answer goes on from."""
+    content = check_messages([message])[0]["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

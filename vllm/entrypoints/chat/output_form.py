@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
+from vllm.entrypoints.chat.request import GenerationRequest
 from vllm.entrypoints.http.json_body import snippet
-from vllm.entrypoints.openai.protocol import GenerationRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 

@@ -22,8 +22,6 @@ from vllm.transformers_utils.chat_template import RenderedChat
 
 _T = TypeVar("_T")
 
-MAX_PROMPTS = 1024
-MAX_CHOICES = 4096
 # The most that is tokenised for one request, even where the answer would not depend on the context's length.
 MAX_TOKENIZE_CHARS = 4_000_000
 
@@ -193,40 +191,3 @@ class PromptReader:
             raise VLLMValidationError(
                 f"{param} may have at most {MAX_TOKENIZE_CHARS} characters in all, got {chars}.", param
             )
-
-
-def split_prompts(prompt: Any, n: int) -> list[str | list[int]]:
-    """The prompts of a text completion: given as text, as token ids, or as a list of either or both.
-
-    Raises:
-        VLLMValidationError: anything else, or too many prompts or outputs.
-    """
-    prompts = _as_list(prompt)
-    if len(prompts) > MAX_PROMPTS:
-        raise VLLMValidationError(f"prompt may hold at most {MAX_PROMPTS} prompts, got {len(prompts)}.", "prompt")
-    if len(prompts) * n > MAX_CHOICES:
-        raise VLLMValidationError(
-            f"A request may ask for at most {MAX_CHOICES} outputs, got {len(prompts)} prompts with n={n}.", "n"
-        )
-    if [] in prompts:
-        raise VLLMValidationError("prompt must not be an empty list of token ids.", "prompt")
-    return prompts
-
-
-def _as_list(prompt: Any) -> list[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, list) and prompt:
-        if all(isinstance(item, str) or _is_ids(item) for item in prompt):
-            return prompt
-        if _is_ids(prompt):
-            return [prompt]
-    raise VLLMValidationError(
-        f"prompt must be a string, a list of token ids, or a list of strings and lists of token ids, "
-        f"got {snippet(prompt)}.",
-        "prompt",
-    )
-
-
-def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.entrypoints.chat.output_form import output_form
+from vllm.entrypoints.chat.request import ChatRequest, GenerationRequest
 from vllm.entrypoints.http.json_body import snippet
 from vllm.entrypoints.http.middleware import MAX_REQUEST_ID_CHARS
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import MAX_LOGIT_BIAS, MAX_N, RequestOutputKind, SamplingParams, check_count, check_int
 
 MAX_CACHE_SALT_CHARS = 1024
-DEFAULT_COMPLETION_TOKENS = 16
 
 # Request fields that SamplingParams knows under the same name.
 _SAME_NAME = (
@@ -79,8 +78,7 @@ def prompt_logprobs(request: GenerationRequest, logprobs: int | None) -> int | N
     asked = request.prompt_logprobs
     if asked is None and request.echo:
         asked = logprobs
-    in_text = isinstance(request, CompletionRequest) and request.echo and logprobs is not None
-    return asked if in_text or not request.stream else None
+    return asked if not request.stream or request.streams_prompt_logprobs(logprobs) else None
 
 
 def num_choices(request: GenerationRequest) -> int:
@@ -103,7 +101,7 @@ def _logit_bias(given: dict[str, Any] | None) -> dict[int, float] | None:
     return biases
 
 
-def chat_max_tokens(request: ChatCompletionRequest, defaults: Mapping[str, Any]) -> int | None:
+def chat_max_tokens(request: ChatRequest, defaults: Mapping[str, Any]) -> int | None:
     """`max_completion_tokens`, else its older name `max_tokens`, else the checkpoint's default, else no limit."""
     if request.max_completion_tokens is not None:
         check_int("max_completion_tokens", request.max_completion_tokens, 1, 2**31 - 1)
@@ -113,7 +111,7 @@ def chat_max_tokens(request: ChatCompletionRequest, defaults: Mapping[str, Any])
     return int(defaults["max_tokens"]) if "max_tokens" in defaults else None
 
 
-def chat_logprobs(request: ChatCompletionRequest, vocab_size: int) -> int | None:
+def chat_logprobs(request: ChatRequest, vocab_size: int) -> int | None:
     """Number of most likely tokens to report; None for no log-probabilities. -1 asks for the whole vocabulary."""
     if request.top_logprobs is not None:
         check_int("top_logprobs", request.top_logprobs, -1, 2**31 - 1)
@@ -171,7 +169,7 @@ def _check_beam_search(request: GenerationRequest) -> None:
             raise VLLMValidationError(f"{name} cannot be combined with use_beam_search.", name)
 
 
-def check_chat(request: ChatCompletionRequest) -> None:
+def check_chat(request: ChatRequest) -> None:
     """Refuses chat fields whose feature does not exist here."""
     check_generation(request)
     if request.modalities is not None and request.modalities != ["text"]:
@@ -182,18 +180,3 @@ def check_chat(request: ChatCompletionRequest) -> None:
         raise VLLMValidationError(
             "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
         )
-
-
-def check_completion(request: CompletionRequest) -> None:
-    """Refuses text-completion fields whose feature does not exist here."""
-    check_generation(request)
-    if request.stream and request.use_beam_search:
-        raise VLLMValidationError("Streaming is not supported with use_beam_search.", "stream")
-    if request.suffix:
-        raise VLLMValidationError(
-            "suffix is not supported: the model only goes on from the end of a prompt; leave it out.", "suffix"
-        )
-    if request.prompt_embeds is not None:
-        raise VLLMValidationError("prompt_embeds is not supported; send prompt.", "prompt_embeds")
-    if request.logprobs is not None:
-        check_int("logprobs", request.logprobs, -1, 2**31 - 1)

@@ -10,21 +10,20 @@ from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.engine.input_processor import ProcessedPrompt
+from vllm.entrypoints.chat.events import Usage
 from vllm.entrypoints.chat.generation import generate
-from vllm.entrypoints.chat.logprobs import completion_logprobs_json, num_logprobs, shaped
-from vllm.entrypoints.chat.prompts import PromptReader, split_prompts
-from vllm.entrypoints.chat.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, num_choices, sampling_params
+from vllm.entrypoints.chat.logprobs import num_logprobs, shaped
+from vllm.entrypoints.chat.prompts import PromptReader
+from vllm.entrypoints.chat.sampling import num_choices, sampling_params
+from vllm.entrypoints.chat.served_models import ServedModels
+from vllm.entrypoints.http.api_model import now, random_id
+from vllm.entrypoints.http.merging import merge
 from vllm.entrypoints.http.request_log import RequestLog
-from vllm.entrypoints.http.streaming import DONE, EventStream, merge, sse
-from vllm.entrypoints.openai.models import ServingModels
-from vllm.entrypoints.openai.protocol import (
-    CompletionRequest,
-    include_usage,
-    now,
-    prompt_logprobs_json,
-    random_id,
-    usage,
-)
+from vllm.entrypoints.http.streaming import DONE, EventStream, sse
+from vllm.entrypoints.openai.answer_json import prompt_logprobs_json, usage_json
+from vllm.entrypoints.openai.completion_logprobs import completion_logprobs_json
+from vllm.entrypoints.openai.completion_request import DEFAULT_COMPLETION_TOKENS, check_completion, split_prompts
+from vllm.entrypoints.openai.protocol import CompletionRequest, include_usage
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 
@@ -64,7 +63,7 @@ class ServingCompletion:
     def __init__(
         self,
         engine: AsyncLLMEngine,
-        models: ServingModels,
+        models: ServedModels,
         prompts: PromptReader,
         as_token_ids: bool = False,
         always_usage: bool = False,
@@ -170,7 +169,9 @@ class ServingCompletion:
             async for prompt_index, item in items:
                 last[prompt_index] = item
                 outputs.update((prompt_index * call.n + output.index, output) for output in item.outputs)
-        size = num_logprobs(last.values(), outputs.values())
+        size = num_logprobs(
+            [item.prompt_logprobs for item in last.values()], [output.logprobs for output in outputs.values()]
+        )
         return await shaped(partial(self._shape, call, last, outputs), self._engine.lanes, size)
 
     def _shape(
@@ -226,7 +227,7 @@ class ServingCompletion:
                     prompts[prompt_index] = item
                     if call.request.echo or call.request.return_token_ids:
                         repeat = partial(self._first_choices, call, prompt_index, item)
-                        size = num_logprobs([item], ())
+                        size = num_logprobs([item.prompt_logprobs], ())
                         choices += await shaped(repeat, self._engine.lanes, size)
                         offsets[prompt_index * call.n : (prompt_index + 1) * call.n] = [_end(choices[0], 0)] * call.n
                 for output in item.outputs:
@@ -291,11 +292,13 @@ def _end(choice: dict[str, Any], offset: int) -> int:
 
 def _usage(prompts: Collection[RequestOutput], completion_tokens: int) -> dict[str, Any]:
     """Usage of a request with these prompts, each given by any output of its."""
-    return usage(
-        sum(len(item.prompt_token_ids) for item in prompts),
-        completion_tokens,
-        sum(item.num_cached_tokens for item in prompts),
-        sum(item.num_cache_write_tokens for item in prompts),
+    return usage_json(
+        Usage(
+            sum(len(item.prompt_token_ids) for item in prompts),
+            sum(item.num_cached_tokens for item in prompts),
+            sum(item.num_cache_write_tokens for item in prompts),
+            completion_tokens,
+        )
     )
 
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.anthropic.protocol import MessagesRequest
-from vllm.entrypoints.anthropic.request import chat_request as messages_chat_request
 from vllm.entrypoints.chat.cache_marks import cache_marks
 from vllm.entrypoints.chat.prompts import PromptReader
+from vllm.entrypoints.chat.request import ChatRequest
 from vllm.entrypoints.chat.sampling import prompt_logprobs
+from vllm.entrypoints.chat.service import ChatService
 from vllm.entrypoints.http.json_body import parse_model
-from vllm.entrypoints.openai.chat_completions import ServingChat
 from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, ExplainRequest
-from vllm.entrypoints.responses.protocol import InputTokensRequest
-from vllm.entrypoints.responses.serving import ServingResponses
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark
 from vllm.sampling_params import SamplingParams
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 16
-_OF_RESPONSES = ("input", "instructions", "previous_response_id")
-_OF_ANTHROPIC = ("system", "cache_control", "stop_sequences", "thinking", "output_config")
 _REASONS = {
     "hit": "It starts with a pinned system prompt, which is read instead of computed.",
     "probation": "Its system prompt is new: this request would have it computed, and the next one would pin it.",
@@ -34,15 +30,24 @@ _REASONS = {
 
 
 class ServingExplanations:
-    """Says what would come of a request, and why."""
+    """Says what would come of a request, and why.
+
+    Args:
+        dialects: Each reads the fields of a body as the chat that they ask for; None if only others have such fields.
+            The first that reads them is right; what none of them reads is one of OpenAI's.
+    """
 
     def __init__(
-        self, engine: AsyncLLMEngine, prompts: PromptReader, chat: ServingChat, responses: ServingResponses
+        self,
+        engine: AsyncLLMEngine,
+        prompts: PromptReader,
+        chat: ChatService,
+        dialects: Sequence[Callable[[dict[str, Any]], ChatRequest | None]],
     ) -> None:
         self._engine = engine
         self._prompts = prompts
         self._chat = chat
-        self._responses = responses
+        self._dialects = dialects
 
     async def explain(self, request: ExplainRequest) -> dict[str, Any]:
         """What the pool would do for a chat, response, message or text completion, and why; nothing is changed.
@@ -81,26 +86,14 @@ class ServingExplanations:
             "reason": _reason(found),
         }
 
-    def _chat_request(self, request: ExplainRequest) -> ChatCompletionRequest | None:
+    def _chat_request(self, request: ExplainRequest) -> ChatRequest | None:
         """The chat that the route for such a body would answer; None for a text completion."""
         fields = request.model_dump(exclude_unset=True)
-        if any(fields.get(name) is not None for name in _OF_RESPONSES):
-            if request.messages is not None:
-                return None
-            return self._responses.chat_request(parse_model(InputTokensRequest, fields))
-        if request.messages is None:
-            return None
-        if _is_anthropic(fields):
-            return messages_chat_request(parse_model(MessagesRequest, {"max_tokens": 1} | fields))
-        return parse_model(ChatCompletionRequest, fields)
-
-
-def _is_anthropic(fields: dict[str, Any]) -> bool:
-    """Whether only the Anthropic API has fields like these; a body that both APIs could read is one of OpenAI's."""
-    tools = fields.get("tools")
-    if isinstance(tools, list) and any(isinstance(tool, dict) and "input_schema" in tool for tool in tools):
-        return True
-    return any(fields.get(name) is not None for name in _OF_ANTHROPIC)
+        for read in self._dialects:
+            chat = read(fields)
+            if chat is not None:
+                return chat
+        return None if request.messages is None else parse_model(ChatCompletionRequest, fields)
 
 
 def _nearest_json(nearest: dict[str, Any] | None, token_ids: list[int], tokenizer: Tokenizer) -> dict[str, Any] | None:

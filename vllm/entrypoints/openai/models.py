@@ -1,63 +1,31 @@
-"""Which models this server answers for."""
+"""`GET /v1/models`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
-from vllm.config import VllmConfig
-from vllm.entrypoints.http.errors import ApiError
-from vllm.entrypoints.http.json_body import snippet
-from vllm.entrypoints.openai.protocol import now, random_id
-from vllm.version import __version__
+from vllm.config import ModelConfig
+from vllm.entrypoints.chat.served_models import ServedModels
+from vllm.entrypoints.http.api_model import now, random_id
 
 
 class ServingModels:
-    """The names of the one model; each of them is listed and accepted, the first is reported back.
+    """Lists the names of the one model, each as a model of its own."""
 
-    Args:
-        fingerprint_mode: What `system_fingerprint` holds: "full", the server's version and a hash of what decides which
-            tokens come; "hash", that alone; "custom", `fingerprint_value`; "none", null.
-        fingerprint_value: The text of mode "custom".
-
-    Attributes:
-        fingerprint: `system_fingerprint` of responses.
-    """
-
-    def __init__(
-        self, config: VllmConfig, fingerprint_mode: str = "full", fingerprint_value: str | None = None
-    ) -> None:
-        model = config.model
-        shape = json.dumps(model.hf_config.to_dict(), sort_keys=True, default=str)
-        parts = (model.weights_digest, shape, model.dtype, config.device, config.attention_backend, __version__)
-        digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
-        known = {"full": f"vllm-{__version__}-{digest}", "hash": digest, "custom": fingerprint_value, "none": None}
-        self.fingerprint: str | None = known[fingerprint_mode]
-        self.names = config.model.served_model_names
-        self._root = config.model.model
-        self._max_model_len = config.model.max_model_len
+    def __init__(self, config: ModelConfig, models: ServedModels) -> None:
+        self._models = models
+        self._root = config.model
+        self._max_model_len = config.max_model_len
         self._created = now()
 
-    def resolve(self, model: str | None) -> str:
-        """The name to report back; a request without a model means the first one.
-
-        Raises:
-            ApiError: 404 for a name that is not served.
-        """
-        if not model:
-            return self.names[0]
-        if model not in self.names:
-            raise ApiError(
-                404, f"The model {snippet(model)} does not exist; this server has {', '.join(self.names)}.", "model"
-            )
-        return model
-
     def list(self) -> dict[str, Any]:
-        return {"object": "list", "data": [self.card(name) for name in self.names]}
+        return {"object": "list", "data": [self._card(name) for name in self._models.names]}
 
-    def card(self, name: str) -> dict[str, Any]:
-        """One entry of `/v1/models`."""
+    def get(self, name: str) -> dict[str, Any]:
+        """One entry of the list; raises ApiError 404 for a name that is not served."""
+        return self._card(self._models.resolve(name))
+
+    def _card(self, name: str) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",

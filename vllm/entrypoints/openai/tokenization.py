@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.chat.prompts import ChatOptions, PromptReader
-from vllm.entrypoints.openai.models import ServingModels
+from vllm.entrypoints.chat.served_models import ServedModels
 from vllm.entrypoints.openai.protocol import DetokenizeRequest, TokenizeRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import check_count
@@ -17,7 +17,7 @@ MAX_DETOKENIZE_TOKENS = 1_000_000
 class ServingTokenization:
     """Shows how text and messages become token ids, and back."""
 
-    def __init__(self, engine: AsyncLLMEngine, models: ServingModels, prompts: PromptReader) -> None:
+    def __init__(self, engine: AsyncLLMEngine, models: ServedModels, prompts: PromptReader) -> None:
         self._engine = engine
         self._models = models
         self._prompts = prompts

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from vllm.entrypoints.openai.protocol import ApiModel
+from vllm.entrypoints.http.api_model import ApiModel
 
 
 class ResponsesRequest(ApiModel):

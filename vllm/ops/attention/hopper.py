@@ -289,15 +289,21 @@ def _attend(
         acc = acc / gl.convert_layout(divisor, out_rows)[:, None]
         mask = (row < num_rows)[:, None]
         # As `store_partial`.
-        if WITH_LSE and split >= 0:
-            at += split.to(gl.int64) * split_stride
-            gl.store(out_ptr + at[:, None] * D + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-            row = WHICH * HALF + gl.arange(0, HALF, score_rows)
-            at = (first_token + row // G).to(gl.int64) * NUM_HEADS + kv_head * G + row % G
-            at += split.to(gl.int64) * split_stride
-            gl.store(lse_ptr + at, (peak + gl.log2(total)) * 0.6931471805599453, mask=row < num_rows)
+        whole = whole_ptr + at[:, None] * D + column[None, :]
+        if WITH_LSE:
+            if split < 0:
+                gl.store(whole, acc.to(whole_ptr.dtype.element_ty), mask=mask)
+            else:
+                first = split.to(gl.int64) * split_stride
+                target = out_ptr + (first + at)[:, None] * D + column[None, :]
+                gl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
+                lse_row = WHICH * HALF + gl.arange(0, HALF, score_rows)
+                lse_at = (first_token + lse_row // G).to(gl.int64) * NUM_HEADS + kv_head * G + lse_row % G
+                gl.store(
+                    lse_ptr + first + lse_at, (peak + gl.log2(total)) * 0.6931471805599453, mask=lse_row < num_rows
+                )
         else:
-            gl.store(whole_ptr + at[:, None] * D + column[None, :], acc.to(whole_ptr.dtype.element_ty), mask=mask)
+            gl.store(whole, acc.to(whole_ptr.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(

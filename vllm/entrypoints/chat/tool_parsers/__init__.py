@@ -1,6 +1,6 @@
 """Finds calls of functions in what a model says (`--tool-call-parser`)."""
 
-from vllm.entrypoints.chat.tool_parsers.base import CallDelta, ToolDelta, ToolParser
+from vllm.entrypoints.chat.tool_parsers.base import ToolParser
 from vllm.entrypoints.chat.tool_parsers.deepseek_v3 import DeepSeekV3ToolParser
 from vllm.entrypoints.chat.tool_parsers.hermes import HermesToolParser
 from vllm.entrypoints.chat.tool_parsers.llama3_json import Llama3JsonToolParser
@@ -19,4 +19,4 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "qwen3_xml": Qwen3CoderToolParser,
 }
 
-__all__ = ["TOOL_PARSERS", "CallDelta", "ToolDelta", "ToolParser"]
+__all__ = ["TOOL_PARSERS", "ToolParser"]

@@ -1,31 +1,13 @@
-"""What tool parsers have in common: text comes in pieces, content and calls go out."""
+"""What tool parsers have in common: text comes in pieces, text and calls go out as events."""
 
 from __future__ import annotations
 
 import uuid
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from typing import Any
 
+from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Text
 from vllm.entrypoints.chat.partial_text import held_back
-
-
-@dataclass
-class CallDelta:
-    """News of a call: its beginning, with `id` and `name`, or more of its arguments."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass
-class ToolDelta:
-    """What is new in an output."""
-
-    content: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
 
 
 class ToolParser(ABC):
@@ -51,21 +33,25 @@ class ToolParser(ABC):
         self.parameters = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
         self.buffer = ""
         self.num_calls = 0
-        self._delta = ToolDelta()
+        self._events: list[PartEvent] = []
+        # Of one event that grows: more of the open call's arguments, or else text.
+        self._pieces: list[str] = []
+        self._call_is_open = False
         self._space = ""
 
-    def feed(self, text: str) -> ToolDelta:
+    def feed(self, text: str) -> list[PartEvent]:
         """Takes in text; returns what is certain and new."""
         self.buffer += text
         while self.step():
             pass
         return self._take()
 
-    def finish(self) -> ToolDelta:
+    def finish(self) -> list[PartEvent]:
         """The output has ended; returns what was held back."""
         self.end()
         if not self.num_calls:
-            self._delta.content += self._space
+            self._pieces.append(self._space)
+        self._close_call()
         return self._take()
 
     @abstractmethod
@@ -97,21 +83,21 @@ class ToolParser(ABC):
         if not shown:
             self._space += text
             return
-        self._delta.content += self._space + shown
+        self._close_call()
+        self._pieces.append(self._space + shown)
         self._space = text[len(shown) :]
 
     def open_call(self, name: str) -> None:
+        self._close_call()
+        self._flush()
         self._space = ""
-        self._delta.calls.append(CallDelta(self.num_calls, self.make_id(), name))
+        self._call_is_open = True
+        self._events.append(CallBegun(self.num_calls, self.make_id(), name))
         self.num_calls += 1
 
     def add_arguments(self, text: str) -> None:
-        """More of the arguments of the latest call."""
-        calls = self._delta.calls
-        if text and calls and calls[-1].index == self.num_calls - 1:
-            calls[-1].arguments += text
-        elif text:
-            calls.append(CallDelta(self.num_calls - 1, arguments=text))
+        """More of the arguments of the call that was opened last."""
+        self._pieces.append(text)
 
     def take(self, size: int) -> str:
         """The first `size` characters of the buffer, which are gone from it then."""
@@ -122,6 +108,19 @@ class ToolParser(ABC):
         """White space at the start of the buffer, which is gone from it then."""
         return self.take(len(self.buffer) - len(self.buffer.lstrip()))
 
-    def _take(self) -> ToolDelta:
-        delta, self._delta = self._delta, ToolDelta()
-        return delta
+    def _close_call(self) -> None:
+        if self._call_is_open:
+            self._flush()
+            self._call_is_open = False
+            self._events.append(CallEnded(self.num_calls - 1))
+
+    def _flush(self) -> None:
+        text = "".join(self._pieces)
+        self._pieces.clear()
+        if text:
+            self._events.append(CallArguments(self.num_calls - 1, text) if self._call_is_open else Text(text))
+
+    def _take(self) -> list[PartEvent]:
+        self._flush()
+        events, self._events = self._events, []
+        return events

@@ -1,14 +1,16 @@
-"""What an answer is made of: reasoning, content and calls, told apart while the text comes."""
+"""Which parts the answers to a request have, and how this server's model writes them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from vllm.entrypoints.chat.answer_parser import AnswerParser
 from vllm.entrypoints.chat.messages import check_tools
 from vllm.entrypoints.chat.reasoning_parsers import REASONING_PARSERS, ReasoningParser
-from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, CallDelta, ToolDelta, ToolParser
+from vllm.entrypoints.chat.request import ChatRequest
+from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, ToolParser
 from vllm.entrypoints.chat.tool_parsers.forced import (
     NamedToolParser,
     RequiredToolParser,
@@ -17,52 +19,8 @@ from vllm.entrypoints.chat.tool_parsers.forced import (
     required_form,
 )
 from vllm.entrypoints.http.json_body import snippet
-from vllm.entrypoints.openai.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
-
-
-@dataclass
-class AnswerDelta:
-    """What is new in an answer."""
-
-    reasoning: str = ""
-    content: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.reasoning or self.content or self.calls)
-
-
-class AnswerParser:
-    """Reads one output.
-
-    Args:
-        reasoning, tools: None where the answer has no such part.
-    """
-
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
-        self._reasoning = reasoning
-        self._tools = tools
-
-    @property
-    def num_calls(self) -> int:
-        return self._tools.num_calls if self._tools is not None else 0
-
-    def feed(self, text: str, finished: bool) -> AnswerDelta:
-        """Takes in text; with `finished` it is the last, and nothing is held back any more."""
-        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.feed(text)
-        if finished and self._reasoning is not None:
-            rest = self._reasoning.finish()
-            reasoning, content = reasoning + rest[0], content + rest[1]
-        if self._tools is None:
-            return AnswerDelta(reasoning, content)
-        parts: list[ToolDelta] = [self._tools.feed(content)] if content else []
-        if finished:
-            parts.append(self._tools.finish())
-        calls = [call for part in parts for call in part.calls]
-        return AnswerDelta(reasoning, "".join(part.content for part in parts), calls)
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -106,14 +64,12 @@ class AnswerFormat:
         form.field, form.enforces_all = "tools", False
         return form
 
-    def make_parser(self, reasoning_ended: bool) -> AnswerParser | None:
-        """A parser for one output; None if there is nothing to tell apart."""
-        if self.is_plain:
-            return None
+    def make_parser(self, reasoning_ended: bool) -> AnswerParser:
+        """A parser for one output."""
         reasoning = None if self.reasoning is None else self.reasoning(reasoning_ended)
         return AnswerParser(reasoning, self._make_tool_parser())
 
-    def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
+    def finish_reason(self, reason: str, num_calls: int) -> str:
         """`tool_calls` where the model chose to call; who names the function knows that it is called."""
         called = reason == "stop" and num_calls > 0 and not isinstance(self.choice, dict)
         return "tool_calls" if called else reason
@@ -146,7 +102,7 @@ class AnswerReader:
         self._tool_parser = TOOL_PARSERS[tool_parser] if tool_parser and auto_tools else None
         self._reasoning = REASONING_PARSERS[reasoning_parser] if reasoning_parser else None
 
-    def format(self, request: ChatCompletionRequest) -> AnswerFormat:
+    def format(self, request: ChatRequest) -> AnswerFormat:
         """How answers to a request are read.
 
         Raises:
@@ -183,6 +139,23 @@ def reasoning_ended(
     return format.reasoning is None or format.reasoning.ended_in(prompt, continued, template_kwargs)
 
 
+def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: bool) -> None:
+    """Gives the output the form of the calls that it must make; what a form asks for begins after the reasoning.
+
+    Raises:
+        VLLMValidationError: the request asks for another form, or `AnswerFormat.form` refuses the tools.
+    """
+    calls = format.form()
+    asked = params.structured_outputs
+    if calls is not None and asked is not None and asked.field != "response_format":
+        raise VLLMValidationError(
+            f"{asked.field} cannot be combined with a tool_choice that demands calls.", asked.field
+        )
+    params.structured_outputs = form = calls or asked
+    if form is not None and format.reasoning is not None and not reasoning_is_over:
+        form.after = format.reasoning.end
+
+
 def _check_choice(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> None:
     if choice in ("auto", "required"):
         return
@@ -198,25 +171,3 @@ def _check_choice(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> 
         raise VLLMValidationError(
             f"tool_choice names {snippet(function['name'])}, which is not among tools.", "tool_choice"
         )
-
-
-def calls_json(calls: list[CallDelta]) -> list[dict[str, Any]]:
-    """`delta.tool_calls` of a chunk."""
-    made = []
-    for call in calls:
-        function: dict[str, Any] = {"arguments": call.arguments}
-        entry: dict[str, Any] = {"index": call.index, "function": function}
-        if call.name is not None:
-            entry |= {"id": call.id, "type": "function", "function": {"name": call.name, **function}}
-        made.append(entry)
-    return made
-
-
-def whole_calls_json(calls: list[CallDelta]) -> list[dict[str, Any]]:
-    """`message.tool_calls` of an answer; `calls` are all deltas of it."""
-    made: list[dict[str, Any]] = []
-    for call in calls:
-        if call.name is not None:
-            made.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}})
-        made[call.index]["function"]["arguments"] += call.arguments
-    return made
