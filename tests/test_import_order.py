@@ -64,10 +64,8 @@ BENEATH: dict[str, set[str]] = {
         "transformers_utils",
         "worker",
     },
-    "beam_search": {"engine", "transformers_utils"},
     "benchmarks": {"engine", "transformers_utils"},
     "entrypoints": {
-        "beam_search",
         "benchmarks",
         "engine",
         "platforms",

@@ -81,7 +81,7 @@ def test_large_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize("merged_groups", [False, True])
 @pytest.mark.parametrize("window", [1, 5, 16, 33, 34, 70, 1000])
 def test_windows(merged_groups: bool, window: int) -> None:
-    members = [*MIXED, Member((33, 20), 5, 1), Member((33, 20), 40, 9), Member((20,), 8, 8)]
+    members = [*MIXED, Member((33, 20), 5, 1), Member((33, 20), 40, 9), Member((33,), 8, 8)]
     batch = Batch(members, 16, 6, 2, 64, torch.float32, seed=window)
     backend = TorchAttentionBackend()
     # Layers with a window and without share a step.

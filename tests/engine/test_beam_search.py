@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, run, tokens
 from vllm import LLM
-from vllm.beam_search import BeamSearch
+from vllm.engine.beam_search import BeamSearch
 from vllm.engine.llm_engine import LLMEngine
 from vllm.engine.messages import StepOutputs
 from vllm.engine.search_state import Search

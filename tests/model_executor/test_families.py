@@ -39,13 +39,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("LlamaForCausalLM", {"tie_word_embeddings": True}),
     ("MistralForCausalLM", {"sliding_window": None}),
     ("MistralForCausalLM", {"sliding_window": 7}),
-    ("Qwen2ForCausalLM", {"head_dim": 8}),
-    ("Qwen2ForCausalLM", {"head_dim": 8, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    ("Qwen2ForCausalLM", {"hidden_size": 64}),
+    ("Qwen2ForCausalLM", {"hidden_size": 64, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     ("Qwen3ForCausalLM", {}),
     ("Qwen3ForCausalLM", {"rope_parameters": YARN, "attention_bias": True}),
     ("Gemma3ForCausalLM", MIXED_WINDOWS),
     ("Gemma3ForCausalLM", {**MIXED_WINDOWS, "tie_word_embeddings": True, "final_logit_softcapping": 3.0}),
-    ("Gemma3ForCausalLM", {**MIXED_WINDOWS, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 40}),
+    ("Gemma3ForCausalLM", {**MIXED_WINDOWS, "query_pre_attn_scalar": 40, "attention_bias": True}),
+    ("Gemma2ForCausalLM", {**MIXED_WINDOWS, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 40}),
+    ("Gemma2ForCausalLM", {"sliding_window": 64, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
 ]
 IDS = [f"{architecture.removesuffix('ForCausalLM')} {changes}" for architecture, changes in CASES]
 TOKENS = [(7 * i * i + 3) % 50 for i in range(37)]
@@ -104,6 +106,7 @@ def test_every_family_has_a_case() -> None:
     [
         ("LlamaForCausalLM", {"hidden_act": "tanh"}, "hidden_act 'tanh'; supported: silu"),
         ("Qwen3ForCausalLM", {"layer_types": ["full_attention", "linear_attention", "x"]}, "layer_types 'linear_atten"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0; supported: None"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
     ],
 )

@@ -25,10 +25,10 @@ from vllm.core.prompt_registry import PromptRegistry
 from vllm.core.prompt_room import PromptRoom
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.wants import Want
+from vllm.kv_cache.extents import Extent
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.token_ids import TokenIds
-from vllm.worker.cache_engine import Extent
 
 logger = init_logger(__name__)
 

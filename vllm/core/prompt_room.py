@@ -15,8 +15,8 @@ from vllm.core.pinned_prompt import MAX_CHAIN, MAX_DEPTH, Outcome, PinClass, Pin
 from vllm.core.prompt_registry import PromptRegistry
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.wants import Want
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.token_ids import TokenIds
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 
 class PromptRoom:

@@ -41,12 +41,12 @@ from vllm.core.prompt_router import PromptRouter
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.wants import Decision, Want
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.logger import init_logger
 from vllm.outputs import SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sequence import Sequence
 from vllm.system_prompt_store.manifest import SnapshotRecord
 from vllm.token_ids import TokenIds, token_array
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 __all__ = ["Outcome", "PinClass", "PinnedPrompt", "PromptState", "SystemPromptPool", "SystemPromptRefusedError"]
 

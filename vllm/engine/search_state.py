@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vllm.beam_search import BeamSearch
+from vllm.engine.beam_search import BeamSearch
 from vllm.engine.input_processor import ProcessedPrompt
 from vllm.engine.logprobs import logprobs_at
 from vllm.engine.messages import EngineOutput, EngineRequest, ForkSequences

@@ -10,8 +10,8 @@ from typing import Any, Literal, cast
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from vllm.beam_search import BeamSearch, BeamSearchOutput
 from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from vllm.engine.llm_engine import LLMEngine
 from vllm.engine.search_state import Search
 from vllm.exceptions import VLLMValidationError

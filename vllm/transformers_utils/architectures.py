@@ -6,6 +6,7 @@ Each has a file of its model type's name in `vllm/model_executor/models`, which 
 from __future__ import annotations
 
 ARCHITECTURES: dict[str, str] = {
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",

@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from itertools import islice
 from typing import Any
 
-from vllm.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.async_llm_engine import AsyncLLMEngine
+from vllm.engine.beam_search import BeamSearch, BeamSearchSequence, check_beam_width
 from vllm.engine.input_processor import CheckedParams, ProcessedPrompt
 from vllm.engine.search_state import Search
 from vllm.entrypoints.chat.request import GenerationRequest

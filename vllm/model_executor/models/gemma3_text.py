@@ -1,62 +1,23 @@
-"""Gemma 3's language model (Gemma Team, 2025): norms on both sides of each block and of each query and key head, five
-layers with a window and short-range rotary positions to each one without, GeGLU, scaled embeddings.
+"""Gemma 3's language model (Gemma Team, 2025): Gemma 2 with a norm of each query and key head instead of capped scores,
+five layers with a window and rotary positions of a short base to each one without.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
-from vllm.model_executor.models import config_values
-from vllm.model_executor.models.spec import (
-    LAYER_NAMES,
-    MLP,
-    AttentionMixer,
-    CheckpointNames,
-    DecoderSpec,
-    LayerNorms,
-    LayerSpec,
-)
-from vllm.ops.norm import Norm
-
-_NAMES = CheckpointNames(
-    parts={
-        **LAYER_NAMES,
-        "post_mixer": "post_attention_layernorm",
-        "pre_ffn": "pre_feedforward_layernorm",
-        "post_ffn": "post_feedforward_layernorm",
-    }
-)
+from vllm.model_executor.models import config_values, gemma2
+from vllm.model_executor.models.spec import DecoderSpec, LayerSpec
 
 
 def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
-    config_values.refuse(config, use_bidirectional_attention=False)
-    num_heads, num_kv_heads, head_dim = config_values.heads(config)
-    norm = Norm(config.rms_norm_eps, offset=1.0, rounds_first=False)
+    config_values.refuse(config, attn_logit_softcapping=None)
+    spec = gemma2.decoder(config, max_positions, rope_of="full_attention")
 
-    def layer(kind: str, window: int | None) -> LayerSpec:
-        return LayerSpec(
-            mixer=AttentionMixer(
-                num_heads,
-                num_kv_heads,
-                head_dim,
-                scale=float(config.query_pre_attn_scalar) ** -0.5,
-                rope=config_values.rope(config, max_positions, layer_type=kind),
-                window=window,
-                softcap=config.attn_logit_softcapping,
-                qk_norm=norm,
-                biases=config_values.biases(config, "attention_bias", "q k v o"),
-            ),
-            ffn=MLP(config.intermediate_size, config_values.activation(config, "hidden_activation")),
-            norms=LayerNorms(norm, post_mixer=True, post_ffn=True),
-        )
+    def changed(layer: LayerSpec, kind: str) -> LayerSpec:
+        rope = config_values.rope(config, max_positions, layer_type=kind)
+        return replace(layer, mixer=replace(layer.mixer, rope=rope, qk_norm=spec.final_norm))
 
-    return DecoderSpec(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        layers=tuple(map(layer, config.layer_types, config_values.windows(config, max_positions))),
-        final_norm=norm,
-        tied=bool(config.tie_word_embeddings),
-        embedding_multiplier=float(config.hidden_size**0.5),
-        logits_softcap=config.final_logit_softcapping,
-        names=_NAMES,
-    )
+    return replace(spec, layers=tuple(map(changed, spec.layers, config.layer_types)))

@@ -1,8 +1,8 @@
 """Beam search: the most likely continuations of a prompt, kept several at a time.
 
 The search itself, apart from what computes the probabilities: its user asks the model for the most likely tokens after
-each active sequence and hands them to `BeamSearch.advance`. In the engine the active sequences of a step fork from those
-of the step before, so that a step computes one token a sequence.
+each active sequence and hands them to `BeamSearch.advance`. In the engine the active sequences of a step fork from
+those of the step before, so that a step computes one token a sequence.
 """
 
 from __future__ import annotations
