@@ -564,7 +564,7 @@ def test_tokens_with_one_part_are_kept_from_the_merge() -> None:
 def test_hopper_kernel_keeps_tokens_with_one_part_from_the_merge(
     shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     work, counts = _mixed_plan(TILES, heads // kv_heads, kv_heads)

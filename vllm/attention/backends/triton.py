@@ -227,7 +227,7 @@ class TritonAttention:
         if not single:
             keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
-        merged = np.flatnonzero(counts >= 0)
+        merged = np.flatnonzero(counts >= 0).astype(np.int32)
         flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works), merged]), self.device)
         launches, offset = [], len(works) + num_tokens
         for i, (work, shape) in enumerate(zip(works, tiles, strict=True)):

@@ -35,6 +35,10 @@ from vllm.ops.launch import launch
 TILES = TileConfig(block_m=128, block_n=128, num_warps=4, num_stages=2, programs_per_sm=1)
 # Columns of K and V that one swizzled row of shared memory holds.
 _BOX = 64
+# What Triton 3.9 calls otherwise than 3.6.
+_IS_OLD = gl.constexpr(hasattr(gl, "thread_barrier"))
+_barrier = gl.thread_barrier if _IS_OLD.value else gl.barrier
+_load_tile = tma.async_copy_global_to_shared if _IS_OLD.value else tma.async_load
 _GL_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -51,6 +55,15 @@ def _advance(stage, phase, STAGES: gl.constexpr):
         stage = 0
         phase ^= 1
     return stage, phase
+
+
+@gluon.jit
+def _as_boxes(tiles, desc, SHAPE: gl.constexpr):
+    if _IS_OLD:
+        boxes = tiles._reinterpret(desc.dtype, SHAPE, desc.layout)
+    else:
+        boxes = tiles.reinterpret(desc.dtype, SHAPE, desc.layout)
+    return boxes
 
 
 @gluon.jit
@@ -88,21 +101,17 @@ def _load(
             if PAGE == 0:
                 mbarrier.wait(k_empty.index(stage), phase ^ 1)
                 mbarrier.expect(k_full.index(stage), TILE_BYTES)
-                tma.async_copy_global_to_shared(
-                    k_desc, [place + first, column], k_full.index(stage), k_tiles.index(stage)
-                )
+                _load_tile(k_desc, [place + first, column], k_full.index(stage), k_tiles.index(stage))
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
                 mbarrier.expect(v_full.index(stage), TILE_BYTES)
-                tma.async_copy_global_to_shared(
-                    v_desc, [place + first, column], v_full.index(stage), v_tiles.index(stage)
-                )
+                _load_tile(v_desc, [place + first, column], v_full.index(stage), v_tiles.index(stage))
             else:
                 PAGES: gl.constexpr = BLOCK // PAGE
                 COLUMNS: gl.constexpr = k_desc.block_type.shape[1]
                 PARTS: gl.constexpr = D // COLUMNS
                 boxes: gl.constexpr = [STAGES * PARTS * PAGES, PAGE, COLUMNS]
-                k_boxes = k_tiles._reinterpret(k_desc.dtype, boxes, k_desc.layout)
-                v_boxes = v_tiles._reinterpret(v_desc.dtype, boxes, v_desc.layout)
+                k_boxes = _as_boxes(k_tiles, k_desc, boxes)
+                v_boxes = _as_boxes(v_tiles, v_desc, boxes)
                 table = tables_ptr + place.to(gl.int64) * table_stride
                 # Blocks behind the last one are not the sequence's; their keys are masked, so it may stand for them.
                 last = (end - 1) // PAGE
@@ -113,7 +122,7 @@ def _load(
                 mbarrier.expect(k_full.index(stage), TILE_BYTES)
                 for j in gl.static_range(PAGES):
                     for part in gl.static_range(PARTS):
-                        tma.async_copy_global_to_shared(
+                        _load_tile(
                             k_desc,
                             [slots[j], column + part * COLUMNS],
                             k_full.index(stage),
@@ -123,7 +132,7 @@ def _load(
                 mbarrier.expect(v_full.index(stage), TILE_BYTES)
                 for j in gl.static_range(PAGES):
                     for part in gl.static_range(PARTS):
-                        tma.async_copy_global_to_shared(
+                        _load_tile(
                             v_desc,
                             [slots[j], column + part * COLUMNS],
                             v_full.index(stage),
@@ -223,7 +232,7 @@ def _attend(
         # The products of the item before have been waited for, so nobody reads the old rows any more.
         q_tile.store(q)
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
 
         mbarrier.wait(k_full.index(stage), phase)
         zeros = gl.zeros([HALF, BLOCK], gl.float32, scores_layout)
