@@ -273,7 +273,14 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
 def identity(model: Path, **flags: object) -> SnapshotIdentity:
     args = EngineArgs(model=str(model), system_prompt_cache_dir="cache", **{"dtype": "float32", **flags})
     config = args.create_engine_config()
-    shape = {"arithmetic": "", "layout": "slots", "block_size": 16, "block_bytes": 1024, "rank": 0, "num_ranks": 1}
+    shape = {
+        "arithmetic": "",
+        "layout": "slots",
+        "block_size": 16,
+        "block_bytes": (1024,) * 4,
+        "rank": 0,
+        "num_ranks": 1,
+    }
     return snapshot_identity(config.model, kv_dtype=config.model.dtype, **shape)
 
 

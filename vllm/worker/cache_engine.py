@@ -5,7 +5,8 @@ All ranks hold the same block numbering; which blocks are pinned says `PinnedBlo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 
 from vllm.kv_cache.extents import Extent as Extent
 from vllm.kv_cache.extents import PinnedBlockPool as PinnedBlockPool
+from vllm.kv_cache.spec import LayerCache
 from vllm.ops.staging import to_device, write
 from vllm.platforms.devices import is_gpu
 
@@ -29,34 +31,41 @@ class CacheEngine:
     """K and V tensors of a rank, and the block tables of the sequences that run on it.
 
     Per layer one K and one V tensor `[num_blocks * block_size, num_kv_heads, head_dim]`: a slot is a row, and an extent
-    is a plain slice that any dense attention can read without a block table.
+    is a plain slice that any dense attention can read without a block table. Layers may differ in heads and their size.
 
     Args:
-        num_layers, num_blocks, block_size, num_kv_heads, head_dim: Shape.
+        layers: What each layer keeps.
+        num_blocks, block_size: Blocks, and slots in each.
         max_num_seqs: Rows of `block_tables`, those for system prompts included.
         max_blocks_per_seq: Columns of `block_tables`.
-        dtype, device: Of the K/V tensors.
+        device: Of the K/V tensors.
     """
 
     def __init__(
         self,
         *,
-        num_layers: int,
+        layers: Sequence[LayerCache],
         num_blocks: int,
         block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
         max_num_seqs: int,
         max_blocks_per_seq: int,
-        dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        shape = (2 * num_layers, num_blocks * block_size, num_kv_heads, head_dim)
-        # In one piece, so that an extent of all layers is a rectangle of memory: one copy to the host.
-        caches = torch.zeros(shape, dtype=dtype, device=device).unbind()
-        self.k_caches, self.v_caches = list(caches[:num_layers]), list(caches[num_layers:])
+        rows = [*(layer.k for layer in layers), *(layer.v for layer in layers)]
+        # Tensors of one shape lie in one piece, so that an extent of all of them is a rectangle of memory: one copy to
+        # the host.
+        alike = {
+            row: iter(
+                torch.zeros(
+                    (count, num_blocks * block_size, row.num_heads, row.dim), dtype=row.dtype, device=device
+                ).unbind()
+            )
+            for row, count in Counter(rows).items()
+        }
+        caches = [next(alike[row]) for row in rows]
+        self.k_caches, self.v_caches = caches[: len(layers)], caches[len(layers) :]
         self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
         self._num_blocks_of_row = [0] * max_num_seqs
         self._device = device
@@ -70,15 +79,26 @@ class CacheEngine:
         if is_gpu(self._device):
             from vllm.ops.triton.copy import BlockCopier
 
-            return BlockCopier(caches, self.block_size).copy
+            sizes = {cache[0].nbytes for cache in caches}
+            copiers = [BlockCopier([c for c in caches if c[0].nbytes == n], self.block_size) for n in sizes]
+
+            def copy(pairs: list[tuple[int, int]]) -> None:
+                for copier in copiers:
+                    copier.copy(pairs)
+
+            return copy
         if cpu_kernels.library() is not None:
             return cpu_kernels.BlockCopier(caches, self.block_size).copy
         return self._copy_by_index
 
+    def block_bytes(self) -> tuple[int, ...]:
+        """Bytes of one block in K of every layer, then in V of every layer."""
+        return tuple(self.block_size * cache[0].nbytes for cache in (*self.k_caches, *self.v_caches))
+
     @staticmethod
-    def bytes_per_block(block_size: int, num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    def bytes_per_block(layers: Sequence[LayerCache], block_size: int) -> int:
         """Bytes of K and V of one block over all layers."""
-        return 2 * block_size * num_layers * num_kv_heads * head_dim * itemsize
+        return block_size * sum(layer.slot_bytes for layer in layers)
 
     def extent_slots(self, start_block: int, num_tokens: int) -> slice:
         """Rows of a K/V tensor that hold the first `num_tokens` tokens of an extent."""

@@ -12,7 +12,7 @@ import torch
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
 from vllm.model_executor.layers.sampler import PROMPT_LOGPROB_ROWS, LogprobTensors, Sampler, TokenMasks
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.base import CausalLM
 from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.sampling import NO_MASK
@@ -45,7 +45,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         cache: CacheEngine,
         backend: AttentionBackend,
         vocab_size: int,
@@ -68,11 +68,11 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(num_rows, np.int64)
         self.graphs: GraphRunner | None = None
         self._compiled: CompiledSteps | None = None
-        if model.packed is not None:
+        if not is_gpu(device):
             rows = SequenceRows(
                 self.token_ids, cache.block_tables, torch.from_numpy(self._prefix_len), cache.block_size
             )
-            self._compiled = model.packed.steps(rows, cache.k_caches, cache.v_caches)
+            self._compiled = model.compiled_steps(rows, cache.k_caches, cache.v_caches)
 
     def capture_graphs(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         """Captures decode steps and small mixed steps, to be replayed from then on. Needs a GPU; does nothing for
@@ -103,7 +103,7 @@ class ModelRunner:
         from vllm.ops.launch import compiling_ahead
 
         graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
-        with compiling_ahead(), self.model.only_outer_layers():
+        with compiling_ahead(), self.model.only_layers(self.model.layer_kinds()):
             self._run_typical_batches(num_tokens)
             self._run_largest_draw(num_seqs, num_logprobs)
             if graphs is not None:
@@ -111,8 +111,8 @@ class ModelRunner:
         self._run_largest_draw(num_seqs, num_logprobs)
 
     def _run_largest_draw(self, num_seqs: int, num_logprobs: int) -> None:
-        weight = self.model.norm.weight
-        hidden = torch.zeros((max(num_seqs, PROMPT_LOGPROB_ROWS), len(weight)), dtype=weight.dtype, device=self.device)
+        shape = (max(num_seqs, PROMPT_LOGPROB_ROWS), self.model.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
         self.sampler.take_memory(self.model.logits(hidden), self.token_ids, num_logprobs)
 
     @torch.inference_mode()
@@ -310,6 +310,7 @@ class ModelRunner:
             extents = self._prefix[row]
             if dense is not None and dense[i]:
                 extents = (*extents, *_head(self._own_extents[row], dense[i]))
+            position = 0
             for extent in extents:
                 at = latest.get(extent.start_block)
                 last = groups[at] if at is not None else None
@@ -320,7 +321,8 @@ class ModelRunner:
                 else:
                     latest[extent.start_block] = len(groups)
                     slot = extent.start_block * self.cache.block_size
-                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens))
+                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens, position))
+                position += extent.num_tokens
             token += count
         return groups
 
@@ -334,7 +336,7 @@ class ModelRunner:
         """Hidden states of the tokens `wanted`, or of all."""
         context = ForwardContext(
             backend=self.backend,
-            prepared=self.backend.prepare(metadata),
+            prepared=self.backend.prepare(metadata, self.model.attention_specs),
             positions=positions,
             slot_mapping=metadata.slot_mapping,
             k_caches=self.cache.k_caches,

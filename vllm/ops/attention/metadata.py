@@ -15,12 +15,14 @@ class PrefixGroup:
         first_token, num_tokens: The query tokens, as a range of the batch's tokens.
         first_slot, length: The K/V slots they read, all of them. A token that reads a chain of extents is in several
             groups.
+        position: Of the token in the first slot.
     """
 
     first_token: int
     num_tokens: int
     first_slot: int
     length: int
+    position: int = 0
 
 
 @dataclass(frozen=True)

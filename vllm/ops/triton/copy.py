@@ -37,7 +37,7 @@ class BlockCopier:
         bases: Addresses of the tensors; int64 [tensors].
 
     Args:
-        caches: The K and V tensors of all layers, [num_slots, num_kv_heads, head_dim] each, contiguous, alike.
+        caches: K and V tensors, [num_slots, num_kv_heads, head_dim] each, contiguous, with slots of one size.
         block_size: Slots in a block.
     """
 
@@ -46,7 +46,7 @@ class BlockCopier:
         # The kernel knows only addresses, so the tensors must live as long as the copier.
         self._caches = caches
         self._block_bytes = block_size * caches[0][0].nbytes
-        if self._block_bytes % 8 or any(c.data_ptr() % 8 or c.stride() != caches[0].stride() for c in caches):
+        if self._block_bytes % 8 or any(c.data_ptr() % 8 or not c.is_contiguous() for c in caches):
             raise ValueError(f"blocks of {self._block_bytes} bytes cannot be copied as 8-byte words")
         self.bases = torch.tensor([c.data_ptr() for c in caches], dtype=torch.int64, device=self._device)
 
