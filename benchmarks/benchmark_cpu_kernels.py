@@ -31,10 +31,10 @@ import torch
 
 from chat_load import markdown_table, positive_int, say
 from machine_facts import machine
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import DecoderStack, LayerWeights, PackedMatrix
-from vllm.model_executor.layers.ops.sampling import Flag, IntColumn, SamplingTables
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu.kernels import DecoderStack, LayerWeights, PackedMatrix
+from vllm.ops.sampling import Flag, IntColumn, SamplingTables
 from vllm.platforms import CpuPlatform
 
 LAYERS, HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, VOCABULARY = 30, 9, 3, 64, 576, 1536, 49152

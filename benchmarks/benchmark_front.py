@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from array import array
 from pathlib import Path
 from typing import Any, cast
 
@@ -200,9 +201,9 @@ def engine(steps_per_s: float, times: Path) -> None:
     rng = random.Random(0)
 
     def made_up(count: int, top: int) -> PositionLogprobs:
-        ids = list(range(1000, 1001 + top))
-        values = [-i * 0.1 for i in range(top + 1)]
-        return PositionLogprobs([ids] * count, [values] * count, [1] * count)
+        ids, values = range(1000, 1001 + top), [-i * 0.1 for i in range(top + 1)]
+        rows = (array("I", ids), array("d", values), array("I", [1]))
+        return PositionLogprobs(top + 1, *(row.tobytes() * count for row in rows))
 
     next_step = time.monotonic()
     with times.open("w", buffering=1) as log:

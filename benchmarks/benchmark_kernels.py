@@ -23,23 +23,25 @@ import numpy as np
 import torch
 import triton.testing
 
-from vllm.attention.ops import gluon_attention
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import plan_prefix, prefix_attention, prefix_attention_reference, prefix_tiles
-from vllm.attention.ops.triton_suffix import (
+from vllm.ops.attention import hopper as gluon_attention
+from vllm.ops.attention.merge import merge_partials
+from vllm.ops.attention.prefix import plan_prefix, prefix_attention, prefix_attention_reference, prefix_tiles
+from vllm.ops.attention.suffix import (
     plan_chunk,
     plan_suffix,
     suffix_attention,
     suffix_attention_reference,
     suffix_tiles,
 )
-from vllm.kernel_launch import compiling_ahead
-from vllm.model_executor.layers.ops.triton_activation import silu_and_mul
-from vllm.model_executor.layers.ops.triton_linear import row_linear
-from vllm.model_executor.layers.ops.triton_norm import rms_norm
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write
-from vllm.worker.ops.triton_copy import BlockCopier
+from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.launch import compiling_ahead
+from vllm.ops.norm import Norm
+from vllm.ops.rope import Rope
+from vllm.ops.triton.activation import activate
+from vllm.ops.triton.copy import BlockCopier
+from vllm.ops.triton.linear import row_linear
+from vllm.ops.triton.norm import row_norm
+from vllm.ops.triton.rope import rope_and_write
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, BLOCK_SIZE = 32, 8, 128, 4096, 14336, 16
 DEVICE = torch.device("cuda")
@@ -240,7 +242,7 @@ def merge_case(batch: int, parts: int) -> Case:
 
 def layer_cases(tokens: int) -> Iterator[Case]:
     x, weight = randn(tokens, HIDDEN), randn(HIDDEN)
-    yield Case(f"norm {tokens} tokens", lambda: rms_norm(x, weight, 1e-5), 2 * x.nbytes + weight.nbytes)
+    yield Case(f"norm {tokens} tokens", lambda: row_norm(x, weight, None, Norm(1e-5)), 2 * x.nbytes + weight.nbytes)
     qkv = randn(tokens, (HEADS + 2 * KV_HEADS) * DIM)
     k, v = (randn(2 * tokens, KV_HEADS, DIM) for _ in range(2))
     cos_sin = torch.randn(40960, DIM, device=DEVICE)
@@ -249,12 +251,12 @@ def layer_cases(tokens: int) -> Iterator[Case]:
     q = randn(tokens, HEADS, DIM)
     yield Case(
         f"rotary + K/V write {tokens} tokens",
-        lambda: rope_and_write(qkv, positions, cos_sin, slots, k, v, HEADS, q),
+        lambda: rope_and_write(qkv, positions, Rope(cos_sin), None, slots, k, v, HEADS, q),
         2 * qkv.nbytes + tokens * (DIM * 4 + 16),
     )
     gate_up = randn(tokens, 2 * INTERMEDIATE)
     out = randn(tokens, INTERMEDIATE)
-    yield Case(f"SiLU·mul {tokens} tokens", lambda: silu_and_mul(gate_up, out), gate_up.nbytes + out.nbytes)
+    yield Case(f"SiLU·mul {tokens} tokens", lambda: activate(gate_up, "silu", True, out), gate_up.nbytes + out.nbytes)
 
 
 def copy_case(blocks: int) -> Case:

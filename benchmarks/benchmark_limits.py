@@ -157,9 +157,11 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
         "bad_words, 64 of 120,000 characters": lambda: chat(bad_words=numbered(64, 120_000)),
         "bad_words, 128 with n 64": lambda: chat(n=64, bad_words=[f"w{i}" for i in range(128)]),
         "stop, 256 of 1,024 characters": lambda: chat(stop=numbered(256, 1024)),
+        "stop, 2,048": lambda: chat(stop=numbered(2048, 100)),
         "stop, 64 of 1,024 with n 128": lambda: chat(n=128, stop=numbered(64, 1024)),
         "stop_token_ids, 1,024 with n 64": lambda: chat(n=64, stop_token_ids=list(range(200, 1224)), min_tokens=32),
         "logit_bias, 1,024": lambda: chat(logit_bias={str(i): 1 for i in range(1024)}),
+        "logit_bias, 60,000": lambda: chat(logit_bias={str(i): 1 for i in range(60_000)}),
         "logit_bias, 1,024 with n 128": lambda: chat(n=128, logit_bias={str(i): 1 for i in range(1024)}),
         "allowed_token_ids, all": lambda: chat(allowed_token_ids=list(range(vocab))),
         "allowed_token_ids, 520,000": lambda: chat(allowed_token_ids=[5] * 520_000),
@@ -170,6 +172,9 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
         "logprobs 20 with n 25": lambda: chat(logprobs=True, top_logprobs=20, n=25),
         "logprobs 20 with n 25, streamed": lambda: chat(logprobs=True, top_logprobs=20, n=25, stream=True),
         "prompt_logprobs 20, long prompt": lambda: completion(prompt=ids, prompt_logprobs=20, max_tokens=2),
+        "prompt_logprobs 20 in a chat": lambda: chat(
+            messages=[{"role": "user", "content": words(length * 3 // 4)}], prompt_logprobs=20, max_tokens=2
+        ),
         "echo with logprobs, long prompt": lambda: completion(prompt=ids, echo=True, logprobs=20, max_tokens=2),
         "beam search of 9": lambda: completion(use_beam_search=True, n=9),
         "penalties, seed, top_p, n 128": lambda: chat(
@@ -191,6 +196,7 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
         "prompt of one long word": lambda: completion(prompt="x" * (length * 8)),
         "prompt of 520,000 ids": lambda: completion(prompt=[5] * 520_000),
         "1,024 prompts": lambda: completion(prompt=[f"The sea {i}" for i in range(1024)], max_tokens=1),
+        "512 prompts of 1,000 ids": lambda: completion(prompt=[[5 + i] * 1000 for i in range(512)], max_tokens=1),
         "1,024 prompts of 900 ids": lambda: completion(prompt=[[5 + i] * 900 for i in range(1024)], max_tokens=1),
         "13,000 messages": lambda: chat(
             messages=[{"role": ("user", "assistant")[i % 2], "content": "x"} for i in range(12_999)]
@@ -208,6 +214,9 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
             messages=[{"role": "user", "content": "<|im_end|>" * 100_000}]
         ),
         "tools, 1,024": lambda: chat(tools=[tool(i, 8) for i in range(1024)], tool_choice="none"),
+        "tools, 8,000 without parameters": lambda: chat(
+            tools=[{"type": "function", "function": {"name": f"tool_{i}"}} for i in range(8_000)], tool_choice="none"
+        ),
         "tools, 64 that are required": lambda: chat(tools=[tool(i, 20) for i in range(64)], tool_choice="required"),
         "JSON schema of 4,000 properties": form(json=schema),
         "JSON schema, deep": form(json=deep),
@@ -227,6 +236,10 @@ def cases(server: Server) -> dict[str, Callable[[], Request]]:
         ),
         "metadata, a text of 15 MiB": lambda: chat(metadata={"note": "x" * (15 * 2**20)}),
         "metadata, 520,000 numbers": lambda: chat(metadata=list(range(520_000))),
+        "metadata, 520,000 numbers of twenty digits": lambda: chat(
+            metadata={"numbers": [1e-5 * i + 1.2345678901234567 for i in range(520_000)]}
+        ),
+        "metadata, a text of 2,000,000 escapes": lambda: chat(metadata={"note": "é" * 2_000_000}),
         "metadata, 32,000 objects": lambda: chat(metadata=[{"a": 1}] * 32_000),
         "metadata, 65,000 keys": lambda: chat(metadata={f"key{i}": 1 for i in range(65_000)}),
         "metadata, too many objects": lambda: chat(metadata=[{}] * 10_000_000),

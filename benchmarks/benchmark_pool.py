@@ -14,7 +14,7 @@ import logging
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import SystemPromptPool
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.transformers_utils.chat_template import ChatRenderer
@@ -29,7 +30,6 @@ from vllm.transformers_utils.config import resolve_model
 from vllm.transformers_utils.system_parts import SystemPart
 from vllm.transformers_utils.text_heads import TextHead
 from vllm.transformers_utils.tokenizer import load_tokenizer
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK, PROMPT_TOKENS, MAX_LEN = 16, 64, 4096
 SHARED = 10
@@ -156,9 +156,9 @@ def boundaries(model: str | None, template: str | None, num_tokens: int) -> dict
             finding[-1] += time.perf_counter() - started
             return size
 
-    def watched(chat: Any, scope: Hashable) -> WatchedPart:
+    def watched(*args: Any) -> WatchedPart:
         started = time.perf_counter()
-        part = find(chat, scope)
+        part = find(*args)
         finding.append(time.perf_counter() - started)
         return WatchedPart(part)
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 import triton.testing
 
-from vllm.kernel_launch import compiling_ahead
-from vllm.model_executor.layers.ops.triton_sampling import CHUNK, PIVOTS, ROUNDS, DrawKernels
 from vllm.model_executor.layers.sampling_rows import SamplingRows
+from vllm.ops.launch import compiling_ahead
+from vllm.ops.triton.sampling import CHUNK, PIVOTS, ROUNDS, DrawKernels
 from vllm.sampling_params import SamplingParams
 from vllm.step import SequenceStart
 from vllm.token_ids import token_array
@@ -132,7 +132,7 @@ def tune(vocab_size: int) -> None:
             *((chunk, PIVOTS, ROUNDS) for chunk in (2048, 8192)),
             *(
                 (CHUNK, pivots, rounds)
-                for pivots, rounds in ((4, 2), (4, 3), (8, 2), (8, 3), (16, 1), (32, 1), (32, 2))
+                for pivots, rounds in ((4, 3), (4, 4), (5, 3), (6, 3), (8, 2), (8, 3), (12, 2), (32, 1))
             ),
         ):
             chosen = dict(zip(("chunk", "pivots", "rounds"), sizes, strict=True))

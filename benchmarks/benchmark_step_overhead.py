@@ -21,7 +21,7 @@ from typing import Any
 from chat_load import markdown_table, positive_int
 from machine_facts import machine
 from vllm import EngineArgs, LLMEngine, SamplingParams
-from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps
+from vllm.ops.cpu.kernels import CompiledSteps
 from vllm.sampling_params import RequestOutputKind
 
 _PROMPT_TOKENS = 30

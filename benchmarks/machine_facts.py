@@ -26,7 +26,7 @@ def usable_cores() -> int:
 def cpu_instructions() -> str:
     """The instruction set that the compiled CPU kernels use here."""
     from vllm import envs
-    from vllm.model_executor.layers.ops import cpu_kernels
+    from vllm.ops.cpu import kernels as cpu_kernels
 
     library = cpu_kernels.library()
     if library is None:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from chat_load import SAMPLED
+
 LLAMA_8B = dict(
     architectures=["LlamaForCausalLM"],
     model_type="llama",
@@ -37,12 +39,9 @@ LLAMA_8B = dict(
 MAX_MODEL_LEN = 40960
 MAX_NUM_SEQS = 256
 
-SAMPLED = {"temperature": 1.0, "top_p": 0.95}
-"""What many clients send."""
-
 PARAMETERS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 1.0},
-    "top_p": SAMPLED,
+    "top_p": dict(SAMPLED),
     "top_k": {"temperature": 1.0, "top_k": 50},
     "min_p": {"temperature": 1.0, "min_p": 0.05},
     "seed": {"temperature": 1.0, "seed": 7},
@@ -113,7 +112,7 @@ def workloads(seed: int = 0) -> Iterator[Workload]:
     for _ in range(3):
         yield Workload("first token S=0", [ids(128)], 1)
     yield Workload("single 128+256", [ids(128)], 256)
-    yield Workload("single 128+256, top_p", [ids(128)], 256, sampling=SAMPLED)
+    yield Workload("single 128+256, top_p", [ids(128)], 256, sampling=dict(SAMPLED))
     systems = [ids(8192) for _ in range(8)]
     for system in systems:
         yield Workload("first token cold, 8 systems", [system + ids(128)], 1, 8192)

@@ -13,6 +13,7 @@ import pytest
 
 import vllm  # noqa: F401 - first, since it sets how torch's threads wait
 from server_process import ServerProcess
+from tests.warm_start import Nursery
 from vllm.platforms import CudaPlatform
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if not CudaPlatform.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ServerFactory = Callable[..., ServerProcess]
+_SIZE = ("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -67,7 +69,7 @@ def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """The compiled CPU kernels with the instructions that a test asks for, indirectly; two threads."""
     import torch
 
-    from vllm.model_executor.layers.ops import cpu_kernels
+    from vllm.ops.cpu import kernels as cpu_kernels
 
     library, threads = cpu_kernels.library(), torch.get_num_threads()
     if library is None:
@@ -84,19 +86,60 @@ def cpu_instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def server_factory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
-    """`server_factory(*args, env=None, api_key=None, timeout=300)` returns a healthy server started with these flags.
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts processes of the product in a fraction of the time; see `warm_start`."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield nursery
+    nursery.stop()
+
+
+@pytest.fixture(scope="session")
+def run_vllm(nursery: Nursery) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`run_vllm(*args, timeout=120)` runs the command `vllm` to its end."""
+
+    def run(*args: object, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        command = [*nursery.command("vllm.entrypoints.cli.main"), *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def warm_engines(nursery: Nursery) -> Iterator[None]:
+    """Engine and compile processes that this process starts are forks of the nursery."""
+    from vllm.engine.async_llm_engine import AsyncLLMEngine
+    from vllm.structured_output.compiler import ConstraintCompiler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AsyncLLMEngine, "process_command", nursery.command("vllm.engine.core_process"))
+        patch.setattr(ConstraintCompiler, "process_command", nursery.command("vllm.structured_output.compile_server"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def server_factory(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFactory]:
+    """`server_factory(*args, env=None, api_key=None, timeout=300, cold=False)` returns a healthy server started with
+    these flags.
 
     It is a `ServerProcess`: `.url`, `.port`, `.model`, `.log_path`, `.process`, `.stop()`. Raises
     RuntimeError with the end of the server's log if it does not start. Servers still running at the end are stopped.
+
+    A `cold` one is no fork of the nursery: for tests of the processes themselves, and for environment variables that
+    are read as modules are loaded.
     """
     servers: list[ServerProcess] = []
     folder = tmp_path_factory.mktemp("servers")
 
     def start(
-        *args: str, env: dict[str, str] | None = None, api_key: str | None = None, timeout: float = 300
+        *args: str,
+        env: dict[str, str] | None = None,
+        api_key: str | None = None,
+        timeout: float = 300,
+        cold: bool = False,
     ) -> ServerProcess:
-        server = ServerProcess(args, folder / f"server{len(servers)}.log", env, api_key)
+        module = "vllm.entrypoints.openai.api_server"
+        command = [sys.executable, "-m", module] if cold else nursery.command(module)
+        server = ServerProcess(args, folder / f"server{len(servers)}.log", env, api_key, command)
         servers.append(server)
         server.wait_until_healthy(timeout)
         return server
@@ -107,17 +150,17 @@ def server_factory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerF
 
 
 @pytest.fixture(scope="session")
-def server(server_factory: ServerFactory, default_model_path: str) -> ServerProcess:
-    """A server of the default model in float32 with 16,384 tokens of KV cache, shared by all tests."""
-    return server_factory("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024")
+def server(server_factory: ServerFactory, tiny_model_dir: Path) -> ServerProcess:
+    """A server of the tiny model with 16,384 tokens of KV cache, shared by all tests that do not care what it says."""
+    return server_factory("--model", str(tiny_model_dir), *_SIZE)
 
 
 @pytest.fixture(scope="session")
 def tools_server(server_factory: ServerFactory, default_model_path: str) -> ServerProcess:
-    """Like `server`, but it tells tool calls and reasoning from the rest of an answer."""
+    """A server of the default model, which ends a JSON text where it may, that tells tool calls and reasoning from the
+    rest of an answer."""
     parsers = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3"]
-    size = ["--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "1024"]
-    return server_factory(*parsers, *size)
+    return server_factory(*parsers, *_SIZE)
 
 
 @pytest.fixture(scope="session")

@@ -69,22 +69,6 @@ class ModelConfig:
     def vocab_size(self) -> int:
         return int(self.hf_config.vocab_size)
 
-    @property
-    def num_layers(self) -> int:
-        return int(self.hf_config.num_hidden_layers)
-
-    @property
-    def num_attention_heads(self) -> int:
-        return int(self.hf_config.num_attention_heads)
-
-    @property
-    def num_kv_heads(self) -> int:
-        return int(getattr(self.hf_config, "num_key_value_heads", None) or self.num_attention_heads)
-
-    @property
-    def head_dim(self) -> int:
-        return int(getattr(self.hf_config, "head_dim", None) or self.hf_config.hidden_size // self.num_attention_heads)
-
 
 @dataclass(frozen=True)
 class CacheConfig:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.sampling_params import SamplingParams
+from vllm.step import PrefixExtent
 from vllm.token_ids import token_array
 
 if TYPE_CHECKING:
-    from vllm.core.system_prompt_pool import PinnedPrompt
     from vllm.structured_output.matcher import TokenMatcher
 
 
 class SequenceStatus(IntEnum):
-    """States; everything from `FINISHED_STOPPED` on is final."""
+    """States; everything from `FINISHED_STOPPED` on is final. `HELD`: a beam that has blocks, and no row."""
 
     WAITING = 0
     RUNNING = 1
     PREEMPTED = 2
-    FINISHED_STOPPED = 3
-    FINISHED_LENGTH = 4
-    FINISHED_ABORTED = 5
+    HELD = 3
+    FINISHED_STOPPED = 4
+    FINISHED_LENGTH = 5
+    FINISHED_ABORTED = 6
 
 
 FINISH_REASONS = {
@@ -31,6 +32,25 @@ FINISH_REASONS = {
     SequenceStatus.FINISHED_LENGTH: "length",
     SequenceStatus.FINISHED_ABORTED: "abort",
 }
+
+
+class PinnedPrefix(Protocol):
+    """What a sequence and the planning of its steps need to know of the pinned prompt that it reads.
+
+    Attributes:
+        id: Says which tokens, and who may read them.
+        prefix: The chain of extents that hold its tokens, from the outermost prompt on; empty while it has no place.
+        order_key: Brings the readers of one chain side by side when a batch is sorted by it.
+    """
+
+    id: str
+    prefix: tuple[PrefixExtent, ...]
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def order_key(self) -> tuple[int, ...]: ...
 
 
 class Sequence:
@@ -58,19 +78,22 @@ class Sequence:
         matcher: Follows the output of a sequence whose form is constrained; its next token can only be drawn when all
             before it are known.
         fork_parent: Sibling whose prompt blocks this one may share.
-        goes_on: It goes on with a request that has been counted and has a place in the order: a later step of a search.
+        is_beam: It belongs to a beam search. The tokens that are drawn for it are the search's to choose from, not its
+            own: `Scheduler.fork` gives it one of them.
+        awaits_search: Its next token has been drawn, or is being drawn, and the search has not yet chosen.
     """
 
     __slots__ = (
         "arrival_time",
+        "awaits_search",
         "block_keys",
         "block_table",
         "cache_seed",
         "first_scheduled_time",
         "fork_children",
         "fork_parent",
-        "goes_on",
         "index",
+        "is_beam",
         "is_system_prompt",
         "matcher",
         "namespace",
@@ -107,7 +130,7 @@ class Sequence:
         tenant: bytes = b"",
         namespace: bytes = b"",
         is_system_prompt: bool = False,
-        goes_on: bool = False,
+        is_beam: bool = False,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -122,9 +145,10 @@ class Sequence:
         self.tenant = tenant
         self.namespace = namespace
         self.is_system_prompt = is_system_prompt
-        self.goes_on = goes_on
+        self.is_beam = is_beam
+        self.awaits_search = False
         self.status = SequenceStatus.WAITING
-        self.system_prompt: PinnedPrompt | None = None
+        self.system_prompt: PinnedPrefix | None = None
         self.block_table: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_committed_blocks = 0
@@ -137,6 +161,29 @@ class Sequence:
         self.matcher: TokenMatcher | None = None
         self.fork_parent: Sequence | None = None
         self.fork_children: list[Sequence] = []
+
+    def fork(self, index: int) -> Sequence:
+        """Another beam with the same tokens, which may share the blocks of this one."""
+        twin = Sequence(
+            self.request_id,
+            self.token_ids,
+            self.sampling_params,
+            index=index,
+            order=self.order,
+            priority=self.priority,
+            seed=self.seed,
+            arrival_time=self.arrival_time,
+            cache_seed=self.cache_seed,
+            tenant=self.tenant,
+            namespace=self.namespace,
+            is_beam=True,
+        )
+        twin.num_prompt_tokens = self.num_prompt_tokens
+        twin.num_cached_tokens = self.num_cached_tokens
+        twin.first_scheduled_time = self.first_scheduled_time
+        twin.block_keys = list(self.block_keys)
+        twin.fork_parent = self
+        return twin
 
     def __lt__(self, other: Sequence) -> bool:
         return (self.priority, self.order) < (other.priority, other.order)

@@ -5,12 +5,13 @@ Plain values, so that a plan can be printed, recorded and broadcast to every ran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from vllm.sampling_params import SamplingParams
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.token_ids import TokenIds
+from vllm.token_ids import ID_BYTES, TokenIds
 
 PROMPT_ROWS = 64
 """Rows of the ranks' buffers for prefills of system prompts, behind those of requests: so many may be under way."""
@@ -170,13 +171,37 @@ class StepPlan:
         return sum(self.counts)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PositionLogprobs:
-    """Log-probabilities at some positions: the chosen token first, then the most likely ones; `ranks` are 1-based."""
+    """Log-probabilities at P positions: W tokens at each, the chosen one first, then the most likely ones.
 
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]
-    ranks: list[int]
+    They are kept as memory. A long prompt has some hundred thousand of them, and an object for each would hold up
+    whoever sends or receives them for a tenth of a second.
+
+    Attributes:
+        width: W.
+        token_ids: uint32 [P, W].
+        logprobs: float64 [P, W], natural log.
+        ranks: uint32 [P], 1-based, of the chosen tokens.
+    """
+
+    width: int
+    token_ids: bytes
+    logprobs: bytes
+    ranks: bytes
+
+    @classmethod
+    def joined(cls, parts: Sequence[PositionLogprobs]) -> PositionLogprobs:
+        """The positions of several parts, each of which has as many tokens at a position or no position at all."""
+        return cls(
+            next((part.width for part in parts if part), 1),
+            b"".join(part.token_ids for part in parts),
+            b"".join(part.logprobs for part in parts),
+            b"".join(part.ranks for part in parts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ranks) // ID_BYTES
 
 
 @dataclass

@@ -1,4 +1,4 @@
-// The C interface of the compiled CPU kernels; vllm/model_executor/layers/ops/cpu_kernels.py mirrors these structs.
+// The C interface of the compiled CPU kernels; vllm/ops/cpu mirrors these structs.
 //
 // All strides and sizes count elements unless said otherwise. Packed matrices come in tiles of 16 columns:
 //   float32   [N/16][K][16]
@@ -14,8 +14,8 @@
 
 #include <cstdint>
 
-// Raised with every change of what Python calls; cpu_kernels.py says the same number.
-constexpr int32_t kInterface = 2;
+// Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
+constexpr int32_t kInterface = 3;
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
@@ -33,27 +33,70 @@ struct Matrix {
   int32_t format;
 };
 
+// RMS norm (Zhang and Sennrich, 2019) and layer norm (Ba et al., 2016).
+enum NormKind : int32_t { kNoNorm = 0, kRms = 1, kLayerNorm = 2 };
+
+struct Norm {
+  const float* weight;  // null: ones
+  const float* bias;    // null: zeros
+  int64_t size;         // elements that are normalised together, a multiple of 16; as many weights
+  float eps;
+  int32_t kind;
+};
+
+// Rotary positions (Su et al., 2021) of the first `dim` elements of a head.
+struct Rope {
+  const float* cos_sin;  // [positions][dim]: dim/2 cosines, then as many sines; null: heads are not turned
+  int64_t dim;           // even
+  int32_t interleaved;   // element 2i turns with 2i + 1; else i with i + dim/2
+};
+
+struct Attention {
+  int64_t num_heads, num_kv_heads, head_dim;
+  int64_t window;   // a query at position p sees the keys p - window < key <= p; 0: all up to p
+  float scale;      // of the scores
+  float softcap;    // scores become softcap * tanh(score / softcap); 0: they do not
+  const float* sinks;  // [num_heads], one more score of each softmax, without a value; null: none
+  const float* query_factors;  // [positions], by which queries are multiplied; null: by 1
+  // Of q, k and v before they are turned. `size` is head_dim, or the size of all heads.
+  Norm q_norm, k_norm, v_norm;
+  Rope rope;
+};
+
+enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2, kReluSquared = 3 };
+
+// A decoder layer. With r = residual_factor and s = layer_factor:
+//   x = before_attention(hidden);  hidden = hidden + r * after_attention(o(attention(qkv(x))))
+//   x = before_mlp(hidden);        hidden = s * (hidden + r * after_mlp(down(activation(up(x)))))
+// `parallel`: the MLP reads the first x too, and before_mlp is not used.
 struct Layer {
-  const float* input_norm;
-  const float* post_attention_norm;
-  Matrix qkv, o, gate_up, down;  // gate_up: tile 2i is tile i of the gate, tile 2i + 1 that of the up projection
+  Attention attention;
+  Norm before_attention, after_attention, before_mlp, after_mlp;
+  // `up` of a gated MLP: tile 2i is tile i of the gate, tile 2i + 1 that of the up projection; activation(gate) * up.
+  Matrix qkv, o, up, down;
+  int32_t activation, gated, parallel;
+  float residual_factor, layer_factor;
   void* k_cache;
   void* v_cache;
 };
 
-// A stack of pre-norm decoder layers with rotary positions, grouped-query attention and SwiGLU.
 struct Stack {
-  int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size;
-  float norm_eps;
-  float scale;           // of the attention scores
-  const float* cos_sin;  // [positions][head_dim]: head_dim/2 cosines, then as many sines
-  const float* final_norm;
+  int64_t num_layers, hidden_size;
+  float embedding_factor;
+  Norm final_norm;
   const Layer* layers;
   int32_t cache_format;  // kFloat32 or kBFloat16
   int32_t arithmetic;    // of bfloat16 operands
 };
 
-// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/attention/metadata.py.
+// What makes logits of states: y = factor * (x Wᵀ + b), then softcap * tanh(y / softcap) unless softcap is 0.
+struct Projection {
+  Matrix w;
+  float factor, softcap;
+};
+
+// Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/ops/attention/metadata.py. The groups of one
+// token come in the order of its extents; the last of these ends where the token's own blocks begin.
 struct Group {
   int64_t first_token, num_tokens, first_slot, length;
 };
@@ -89,12 +132,12 @@ struct Rows {
 // A whole network.
 struct Network {
   Stack stack;
-  Matrix head;
+  Projection head;
   const void* embeddings;  // [vocabulary][hidden_size]
   int32_t embedding_format;
 };
 
-// What rows ask of the sampler; vllm/model_executor/layers/ops/sampling.py says what the columns mean and in which order
+// What rows ask of the sampler; vllm/ops/sampling.py says what the columns mean and in which order
 // they work.
 struct SamplingTables {
   const float* floats;   // [rows][kNumFloats]
@@ -139,7 +182,7 @@ struct Step {
   Sampling sampling;  // of the entries that sample
 };
 
-// Decided once a step, for all layers -------------------------------------------------------------------------------
+// Decided once a step, for all layers of a kind ------------------------------------------------------------------------
 
 // The queries of neighbouring tokens against a run of keys; every KV head is done apart.
 struct AttentionUnit {
@@ -150,6 +193,8 @@ struct AttentionUnit {
   int64_t first_position;      // causal: place among the keys of the first token
   bool causal;
   int64_t first_row;  // of its results, [KVH][num_tokens][heads per KV head]
+  // The lowest key that each token sees, which may lie before or behind all keys; null: each sees the first.
+  const int64_t* lowest;
 };
 
 // Queries of a unit, heads counted apart; more only where one token has more. With some keys and values, these and
@@ -168,7 +213,7 @@ constexpr int64_t kUnitColumns = 64;
 
 struct Buffers {
   void *x, *q, *attended, *inner;  // left operands of products
-  float* qkv;
+  float* qkv;  // or the results of products that a norm follows
   // Results of attention units: [row][head_dim] unnormalised sums, bases and sums of weights.
   float *sums, *bases, *totals;
   int64_t* indices;
@@ -209,7 +254,7 @@ struct Draw {
 // The logits of `num_rows` states, and their next tokens. Rows without logits take the most likely one.
 struct Head {
   const float* x;
-  const Matrix& w;
+  const Projection& projection;
   int32_t arithmetic;
   float* const* logits;  // out, as Draw's
 };
@@ -229,23 +274,25 @@ struct Logprobs {
 // Entry points of one instruction set. Every thread of a team calls the same one, with its own index.
 struct Team;
 struct Kernels {
-  void (*run_stack)(Team&, int, const Stack&, const Batch&, const AttentionPlan&, const Buffers&, float* hidden);
-  void (*linear)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
+  void (*run_stack)(Team&, int, const Stack&, const Batch&, const AttentionPlan* const* plans, const Buffers&,
+                    float* hidden);  // a plan for each layer
+  void (*linear)(Team&, int, const float* x, int64_t rows, const Projection&, const Buffers&, int32_t arithmetic,
                  float* out);
-  void (*swiglu)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
-                 float* out);
+  // The first half of an MLP.
+  void (*activated)(Team&, int, const float* x, int64_t rows, const Matrix&, int32_t activation, int32_t gated,
+                    const Buffers&, int32_t arithmetic, float* out);
   // out [rows]: column of the highest
-  void (*most_likely)(Team&, int, const float* x, int64_t rows, const Matrix&, const Buffers&, int32_t arithmetic,
+  void (*most_likely)(Team&, int, const float* x, int64_t rows, const Projection&, const Buffers&, int32_t arithmetic,
                       int64_t* out);
   void (*head)(Team&, int, const Head&, const Buffers&, const Draw&);
   void (*draw)(Team&, int, const Draw&);
   void (*logprobs)(Team&, int, const Logprobs&);
-  void (*rms_norm)(Team&, int, const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out);
-  // q [num_tokens][heads][D], turned, neither scaled nor narrowed
-  void (*rope_and_write)(Team&, int, const Stack&, const Batch&, const float* qkv, void* k_cache, void* v_cache,
-                         float* q);
-  void (*attention)(Team&, int, const Stack&, const Batch&, const AttentionPlan&, const Buffers&, const float* q,
-                    const void* k_cache, const void* v_cache, float* out);
+  void (*norm)(Team&, int, const float* x, int64_t rows, const Norm&, float* out);
+  // q [num_tokens][heads][D], normalised and turned, neither scaled nor narrowed
+  void (*rope_and_write)(Team&, int, const Attention&, const Batch&, const float* qkv, int32_t cache_format,
+                         void* k_cache, void* v_cache, float* q);
+  void (*attention)(Team&, int, const Attention&, const Batch&, const AttentionPlan&, const Buffers&, const float* q,
+                    int32_t cache_format, int32_t arithmetic, const void* k_cache, const void* v_cache, float* out);
 };
 
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;

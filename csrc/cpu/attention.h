@@ -1,4 +1,4 @@
-// Attention over tiles of 16 keys, and what writes queries, keys and values where it reads them.
+// Attention over tiles of 16 keys.
 #pragma once
 
 #include <algorithm>
@@ -147,17 +147,28 @@ ALWAYS_INLINE void attend_in_tiles(int64_t rows, const float* scores, typename K
   if (column < d_tiles) add(std::integral_constant<int, 2>(), column);
 }
 
+// Lanes before `first` become a score so low that its power of two is 0.
+ALWAYS_INLINE V hide_before(V v, int64_t first) {
+  const unsigned shown = first >= kLanes ? 0u : 0xffffu << first & 0xffffu;
+  return Simd::choose(Simd::from_bits(shown), v, Simd::set1(kHidden));
+}
+
+// Scores are in powers of two; a query holds its factor already.
+inline float query_factor(const Attention& shape) {
+  return shape.softcap != 0.0f ? shape.scale / shape.softcap : shape.scale * kLog2E;
+}
+
 // One unit: the queries of some neighbouring tokens of one KV head against some keys. Leaves, for every row, the
-// unnormalised sum of values, the base of its weights and their sum; scores are in powers of two. `then()` expects what
-// the thread reads after it.
+// unnormalised sum of values, the base of its weights and their sum. `then()` expects what the thread reads after it.
 template <class Kind, class C, class Then>
-void attention_unit(const Stack& stack, const Batch& batch, const HeadTiles<C>& own, const typename Kind::A* q,
-                    float* sums, float* base, float* totals, Ahead& ahead, Then&& then) {
+void attention_unit(const Attention& shape, const Batch& batch, const HeadTiles<C>& own, const typename Kind::A* q,
+                    float* sums, float* base, float* totals, Ahead& ahead, const Then& then) {
   using A = typename Kind::A;
   const AttentionUnit& unit = *own.unit;
-  const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
+  const int64_t d = shape.head_dim, per_kv = shape.num_heads / shape.num_kv_heads;
   const int64_t rows = unit.num_tokens * per_kv, d_tiles = d / kLanes;
   const A* queries = q + (own.kv_head * batch.num_tokens + unit.first_token) * per_kv * d;
+  const V cap = Simd::set1(shape.softcap * kLog2E);
   alignas(64) float scores[Kind::kQueryRows * kKeys];
   alignas(64) A weights[Kind::kQueryRows * kKeys];
   typename Kind::Session session;
@@ -190,39 +201,56 @@ void attention_unit(const Stack& stack, const Batch& batch, const HeadTiles<C>& 
         return unit.causal ? std::min(unit.end_key, unit.first_position + r / per_kv + 1) : unit.end_key;
       };
       const int64_t seen = std::min(tiles, ceil_div(limit(row + some - 1) - key, kLanes));
-      if (seen <= 0) continue;
+      // Tiles before the windows of all these rows are left out.
+      int64_t first = 0;
+      if (unit.lowest) {
+        const int64_t* token = unit.lowest + row / per_kv;
+        first = (*std::min_element(token, unit.lowest + (row + some - 1) / per_kv + 1) - key) / kLanes;
+        first = std::max<int64_t>(first, 0);
+      }
+      const int64_t count = seen - first, from = key + first * kLanes;
+      if (count <= 0) continue;
       session.rows(some);
-      product<Kind>(queries + row * d, d, some, [&](int64_t t) { return k_tiles[t]; }, seen, d / Kind::kDepth, scores,
-                    kKeys, ahead, true);
+      product<Kind>(queries + row * d, d, some, [&](int64_t t) { return k_tiles[first + t]; }, count, d / Kind::kDepth,
+                    scores, kKeys, ahead, true);
+      if (shape.softcap != 0.0f)
+        for (int64_t i = 0; i < some; ++i)
+          for (float* line = scores + i * kKeys; line < scores + i * kKeys + count * kLanes; line += kLanes)
+            Simd::store(line, capped(Simd::load(line), cap));
       for (int64_t i = 0; i < some; ++i) {
         float* line = scores + i * kKeys;
-        const int64_t visible = limit(row + i) - key;
-        for (int64_t t = std::max<int64_t>(visible, 0) / kLanes; t < seen; ++t)
+        const int64_t visible = limit(row + i) - from;
+        for (int64_t t = std::max<int64_t>(visible, 0) / kLanes; t < count; ++t)
           Simd::store(line + t * kLanes, Simd::hide_from(Simd::load(line + t * kLanes), int(visible - t * kLanes)));
+        if (!unit.lowest) continue;
+        const int64_t hidden = unit.lowest[(row + i) / per_kv] - from;
+        for (int64_t t = 0; t < count && t * kLanes < hidden; ++t)
+          Simd::store(line + t * kLanes, hide_before(Simd::load(line + t * kLanes), hidden - t * kLanes));
       }
       const SoftmaxRows state = {base + row, shift + row, lanes + row * kLanes, sums + row * d};
       if constexpr (kInTiles<Kind>)
-        attend_in_tiles<Kind>(some, scores, weights, v_tiles, seen, state, d);
+        attend_in_tiles<Kind>(some, scores, weights, v_tiles + first, count, state, d);
       else
-        attend_in_lanes<Kind>(some, scores, weights, v_tiles, seen, state, d, ahead);
+        attend_in_lanes<Kind>(some, scores, weights, v_tiles + first, count, state, d, ahead);
     }
   }
   for (int64_t r = 0; r < rows; ++r) totals[r] = Simd::sum(Simd::load(lanes + r * kLanes));
 }
 
-// Joins the parts of one query row by their log-sum-exps and writes it, normalised.
+// Joins the parts of one query row by their log-sum-exps, a sink among them, and writes it, normalised.
 template <class A>
-inline void merge_row(const AttentionPlan& plan, const Buffers& parts, int64_t token, int64_t head, const Stack& stack,
-                      A* out) {
-  const int64_t d = stack.head_dim, per_kv = stack.num_heads / stack.num_kv_heads;
+inline void merge_row(const AttentionPlan& plan, const Buffers& parts, int64_t token, int64_t head,
+                      const Attention& shape, A* out) {
+  const int64_t d = shape.head_dim, per_kv = shape.num_heads / shape.num_kv_heads;
   auto row_of = [&](int64_t part) {
     const AttentionUnit& unit = plan.units[plan.parts[part]];
     return unit.first_row + (head / per_kv * unit.num_tokens + token - unit.first_token) * per_kv + head % per_kv;
   };
   const int64_t first = plan.parts_of[token], end = plan.parts_of[token + 1];
-  float top = kHidden;
+  const float sink = shape.sinks ? shape.sinks[head] * kLog2E : kHidden;
+  float top = sink;
   for (int64_t p = first; p < end; ++p) top = std::max(top, parts.bases[row_of(p)]);
-  float total = 0.0f;
+  float total = shape.sinks ? std::exp2(sink - top) : 0.0f;
   V sum[kMaxHeadDim / kLanes];
   for (int64_t i = 0; i < d / kLanes; ++i) sum[i] = Simd::zero();
   for (int64_t p = first; p < end; ++p) {
@@ -239,15 +267,15 @@ inline void merge_row(const AttentionPlan& plan, const Buffers& parts, int64_t t
 // The units of attention, of each KV head apart.
 template <class C>
 struct AttentionUnits {
-  const Stack& stack;
+  const Attention& shape;
   const Batch& batch;
   const AttentionPlan& plan;
   const C *k_cache, *v_cache;
-  const int64_t count = plan.num_units * stack.num_kv_heads;
+  const int64_t count = plan.num_units * shape.num_kv_heads;
 
   HeadTiles<C> operator[](int64_t i) const {
-    return {k_cache, v_cache, plan.units + i / stack.num_kv_heads, batch.block_size / kLanes, stack.num_kv_heads,
-            i % stack.num_kv_heads, kLanes * stack.head_dim};
+    return {k_cache, v_cache, plan.units + i / shape.num_kv_heads, batch.block_size / kLanes, shape.num_kv_heads,
+            i % shape.num_kv_heads, kLanes * shape.head_dim};
   }
   void expect(int64_t i, Ahead& ahead) const {
     if (i >= count) return;
@@ -256,104 +284,24 @@ struct AttentionUnits {
   }
 };
 
-template <class Kind, class C, class Out, class Then>
-void attention(Member& member, const AttentionUnits<C>& units, const Buffers& buffers, Out* out, Then&& then) {
-  const Stack& stack = units.stack;
+template <class Kind, class C, class Out>
+void attention(Member& member, const AttentionUnits<C>& units, const Buffers& buffers, Out* out, const Next& next) {
+  const Attention& shape = units.shape;
   const Batch& batch = units.batch;
-  const int64_t per_kv = stack.num_heads / stack.num_kv_heads, d = stack.head_dim;
+  const int64_t per_kv = shape.num_heads / shape.num_kv_heads, d = shape.head_dim;
   const auto* q = static_cast<const typename Kind::A*>(buffers.q);
   Ahead ahead;
   member.for_each(units.count, [&](int64_t i) {
     const HeadTiles<C> own = units[i];
     const int64_t row = own.unit->first_row + own.kv_head * own.unit->num_tokens * per_kv;
-    attention_unit<Kind>(stack, batch, own, q, buffers.sums + row * d, buffers.bases + row, buffers.totals + row,
-                         ahead, [&] { look_ahead(member, units, i, ahead, then); });
+    attention_unit<Kind>(shape, batch, own, q, buffers.sums + row * d, buffers.bases + row, buffers.totals + row,
+                         ahead, LookAhead<AttentionUnits<C>>{member, units, i, ahead, next});
   });
   member.for_each_range(batch.num_tokens, 2, [&](int64_t from, int64_t to) {
     for (int64_t token = from; token < to; ++token)
-      for (int64_t head = 0; head < stack.num_heads; ++head)
-        merge_row(units.plan, buffers, token, head, stack, out + (token * stack.num_heads + head) * d);
+      for (int64_t head = 0; head < shape.num_heads; ++head)
+        merge_row(units.plan, buffers, token, head, shape, out + (token * shape.num_heads + head) * d);
   });
-}
-
-// What attention reads ------------------------------------------------------------------------------------------------
-
-// Sets the values in the lanes after `lane` to 0, in one head's tile.
-template <class C>
-inline void clear_values_after(C* tile, int64_t lane, int64_t d) {
-  for (C* to = tile; to < tile + kLanes * d; to += kLanes * kLanes) {
-    if constexpr (std::is_same_v<C, float>) {
-      std::memset(to + (lane + 1) * kLanes, 0, (kLanes - 1 - lane) * kLanes * sizeof(C));
-    } else {
-      for (int64_t i = 0; lane % 2 == 0 && i < kLanes; ++i) to[(lane / 2 * kLanes + i) * 2 + 1] = 0;
-      std::memset(to + (lane / 2 + 1) * 2 * kLanes, 0, (kLanes / 2 - 1 - lane / 2) * 2 * kLanes * sizeof(C));
-    }
-  }
-}
-
-// q and k of one token are turned (Su et al., 2021; first half against second half), K and V written into their tiles,
-// and `take_q(head, turned)` called for each query head.
-template <class C, class TakeQ>
-inline void rope_and_write_token(const Stack& stack, const Batch& batch, int64_t token, const float* qkv, C* k_cache,
-                                 C* v_cache, TakeQ&& take_q) {
-  const int64_t heads = stack.num_heads, kv_heads = stack.num_kv_heads, d = stack.head_dim, half = d / 2;
-  const float* cosines = stack.cos_sin + batch.positions[token] * d;
-  const float* sines = cosines + half;
-  const int64_t slot = batch.slots[token], tile = slot / kLanes, lane = slot % kLanes;
-  constexpr int64_t kDepth = sizeof(float) / sizeof(C);  // elements along K that lie together in a packed matrix
-  alignas(64) float turned[kMaxHeadDim];
-  alignas(64) C stored[kMaxHeadDim];
-  for (int64_t h = 0; h < heads + kv_heads; ++h) {
-    const float* x = qkv + h * d;
-    for (int64_t i = 0; i < half; ++i) {
-      turned[i] = x[i] * cosines[i] - x[half + i] * sines[i];
-      turned[half + i] = x[half + i] * cosines[i] + x[i] * sines[i];
-    }
-    if (h < heads) {
-      take_q(h, turned);
-      continue;
-    }
-    C* to = k_cache + (tile * kv_heads + h - heads) * kLanes * d;
-    for (int64_t i = 0; i < d; i += kLanes) store_row(stored + i, Simd::load(turned + i));
-    for (int64_t i = 0; i < d; i += kDepth)
-      std::memcpy(to + i * kLanes + lane * kDepth, stored + i, sizeof(C) * kDepth);
-  }
-  // Tiles are multiplied whole, values after the last key by 0: an infinity or NaN that a former owner of the block left
-  // there would spread. So the first run of tokens that is written into a tile clears what comes after it.
-  auto in_tile = [&](int64_t other) {
-    return other >= 0 && other < batch.num_tokens && batch.slots[other] / kLanes == tile;
-  };
-  const bool clears = !in_tile(token + 1) && (lane == 0 || in_tile(token - 1));
-  for (int64_t h = 0; h < kv_heads; ++h) {
-    const float* x = qkv + (heads + kv_heads + h) * d;
-    C* to = v_cache + (tile * kv_heads + h) * kLanes * d;
-    if (clears) clear_values_after(to, lane, d);
-    for (int64_t i = 0; i < d; i += kLanes, to += kLanes * kLanes) {
-      store_row(stored, Simd::load(x + i));
-      for (int64_t j = 0; j < kLanes; ++j) to[(lane / kDepth * kLanes + j) * kDepth + lane % kDepth] = stored[j];
-    }
-  }
-}
-
-template <class C, class TakeQ>
-void rope_and_write(Member& member, const Stack& stack, const Batch& batch, const float* qkv, C* k_cache, C* v_cache,
-                    TakeQ&& take_q) {
-  const int64_t size = (stack.num_heads + 2 * stack.num_kv_heads) * stack.head_dim;
-  member.for_each_range(batch.num_tokens, 2, [&](int64_t from, int64_t to) {
-    for (int64_t t = from; t < to; ++t)
-      rope_and_write_token(stack, batch, t, qkv + t * size, k_cache, v_cache,
-                           [&](int64_t head, const float* turned) { take_q(t, head, turned); });
-  });
-}
-
-// Writes a query, scaled, where `attention` reads it: [KVH][num_tokens][heads per KV head][D], so that the rows that
-// read one KV head lie together.
-template <class A>
-inline void store_query(const Stack& stack, const Batch& batch, int64_t token, int64_t head, const float* from, A* q) {
-  const int64_t per_kv = stack.num_heads / stack.num_kv_heads, d = stack.head_dim;
-  A* to = q + ((head / per_kv * batch.num_tokens + token) * per_kv + head % per_kv) * d;
-  const V factor = Simd::set1(stack.scale * kLog2E);
-  for (int64_t i = 0; i < d; i += kLanes) store_row(to + i, Simd::mul(Simd::load(from + i), factor));
 }
 
 }  // namespace

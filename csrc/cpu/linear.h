@@ -6,7 +6,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "operands.h"
+#include "activations.h"
+#include "norms.h"
 
 namespace {
 
@@ -92,34 +93,99 @@ ALWAYS_INLINE void product(const typename Kind::A* a, int64_t lda, int64_t rows,
   }
 }
 
-// What happens to a finished block of a linear layer: rows × (16 tiles) of float32, bias and int8 factors applied.
-struct Store {
+// What happens to a finished line of a linear layer: up to kUnitColumns of a row, bias and int8 factors applied. It may
+// change the line. A call for each line costs nothing beside its product, and there is one copy of the products.
+struct Finish {
+  virtual void operator()(int64_t row, int64_t column, float* line, int64_t width) const = 0;
+};
+
+struct Store final : Finish {
   float* out;
   int64_t ldo;
-  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
-    std::memcpy(out + row * ldo + column, block, width * sizeof(float));
+  Store(float* out, int64_t ldo) : out(out), ldo(ldo) {}
+  void operator()(int64_t row, int64_t column, float* line, int64_t width) const override {
+    std::memcpy(out + row * ldo + column, line, width * sizeof(float));
   }
 };
 
-struct Accumulate {
-  float* out;
+struct Accumulate final : Finish {
+  float* hidden;
   int64_t ldo;
-  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
-    float* to = out + row * ldo + column;
-    for (int64_t i = 0; i < width; ++i) to[i] += block[i];
+  Residual residual;
+  Accumulate(float* hidden, int64_t ldo, Residual residual) : hidden(hidden), ldo(ldo), residual(residual) {}
+  void operator()(int64_t row, int64_t column, float* line, int64_t width) const override {
+    float* to = hidden + row * ldo + column;
+    if (residual.keep == 1.0f && residual.add == 1.0f)
+      for (int64_t i = 0; i < width; ++i) to[i] += line[i];
+    else
+      for (int64_t i = 0; i < width; ++i) to[i] = residual.keep * to[i] + residual.add * line[i];
   }
 };
 
-// Keeps the highest of each piece of kUnitColumns alone, and its column, the first of equals.
-struct Highest {
-  float* values;      // [rows][pieces]
+// Writes activation(line), or activation(gate) · up where columns alternate, 16 of the gate and 16 of the up projection.
+template <class A>
+struct Activate final : Finish {
+  A* out;
+  int64_t ldo;
+  int32_t activation, gated;
+  Activate(A* out, int64_t ldo, int32_t activation, int32_t gated)
+      : out(out), ldo(ldo), activation(activation), gated(gated) {}
+  void operator()(int64_t row, int64_t column, float* line, int64_t width) const override {
+    with_activation<A>(activation, [&](auto function) {
+      if (gated) {
+        A* to = out + row * ldo + column / 2;
+        for (int64_t i = 0; i < width; i += 2 * kLanes, to += kLanes)
+          store_row(to, Simd::mul(function(Simd::load(line + i)), Simd::load(line + i + kLanes)));
+      } else {
+        A* to = out + row * ldo + column;
+        for (int64_t i = 0; i < width; i += kLanes) store_row(to + i, function(Simd::load(line + i)));
+      }
+    });
+  }
+};
+
+// Makes logits of a line, whose place has room for a multiple of 16.
+inline void shape_logits(const Projection& projection, float* line, int64_t width) {
+  if (projection.softcap != 0.0f) {
+    const V cap = Simd::set1(projection.softcap), factor = Simd::set1(projection.factor / projection.softcap);
+    for (int64_t i = 0; i < width; i += kLanes)
+      Simd::store(line + i, capped(Simd::mul(Simd::load(line + i), factor), cap));
+  } else if (projection.factor != 1.0f) {
+    for (int64_t i = 0; i < width; ++i) line[i] *= projection.factor;
+  }
+}
+
+struct StoreLogits final : Finish {
+  const Projection& projection;
+  float* out;
+  StoreLogits(const Projection& projection, float* out) : projection(projection), out(out) {}
+  void operator()(int64_t row, int64_t column, float* line, int64_t width) const override {
+    shape_logits(projection, line, width);
+    std::memcpy(out + row * projection.w.n + column, line, width * sizeof(float));
+  }
+};
+
+// Keeps the highest logit of each piece of kUnitColumns alone, and its column, the first of equals. A row that has a
+// place for its logits gets all of them instead.
+struct Highest final : Finish {
+  const Projection& projection;
+  float* values;  // [rows][pieces]
   int64_t* indices;
   int64_t pieces;
-  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
-    const float* top = std::max_element(block, block + width);
+  float* const* rows;  // null: no row has a place
+  Highest(const Projection& projection, const Buffers& buffers, float* const* rows)
+      : projection(projection), values(buffers.bases), indices(buffers.indices),
+        pieces(ceil_div(projection.w.n, kUnitColumns)), rows(rows) {}
+  void operator()(int64_t row, int64_t column, float* line, int64_t width) const override {
+    shape_logits(projection, line, width);
+    if (rows && rows[row]) {
+      std::memcpy(rows[row] + column, line, width * sizeof(float));
+      return;
+    }
+    const float* top = std::max_element(line, line + width);
     const int64_t at = row * pieces + column / kUnitColumns;
     values[at] = *top;
-    indices[at] = column + (top - block);
+    indices[at] = column + (top - line);
   }
   int64_t column_of(int64_t row) const {
     const float* first = values + row * pieces;
@@ -127,40 +193,14 @@ struct Highest {
   }
 };
 
-// Rows that have a place for their products are stored; of the others the highest are kept.
-struct StoreSome {
-  float* const* rows;
-  Highest highest;
-  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
-    if (rows[row])
-      std::memcpy(rows[row] + column, block, width * sizeof(float));
-    else
-      highest(row, column, block, width);
-  }
-};
-
-// Columns alternate, 16 of the gate and 16 of the up projection; writes silu(gate) · up.
-template <class A>
-struct SiluMul {
-  A* out;
-  int64_t ldo;
-  void operator()(int64_t row, int64_t column, const float* block, int64_t width) const {
-    A* to = out + row * ldo + column / 2;
-    for (int64_t i = 0; i < width; i += 2 * kLanes, to += kLanes) {
-      const V gate = Simd::load(block + i), up = Simd::load(block + i + kLanes);
-      const V power = exp2<A>(Simd::mul(gate, Simd::set1(-kLog2E)));
-      store_row(to, Simd::mul(Simd::div(gate, Simd::add(Simd::set1(1.0f), power)), up));
-    }
-  }
-};
-
 // A unit of work is kUnitColumns of up to kUnitRows rows.
 constexpr int64_t kUnitTiles = kUnitColumns / kLanes;
 constexpr int64_t kUnitRows = 192;
 
-template <class Kind, class Epilogue>
+template <class Kind>
 inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
-                        const typename Kind::B* tiles, int64_t column, int64_t count, Epilogue& epilogue, Ahead& ahead) {
+                        const typename Kind::B* tiles, int64_t column, int64_t count, const Finish& finish,
+                        Ahead& ahead) {
   const int64_t stride = w.k * kLanes, steps = w.k / Kind::kDepth, width = std::min(count * kLanes, w.n - column);
   alignas(64) float block[Kind::kMostRows * kUnitColumns];
   typename Kind::Session session;
@@ -176,7 +216,7 @@ inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_ro
         for (int64_t j = 0; j < width; ++j) line[j] *= w.scale[column + j];
       if (w.bias)
         for (int64_t j = 0; j < width; ++j) line[j] += w.bias[column + j];
-      epilogue(row + i, column, line, width);
+      finish(row + i, column, line, width);
     }
   }
 }
@@ -211,42 +251,69 @@ struct LinearUnits {
   static int64_t size_of(int32_t format) { return format == kFloat32 ? 4 : format == kBFloat16 ? 2 : 1; }
 };
 
-// Expects what this thread will read after unit `i`: threads take turns as long as units are alike. Past the end,
-// `then(j, ahead)` expects what unit `j` of the next phase reads.
-template <class Units, class Then>
-ALWAYS_INLINE void look_ahead(const Member& member, const Units& units, int64_t i, Ahead& ahead, Then&& then) {
-  const int64_t next = i + member.team_size();
-  if (next < units.count)
-    units.expect(next, ahead);
+// Expects what unit `i` of the next phase reads; refers to a function that outlives it.
+class Next {
+ public:
+  template <class F>
+  Next(const F& f) : object_(&f), call_([](const void* object, int64_t i, Ahead& ahead) {
+    (*static_cast<const F*>(object))(i, ahead);
+  }) {}
+  void operator()(int64_t i, Ahead& ahead) const { call_(object_, i, ahead); }
+
+ private:
+  const void* object_;
+  void (*call_)(const void*, int64_t, Ahead&);
+};
+
+constexpr auto kNothingNext = [](int64_t, Ahead&) {};
+
+// Expects what this thread will read after unit `i`: threads take turns as long as units are alike. Past the end, it is
+// what `next` says.
+template <class Units>
+ALWAYS_INLINE void look_ahead(const Member& member, const Units& units, int64_t i, Ahead& ahead, const Next& next) {
+  const int64_t later = i + member.team_size();
+  if (later < units.count)
+    units.expect(later, ahead);
   else
-    then(next - units.count, ahead);
+    next(later - units.count, ahead);
 }
 
-// x Wᵀ + b, every finished piece given to `epilogue`. `Kind` says what `x` is and how weights of its own format
-// multiply; int8 weights go with every kind. `then(i, ahead)` expects what unit `i` of the next phase reads.
-template <class Kind, class Epilogue, class Then>
+// The same, for later.
+template <class Units>
+struct LookAhead {
+  const Member& member;
+  const Units& units;
+  int64_t i;
+  Ahead& ahead;
+  const Next& next;
+  void operator()() const { look_ahead(member, units, i, ahead, next); }
+};
+
+// x Wᵀ + b, every finished line given to `finish`. `Kind` says what `x` is and how weights of its own format multiply;
+// int8 weights go with every kind.
+template <class Kind>
 void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, int64_t lda, int64_t rows,
-            const Matrix& w, Epilogue epilogue, Then&& then) {
+            const Matrix& w, const Finish& finish, const Next& next) {
   const LinearUnits units(w, rows);
   Ahead ahead;
   member.for_each(units.count, [&](int64_t unit) {
     const int64_t count = units.num_tiles(unit), column = units.first_tile(unit) * kLanes;
     const int64_t row = unit % units.row_units * kUnitRows, end = std::min(rows, row + kUnitRows);
     ahead.expect_nothing();
-    if (looks_ahead<Kind>(end - row)) look_ahead(member, units, unit, ahead, then);
+    if (looks_ahead<Kind>(end - row)) look_ahead(member, units, unit, ahead, next);
     const char* weights = units.weights(unit);
     if (w.format != kInt8) {
-      linear_unit<Kind>(x, lda, row, end, w, reinterpret_cast<const typename Kind::B*>(weights), column, count,
-                        epilogue, ahead);
+      linear_unit<Kind>(x, lda, row, end, w, reinterpret_cast<const typename Kind::B*>(weights), column, count, finish,
+                        ahead);
       return;
     }
     const auto* data = reinterpret_cast<const int8_t*>(weights);
     if constexpr (!kInTiles<Kind>)
       if (end - row <= Simd::kMostRows)
-        return linear_unit<typename ForInt8<Kind>::Few>(x, lda, row, end, w, data, column, count, epilogue, ahead);
+        return linear_unit<typename ForInt8<Kind>::Few>(x, lda, row, end, w, data, column, count, finish, ahead);
     uint16_t* panel = buffers.panels + member.index * buffers.panel_size;
     expand_int8(data, count * kLanes * w.k, panel);
-    linear_unit<typename ForInt8<Kind>::Many>(x, lda, row, end, w, panel, column, count, epilogue, ahead);
+    linear_unit<typename ForInt8<Kind>::Many>(x, lda, row, end, w, panel, column, count, finish, ahead);
   });
 }
 

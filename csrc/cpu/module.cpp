@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <initializer_list>
 #include <memory>
 #include <utility>
@@ -19,14 +20,11 @@
 
 #include "api.h"
 #include "parallel.h"
+#include "plan.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
-
-constexpr int64_t kLanes = 16;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Threads ------------------------------------------------------------------------------------------------------------
 
@@ -93,8 +91,8 @@ struct Workspace {
   std::vector<int64_t> rows, num_tokens;  // of a draw
   std::vector<float*> lines;
   std::vector<ScoreSpace> spaces;
-  std::vector<AttentionUnit> units;
-  std::vector<int64_t> parts_of, parts;
+  std::deque<PlanMemory> plans;  // one a kind of attention
+  std::vector<const AttentionPlan*> plan_of;  // each layer
 };
 
 // One a calling thread: engines in several threads do not disturb each other.
@@ -135,71 +133,6 @@ const ScoreSpace* score_spaces(int64_t vocab_size, int threads) {
   return workspace.spaces.data();
 }
 
-// Attention plan -----------------------------------------------------------------------------------------------------
-
-constexpr int64_t kRun = 512;           // keys of a unit, where there are few queries
-constexpr int64_t kFewTokens = 256;
-
-void add_units(std::vector<AttentionUnit>& units, AttentionUnit whole, int64_t per_kv, int64_t length) {
-  // As even as can be: a unit of a few left over would read all keys for little.
-  const int64_t most = std::max<int64_t>(1, kUnitQueries / per_kv), end_token = whole.first_token + whole.num_tokens;
-  const int64_t step = ceil_div(whole.num_tokens, std::max<int64_t>(1, ceil_div(whole.num_tokens, most)));
-  // Runs of keys give every thread work when there are few queries; their results must be kept until they are joined.
-  const int64_t run = whole.num_tokens <= kFewTokens ? kRun : length;
-  for (int64_t token = whole.first_token; token < end_token; token += step) {
-    AttentionUnit unit = whole;
-    unit.first_token = token;
-    unit.num_tokens = std::min(step, end_token - token);
-    unit.first_position = whole.first_position + token - whole.first_token;
-    const int64_t seen = whole.causal ? unit.first_position + unit.num_tokens : length;
-    for (int64_t key = 0; key < seen; key += run) {
-      unit.first_key = key;
-      unit.end_key = std::min(seen, key + run);
-      units.push_back(unit);
-    }
-  }
-}
-
-AttentionPlan make_plan(Workspace& memory, const Stack& stack, const Batch& batch, Buffers& buffers) {
-  const int64_t per_kv = stack.num_heads / stack.num_kv_heads;
-  auto& units = memory.units;
-  units.clear();
-  int64_t first = 0;
-  for (int64_t s = 0; s < batch.num_seqs; ++s) {
-    const int64_t count = batch.query_lens[s], length = batch.context_lens[s];
-    const int64_t* table = batch.block_tables + (batch.table_rows ? batch.table_rows[s] : s) * batch.table_stride;
-    add_units(units, {first, count, 0, 0, table, 0, length - count, true, 0}, per_kv, length);
-    first += count;
-  }
-  for (int64_t g = 0; g < batch.num_groups; ++g) {
-    const Group& group = batch.groups[g];
-    add_units(units, {group.first_token, group.num_tokens, 0, 0, nullptr, group.first_slot, 0, false, 0}, per_kv,
-              group.length);
-  }
-  // The heaviest go first, so that the threads end together.
-  std::stable_sort(units.begin(), units.end(), [](const AttentionUnit& a, const AttentionUnit& b) {
-    return a.num_tokens * (a.end_key - a.first_key) > b.num_tokens * (b.end_key - b.first_key);
-  });
-  int64_t rows = 0;
-  memory.parts_of.assign(batch.num_tokens + 1, 0);
-  for (AttentionUnit& unit : units) {
-    unit.first_row = rows;
-    rows += unit.num_tokens * stack.num_heads;
-    for (int64_t t = 0; t < unit.num_tokens; ++t) ++memory.parts_of[unit.first_token + t + 1];
-  }
-  for (int64_t t = 0; t < batch.num_tokens; ++t) memory.parts_of[t + 1] += memory.parts_of[t];
-  memory.parts.resize(memory.parts_of[batch.num_tokens]);
-  std::vector<int64_t> next(memory.parts_of.begin(), memory.parts_of.end() - 1);
-  for (size_t u = 0; u < units.size(); ++u)
-    for (int64_t t = 0; t < units[u].num_tokens; ++t)
-      memory.parts[next[units[u].first_token + t]++] = int64_t(u);
-  buffers.q = memory.q.take<float>(batch.num_tokens * stack.num_heads * stack.head_dim);
-  buffers.sums = memory.sums.take<float>(rows * stack.head_dim);
-  buffers.bases = memory.bases.take<float>(rows);
-  buffers.totals = memory.totals.take<float>(rows);
-  return {int64_t(units.size()), units.data(), memory.parts_of.data(), memory.parts.data()};
-}
-
 // Instruction sets ---------------------------------------------------------------------------------------------------
 
 const Kernels* kernels_of(int32_t instructions) {
@@ -221,8 +154,13 @@ const Kernels& kernels_for(int32_t format, int32_t arithmetic, std::initializer_
 }
 
 const Kernels& kernels_for(const Stack& stack) {
-  return kernels_for(stack.cache_format, stack.arithmetic,
-                     {stack.hidden_size, stack.intermediate_size, stack.num_heads * stack.head_dim, stack.head_dim});
+  for (int64_t i = 0; i < stack.num_layers; ++i) {
+    const Layer& layer = stack.layers[i];
+    const Kernels& found = kernels_for(stack.cache_format, stack.arithmetic,
+                                       {layer.qkv.k, layer.o.k, layer.up.k, layer.down.k, layer.attention.head_dim});
+    if (&found == kernels) return found;
+  }
+  return kernels_for(stack.cache_format, stack.arithmetic, {});
 }
 
 const Kernels& kernels_for(const Matrix& w, int32_t arithmetic) { return kernels_for(w.format, arithmetic, {w.k}); }
@@ -272,19 +210,63 @@ EXPORT int32_t vsp_initialize(int32_t instructions) {
 
 namespace {
 
+// Plans for attention of the kinds of the layers; memory for the results of any of them.
+class Plans {
+ public:
+  Plans(Workspace& memory, const Batch& batch) : memory_(memory), batch_(batch) {}
+
+  const AttentionPlan& add(const Attention& attention) {
+    const PlanShape shape = PlanShape::of(attention);
+    size_t i = 0;
+    while (i < count_ && !(memory_.plans[i].shape == shape)) ++i;
+    if (i == count_) {
+      if (++count_ > memory_.plans.size()) memory_.plans.emplace_back();
+      memory_.plans[i].make(shape, batch_);
+    }
+    const PlanMemory& plan = memory_.plans[i];
+    queries_ = std::max(queries_, batch_.num_tokens * attention.num_heads * attention.head_dim);
+    sums_ = std::max(sums_, plan.num_rows * attention.head_dim);
+    rows_ = std::max(rows_, plan.num_rows);
+    return plan.plan;
+  }
+
+  void reserve(Buffers& buffers) const {
+    buffers.q = memory_.q.take<float>(queries_);
+    buffers.sums = memory_.sums.take<float>(sums_);
+    buffers.bases = memory_.bases.take<float>(rows_);
+    buffers.totals = memory_.totals.take<float>(rows_);
+  }
+
+ private:
+  Workspace& memory_;
+  const Batch& batch_;
+  size_t count_ = 0;
+  int64_t queries_ = 0, sums_ = 0, rows_ = 0;
+};
+
 void run_stack(const Stack& stack, const Batch& batch, float* hidden, int32_t threads) {
   Workspace& memory = workspace;
   Buffers buffers{};
-  const AttentionPlan plan = make_plan(memory, stack, batch, buffers);
-  const int64_t tokens = batch.num_tokens, d = stack.head_dim;
+  Plans plans(memory, batch);
+  memory.plan_of.clear();
+  int64_t attended = 0, inner = 0, qkv = stack.hidden_size;
+  for (int64_t i = 0; i < stack.num_layers; ++i) {
+    const Layer& layer = stack.layers[i];
+    memory.plan_of.push_back(&plans.add(layer.attention));
+    attended = std::max(attended, layer.o.k);
+    inner = std::max(inner, layer.down.k);
+    qkv = std::max(qkv, layer.qkv.n);
+  }
+  plans.reserve(buffers);
+  const int64_t tokens = batch.num_tokens;
   buffers.x = memory.x.take<float>(tokens * stack.hidden_size);
-  buffers.attended = memory.attended.take<float>(tokens * stack.num_heads * d);
-  buffers.inner = memory.inner.take<float>(tokens * stack.intermediate_size);
-  buffers.qkv = memory.qkv.take<float>(tokens * (stack.num_heads + 2 * stack.num_kv_heads) * d);
-  const int64_t longest = std::max({stack.hidden_size, stack.intermediate_size, stack.num_heads * d});
-  reserve_panels(memory, buffers, longest, threads);
+  buffers.attended = memory.attended.take<float>(tokens * attended);
+  buffers.inner = memory.inner.take<float>(tokens * inner);
+  buffers.qkv = memory.qkv.take<float>(tokens * qkv);
+  reserve_panels(memory, buffers, std::max({stack.hidden_size, attended, inner}), threads);
+  const Kernels& chosen = kernels_for(stack);
   run_team(threads, [&](Team& team, int index) {
-    kernels_for(stack).run_stack(team, index, stack, batch, plan, buffers, hidden);
+    chosen.run_stack(team, index, stack, batch, memory.plan_of.data(), buffers, hidden);
   });
 }
 
@@ -297,10 +279,11 @@ Buffers highest_buffers(int64_t rows, const Matrix& w, int threads) {
   return buffers;
 }
 
-void most_likely(const float* x, int64_t rows, const Matrix& w, int64_t* out, int32_t arithmetic, int32_t threads) {
-  const Buffers buffers = highest_buffers(rows, w, threads);
+void most_likely(const float* x, int64_t rows, const Projection& head, int64_t* out, int32_t arithmetic,
+                 int32_t threads) {
+  const Buffers buffers = highest_buffers(rows, head.w, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels_for(w, arithmetic).most_likely(team, index, x, rows, w, buffers, arithmetic, out);
+    kernels_for(head.w, arithmetic).most_likely(team, index, x, rows, head, buffers, arithmetic, out);
   });
 }
 
@@ -326,7 +309,7 @@ constexpr int64_t kRowsAtOnce = 64;
 void draw_next(const Network& network, const Rows& rows, const float* x, int64_t count, const int64_t* of_rows,
                const int64_t* num_tokens, const Sampling& sampling, int32_t threads) {
   if (count == 0) return;
-  const Matrix& w = network.head;
+  const Matrix& w = network.head.w;
   const int32_t arithmetic = network.stack.arithmetic;
   auto needs_logits = [&](int64_t i) {
     return sampling.logits || !is_greedy(*sampling.tables, of_rows[i]) ||
@@ -334,7 +317,7 @@ void draw_next(const Network& network, const Rows& rows, const float* x, int64_t
   };
   bool any = false;
   for (int64_t i = 0; i < count && !any; ++i) any = needs_logits(i);
-  if (!any) most_likely(x, count, w, sampling.drawn, arithmetic, threads);
+  if (!any) most_likely(x, count, network.head, sampling.drawn, arithmetic, threads);
   for (int64_t first = 0; any && first < count; first += kRowsAtOnce) {
     const int64_t some = std::min(kRowsAtOnce, count - first);
     float* logits = sampling.logits ? sampling.logits + first * w.n : workspace.logits.take<float>(some * w.n);
@@ -343,7 +326,7 @@ void draw_next(const Network& network, const Rows& rows, const float* x, int64_t
     for (int64_t i = 0; i < some; ++i) lines.push_back(needs_logits(first + i) ? logits + i * w.n : nullptr);
     TokenMasks masks = sampling.masks;
     if (masks.words) masks.of += first;
-    const Head head = {x + first * w.k, w, arithmetic, lines.data()};
+    const Head head = {x + first * w.k, network.head, arithmetic, lines.data()};
     const Draw draw = {some,
                        lines.data(),
                        of_rows + first,
@@ -362,22 +345,27 @@ void draw_next(const Network& network, const Rows& rows, const float* x, int64_t
   store_drawn(*sampling.tables, count, of_rows, num_tokens, sampling.drawn, rows.token_ids, rows.token_stride);
 }
 
-// One row of a table of float32 or bfloat16.
-void widen_row(const void* table, int32_t format, int64_t row, int64_t size, float* to) {
-  if (format == kFloat32) {
-    std::memcpy(to, static_cast<const float*>(table) + row * size, size * sizeof(float));
+// One row of the table of embeddings, times their factor.
+void embed(const Network& network, int64_t token_id, float* to) {
+  const int64_t size = network.stack.hidden_size;
+  const float factor = network.stack.embedding_factor;
+  if (network.embedding_format == kFloat32) {
+    const float* from = static_cast<const float*>(network.embeddings) + token_id * size;
+    for (int64_t i = 0; i < size; ++i) to[i] = factor * from[i];
     return;
   }
-  const uint16_t* from = static_cast<const uint16_t*>(table) + row * size;
+  const uint16_t* from = static_cast<const uint16_t*>(network.embeddings) + token_id * size;
   for (int64_t i = 0; i < size; ++i) {
     const uint32_t bits = uint32_t(from[i]) << 16;
-    std::memcpy(to + i, &bits, sizeof(bits));
+    float wide;
+    std::memcpy(&wide, &bits, sizeof(bits));
+    to[i] = factor * wide;
   }
 }
 
 }  // namespace
 
-// hidden [num_tokens][hidden_size]: in, embeddings; out, the normalised states after the last layer of the tokens that
+// hidden [num_tokens][hidden_size]: in, embeddings times their factor; out, the normalised states after the last layer of the tokens that
 // are wanted.
 EXPORT void vsp_run_stack(const Stack* stack, const Batch* batch, float* hidden, int32_t threads) {
   run_stack(*stack, *batch, hidden, threads);
@@ -404,7 +392,7 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
       const int64_t own = position - prefix;
       memory.positions.push_back(position);
       memory.slots.push_back(table[own / rows->block_size] * rows->block_size + own % rows->block_size);
-      widen_row(network->embeddings, network->embedding_format, ids[position], size, embedded);
+      embed(*network, ids[position], embedded);
     }
     memory.context_lens.push_back(end - prefix);
     if (step->samples && step->samples[i]) memory.wanted.push_back(int64_t(memory.positions.size()) - 1);
@@ -472,50 +460,51 @@ EXPORT void vsp_logprobs(const float* logits, int64_t num_rows, int64_t vocab_si
 }
 
 // x [rows][k] → out [rows][n]
-EXPORT void vsp_linear(const float* x, int64_t rows, const Matrix* w, float* out, int32_t arithmetic,
+EXPORT void vsp_linear(const float* x, int64_t rows, const Projection* projection, float* out, int32_t arithmetic,
                        int32_t threads) {
-  const Buffers buffers = product_buffers(rows, *w, threads);
+  const Buffers buffers = product_buffers(rows, projection->w, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels_for(*w, arithmetic).linear(team, index, x, rows, *w, buffers, arithmetic, out);
+    kernels_for(projection->w, arithmetic).linear(team, index, x, rows, *projection, buffers, arithmetic, out);
   });
 }
 
-// x [rows][k] → silu(gate) · up [rows][n/2]
-EXPORT void vsp_swiglu(const float* x, int64_t rows, const Matrix* w, float* out, int32_t arithmetic,
-                       int32_t threads) {
+// x [rows][k] → activation(gate) · up [rows][n/2], or activation(x Wᵀ + b) [rows][n]
+EXPORT void vsp_activated(const float* x, int64_t rows, const Matrix* w, int32_t activation, int32_t gated, float* out,
+                          int32_t arithmetic, int32_t threads) {
   const Buffers buffers = product_buffers(rows, *w, threads);
   run_team(threads, [&](Team& team, int index) {
-    kernels_for(*w, arithmetic).swiglu(team, index, x, rows, *w, buffers, arithmetic, out);
+    kernels_for(*w, arithmetic).activated(team, index, x, rows, *w, activation, gated, buffers, arithmetic, out);
   });
 }
 
-EXPORT void vsp_rms_norm(const float* x, int64_t rows, int64_t size, const float* weight, float eps, float* out,
-                         int32_t threads) {
-  run_team(threads, [&](Team& team, int index) { kernels->rms_norm(team, index, x, rows, size, weight, eps, out); });
+EXPORT void vsp_norm(const float* x, int64_t rows, const Norm* norm, float* out, int32_t threads) {
+  run_team(threads, [&](Team& team, int index) { kernels->norm(team, index, x, rows, *norm, out); });
 }
 
-// x [rows][k] → out [rows], the column of each row's highest of x Wᵀ + b, the first of equals
-EXPORT void vsp_most_likely(const float* x, int64_t rows, const Matrix* w, int64_t* out, int32_t arithmetic,
-                            int32_t threads) {
-  most_likely(x, rows, *w, out, arithmetic, threads);
+// x [rows][k] → out [rows], the column of each row's highest logit, the first of equals
+EXPORT void vsp_most_likely(const float* x, int64_t rows, const Projection* projection, int64_t* out,
+                            int32_t arithmetic, int32_t threads) {
+  most_likely(x, rows, *projection, out, arithmetic, threads);
 }
 
-// qkv [num_tokens][(heads + 2 KVH) D] → K and V in their slots, q [num_tokens][heads][D]; all are turned by position.
-EXPORT void vsp_rope_and_write(const Stack* stack, const Batch* batch, const float* qkv, void* k_cache, void* v_cache,
-                               float* q, int32_t threads) {
+// qkv [num_tokens][(heads + 2 KVH) D] → K and V in their slots, q [num_tokens][heads][D]; normalised and turned.
+EXPORT void vsp_rope_and_write(const Attention* shape, const Batch* batch, const float* qkv, int32_t cache_format,
+                               void* k_cache, void* v_cache, float* q, int32_t threads) {
   run_team(threads, [&](Team& team, int index) {
-    kernels->rope_and_write(team, index, *stack, *batch, qkv, k_cache, v_cache, q);
+    kernels->rope_and_write(team, index, *shape, *batch, qkv, cache_format, k_cache, v_cache, q);
   });
 }
 
 // q [num_tokens][heads][D] → out, alike: attention of every token over its extents and its own slots up to itself.
-EXPORT void vsp_attention(const Stack* stack, const Batch* batch, const float* q, const void* k_cache,
-                          const void* v_cache, float* out, int32_t threads) {
+EXPORT void vsp_attention(const Attention* shape, const Batch* batch, const float* q, int32_t cache_format,
+                          int32_t arithmetic, const void* k_cache, const void* v_cache, float* out, int32_t threads) {
   Buffers buffers{};
-  const AttentionPlan plan = make_plan(workspace, *stack, *batch, buffers);
+  Plans plans(workspace, *batch);
+  const AttentionPlan& plan = plans.add(*shape);
+  plans.reserve(buffers);
+  const Kernels& chosen = kernels_for(cache_format, arithmetic, {shape->head_dim});
   run_team(threads, [&](Team& team, int index) {
-    const Kernels& chosen = kernels_for(stack->cache_format, stack->arithmetic, {stack->head_dim});
-    chosen.attention(team, index, *stack, *batch, plan, buffers, q, k_cache, v_cache, out);
+    chosen.attention(team, index, *shape, *batch, plan, buffers, q, cache_format, arithmetic, k_cache, v_cache, out);
   });
 }
 

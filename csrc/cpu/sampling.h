@@ -1,5 +1,5 @@
 // Draws of next tokens, and log-probabilities. What a row asks for, and in which order that works, is stated with the
-// plain reference in vllm/model_executor/layers/ops/sampling.py.
+// plain reference in vllm/ops/sampling.py.
 #pragma once
 
 #include <algorithm>

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.attention.spec import AttentionSpec
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 
 
 @dataclass
@@ -64,13 +67,13 @@ class Batch:
         groups: list[PrefixGroup] = []
         token = 0
         for m in self.members:
-            for length in m.chain:
+            for position, length in zip(accumulate(m.chain, initial=0), m.chain, strict=False):
                 slot = self.first_slot[length]
                 last = groups[-1] if groups else None
                 if merged_groups and last and last.first_slot == slot and last.first_token + last.num_tokens == token:
-                    groups[-1] = PrefixGroup(last.first_token, last.num_tokens + m.queries, slot, length)
+                    groups[-1] = replace(last, num_tokens=last.num_tokens + m.queries)
                 else:
-                    groups.append(PrefixGroup(token, m.queries, slot, length))
+                    groups.append(PrefixGroup(token, m.queries, slot, length, position))
             token += m.queries
         own = [self.slots(i)[-m.context :][-m.queries :] for i, m in enumerate(self.members)]
         return AttentionMetadata(
@@ -82,17 +85,31 @@ class Batch:
             block_size=self.block_size,
         )
 
-    def reference(self, scale: float) -> torch.Tensor:
+    def spec(self, **changes: Any) -> AttentionSpec:
+        """Plain causal attention of these heads, but for the changes."""
+        (_, heads, dim), kv_heads = self.q.shape, self.k.shape[1]
+        return replace(AttentionSpec(heads, kv_heads, dim, dim, dim**-0.5, self.q.dtype), **changes)
+
+    def reference(self, spec: AttentionSpec, sinks: torch.Tensor | None = None) -> torch.Tensor:
         """Dense attention of each sequence's queries over its own context; float64 [T, H, D]."""
         share = self.q.shape[1] // self.k.shape[1]
         out = []
         for i, (m, q) in enumerate(zip(self.members, self.q.split([m.queries for m in self.members]), strict=True)):
             slots = self.slots(i)
             k, v = (x[slots].double().repeat_interleave(share, dim=1) for x in (self.k, self.v))
-            scores = torch.einsum("mhd,nhd->hmn", q.double(), k) * scale
+            scores = torch.einsum("mhd,nhd->hmn", q.double(), k) * spec.scale
+            if spec.softcap is not None:
+                scores = spec.softcap * torch.tanh(scores / spec.softcap)
             last = len(slots) - m.queries + torch.arange(m.queries)
-            scores.masked_fill_(torch.arange(len(slots)) > last[:, None], float("-inf"))
-            out.append(torch.einsum("hmn,nhd->mhd", scores.softmax(dim=-1), v))
+            keys = torch.arange(len(slots))
+            scores.masked_fill_(keys > last[:, None], float("-inf"))
+            if spec.window is not None:
+                scores.masked_fill_(keys <= last[:, None] - spec.window, float("-inf"))
+            if sinks is not None:
+                more = sinks.double()[:, None, None].expand(-1, m.queries, 1)
+                scores = torch.cat((scores, more), dim=-1)
+            weights = scores.softmax(dim=-1)[..., : len(slots)]
+            out.append(torch.einsum("hmn,nhd->mhd", weights, v))
         return torch.cat(out)
 
 

@@ -6,21 +6,27 @@ import dataclasses
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import vllm
 from tests.attention.random_batch import MIXED, Batch, Member
-from vllm.attention.backends import AttentionShape, get_backend
+from vllm.attention.backends import get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops import rotary
+from vllm.attention.spec import AttentionSpec
 from vllm.exceptions import StartupError
-from vllm.model_executor.layers.ops import cpu_kernels, cpu_library
-from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN
+from vllm.ops import rope as rotary
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu import library as cpu_library
+from vllm.ops.cpu.kernels import TILES, WIDEN
+from vllm.ops.norm import Norm
+from vllm.ops.rope import QkNorm, Rope
 
 every_instructions = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
 # Dtype of K and V, how bfloat16 multiplies (in tiles or dot products where there are instructions for them), largest
@@ -53,7 +59,7 @@ def attend(batch: Batch, arithmetic: int, merged_groups: bool = True, threads: i
 
 def check(batch: Batch, arithmetic: int, tolerance: float, merged_groups: bool = True, threads: int = 2) -> None:
     out = attend(batch, arithmetic, merged_groups, threads)
-    torch.testing.assert_close(out.double(), batch.reference(batch.q.shape[2] ** -0.5), atol=tolerance, rtol=0)
+    torch.testing.assert_close(out.double(), batch.reference(batch.spec()), atol=tolerance, rtol=0)
 
 
 @every_instructions
@@ -194,7 +200,7 @@ def test_rope_and_write(cpu_instructions: str, dtype: torch.dtype, heads: int, k
     k_cache, v_cache, want_k, want_v = (torch.zeros(num_slots, kv_heads, dim) for _ in range(4))
     k_cache, v_cache = k_cache.to(dtype), v_cache.to(dtype)
     q = cpu_kernels.rope_and_write(qkv, positions, cos_sin, slots, k_cache, v_cache, heads)
-    want_q = rotary.rope_and_write(qkv, positions, cos_sin, slots, want_k, want_v, heads)
+    want_q = rotary.rope_and_write(qkv, positions, Rope(cos_sin), None, slots, want_k, want_v, heads)
     torch.testing.assert_close(q, want_q, atol=1e-6, rtol=1e-6)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(keys_of(k_cache), want_k.to(dtype), atol=1e-6, rtol=tolerance)
@@ -220,33 +226,64 @@ def values_of(cache: torch.Tensor) -> torch.Tensor:
 @every_instructions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backend_gives_the_dtype_of_the_queries(cpu_instructions: str, dtype: torch.dtype) -> None:
-    backend = CpuAttentionBackend()
+    backend = CpuAttentionBackend(16)
     batch = Batch(MIXED, 16, 6, 2, 64, dtype, seed=5)
     k_cache, v_cache = written(batch)
-    out = backend.forward(batch.q, k_cache, v_cache, 0.125, backend.prepare(batch.metadata(True)))
+    (prepared,) = backend.prepare(batch.metadata(True), [batch.spec()])
+    out = backend.attend(batch.q, k_cache, v_cache, batch.spec(), prepared)
     assert out.dtype == dtype
     torch.testing.assert_close(
-        out.double(), batch.reference(0.125), atol=3e-2 if dtype == torch.bfloat16 else 4e-6, rtol=0
+        out.double(), batch.reference(batch.spec()), atol=3e-2 if dtype == torch.bfloat16 else 4e-6, rtol=0
     )
 
 
-SHAPE = AttentionShape(num_heads=6, num_kv_heads=2, head_dim=64, dtype=torch.float32, block_size=16)
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_library_is_looked_for_where_it_is_built() -> None:
+    assert Path(vllm.__file__).parent / "cpu_kernels.so" == cpu_library._LIBRARY
+
+
+SPEC = AttentionSpec(num_heads=6, num_kv_heads=2, head_dim=64, v_dim=64, scale=0.125, dtype=torch.float32)
+
+
+@every_instructions
+@pytest.mark.parametrize("turned", [0, 32, 64])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("norms", [False, True])
+def test_backend_turns_part_of_normalised_heads(
+    cpu_instructions: str, turned: int, interleaved: bool, norms: bool
+) -> None:
+    heads, kv_heads, dim, num_slots = 6, 2, 64, 32
+    qkv = randn(5, (heads + 2 * kv_heads) * dim)
+    positions, slots = torch.tensor([3, 4, 5, 0, 9]), torch.tensor([3, 4, 5, 16, 17])
+    rope = Rope(randn(10, turned, seed=1), interleaved) if turned else None
+    qk_norm = QkNorm(Norm(1e-5), randn(dim, seed=2), randn(dim, seed=3)) if norms else None
+    k_cache, v_cache, want_k, want_v = (torch.zeros(num_slots, kv_heads, dim) for _ in range(4))
+    backend = CpuAttentionBackend(16)
+    q = backend.rope_and_write(qkv, positions, rope, qk_norm, slots, k_cache, v_cache, heads)
+    want_q = rotary.rope_and_write(qkv, positions, rope, qk_norm, slots, want_k, want_v, heads)
+    torch.testing.assert_close(q, want_q)
+    torch.testing.assert_close(keys_of(k_cache)[slots], want_k[slots])
+    torch.testing.assert_close(values_of(v_cache)[slots], want_v[slots])
 
 
 def test_what_the_kernels_do_not_take_is_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
     misfits: list[tuple[dict[str, Any], str]] = [
-        ({"head_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
-        ({"head_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
+        ({"head_dim": 20, "v_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
+        ({"head_dim": 528, "v_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
         ({"num_heads": 258}, "129 query heads share a KV head, more than 128"),
-        ({"block_size": 8}, "--block-size 8 is no multiple of 16"),
         ({"dtype": torch.float16}, "dtype float16 is neither float32 nor bfloat16"),
+        ({"window": 100}, "a window of 100 tokens"),
+        ({}, "--block-size 8 is no multiple of 16"),
     ]
     for changes, why in misfits:
         caplog.clear()
-        backend = get_backend("cpu", SHAPE._replace(**changes), CPU)
+        backend = get_backend("cpu", [SPEC, replaced(SPEC, **changes)], 16 if changes else 8, CPU)
         assert isinstance(backend, TorchAttentionBackend)
         assert [r.levelname for r in caplog.records] == ["WARNING"]
-        assert f"do not serve this model ({why}); torch computes instead" in caplog.text
+        assert f"do not serve this model ({why}); torch computes its attention" in caplog.text
 
 
 @pytest.fixture
@@ -274,7 +311,7 @@ def test_without_the_library_torch_computes_and_says_so_once(
         path.write_bytes(content)
     monkeypatch.setattr(cpu_library, "_LIBRARY", path)
     for _ in range(2):
-        assert isinstance(get_backend("CPU", SHAPE, CPU), TorchAttentionBackend)
+        assert isinstance(get_backend("CPU", [SPEC], 16, CPU), TorchAttentionBackend)
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert re.search(f"{why}.*torch computes instead", caplog.text)
 
@@ -286,9 +323,9 @@ def test_unknown_instructions(unloaded: None, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         StartupError, match=r"VLLM_CPU_INSTRUCTIONS is 'sse2'; it takes avx2, avx512, avx512_bf16, amx\."
     ):
-        get_backend("CPU", SHAPE, CPU)
+        get_backend("CPU", [SPEC], 16, CPU)
 
 
 def test_the_backend_is_for_the_cpu() -> None:
     with pytest.raises(StartupError, match="--attention-backend CPU computes on --device cpu"):
-        get_backend("CPU", SHAPE, torch.device("cuda"))
+        get_backend("CPU", [SPEC], 16, torch.device("cuda"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm.attention.ops.partial import attention_with_lse, merge
+from vllm.ops.attention.partial import attention_with_lse, merge
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.attention.random_batch import MIXED, Batch, Member
-from vllm.attention.backends import AttentionShape, get_backend
+from vllm.attention.backends import get_backend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.exceptions import StartupError
 
@@ -17,11 +17,11 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
 
 def check(batch: Batch, dtype: torch.dtype, merged_groups: bool = True) -> None:
     backend = TorchAttentionBackend()
-    scale = batch.q.shape[2] ** -0.5
-    prepared = backend.prepare(batch.metadata(merged_groups))
-    out = backend.forward(batch.q, batch.k, batch.v, scale, prepared)
+    spec = batch.spec()
+    (prepared,) = backend.prepare(batch.metadata(merged_groups), [spec])
+    out = backend.attend(batch.q, batch.k, batch.v, spec, prepared)
     assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), batch.reference(scale), atol=TOLERANCE[dtype], rtol=0)
+    torch.testing.assert_close(out.double(), batch.reference(spec), atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -73,10 +73,36 @@ def test_large_scores_do_not_overflow() -> None:
     batch = Batch(MIXED, 16, 6, 2, 64, torch.float32, seed=0)
     batch.q *= 100
     backend = TorchAttentionBackend()
-    out = backend.forward(batch.q, batch.k, batch.v, 0.125, backend.prepare(batch.metadata(True)))
-    torch.testing.assert_close(out.double(), batch.reference(0.125), atol=2e-3, rtol=0)
+    (prepared,) = backend.prepare(batch.metadata(True), [batch.spec()])
+    out = backend.attend(batch.q, batch.k, batch.v, batch.spec(), prepared)
+    torch.testing.assert_close(out.double(), batch.reference(batch.spec()), atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("merged_groups", [False, True])
+@pytest.mark.parametrize("window", [1, 5, 16, 33, 34, 70, 1000])
+def test_windows(merged_groups: bool, window: int) -> None:
+    members = [*MIXED, Member((33, 20), 5, 1), Member((33, 20), 40, 9), Member((33,), 8, 8)]
+    batch = Batch(members, 16, 6, 2, 64, torch.float32, seed=window)
+    backend = TorchAttentionBackend()
+    # Layers with a window and without share a step.
+    specs = [batch.spec(), batch.spec(window=window)]
+    plans = backend.prepare(batch.metadata(merged_groups), specs)
+    for spec, prepared in zip(specs, plans, strict=True):
+        out = backend.attend(batch.q, batch.k, batch.v, spec, prepared)
+        torch.testing.assert_close(out.double(), batch.reference(spec), atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_capped_scores_and_sinks(window: int | None) -> None:
+    batch = Batch(MIXED, 16, 6, 2, 64, torch.float32, seed=3)
+    spec = batch.spec(window=window, softcap=0.7, sinks=True)
+    sinks = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 5.0])
+    backend = TorchAttentionBackend()
+    (prepared,) = backend.prepare(batch.metadata(True), [spec])
+    out = backend.attend(batch.q, batch.k, batch.v, spec, prepared, sinks)
+    torch.testing.assert_close(out.double(), batch.reference(spec, sinks), atol=3e-6, rtol=0)
 
 
 def test_unknown_backend() -> None:
     with pytest.raises(StartupError, match=r"--attention-backend NONE is not known; choose from .*TORCH"):
-        get_backend("NONE", AttentionShape(2, 1, 64, torch.float32, 16), torch.device("cpu"))
+        get_backend("NONE", [], 16, torch.device("cpu"))

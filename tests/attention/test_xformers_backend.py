@@ -6,15 +6,17 @@ Its operators need a GPU. Without one, what it asks of them is carried out in to
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.attention.random_batch import MIXED, Batch, Member
-from vllm.attention.backends import AttentionShape, get_backend
-from vllm.attention.metadata import AttentionMetadata
+from vllm.attention.backends import get_backend
+from vllm.attention.spec import AttentionSpec
 from vllm.exceptions import StartupError
+from vllm.ops.attention.metadata import AttentionMetadata
 
 CHAINS = [
     Member((33, 20), 5, 1),
@@ -47,10 +49,13 @@ def test_calls_and_masks(
     from vllm.attention.backends import xformers
 
     monkeypatch.setattr(xformers.fmha, "memory_efficient_attention_partial", partial_in_torch)
-    backend = xformers.XFormersAttentionBackend(heads, kv_heads, 64, torch.float32, torch.device("cpu"))
+    backend = xformers.XFormersAttentionBackend(torch.device("cpu"))
     batch = Batch(members, 16, heads, kv_heads, 64, torch.float32, seed=heads)
-    out = backend.forward(batch.q, batch.k, batch.v, 0.125, backend.prepare(batch.metadata(merged_groups)))
-    torch.testing.assert_close(out.double(), batch.reference(0.125), atol=3e-6, rtol=0)
+    spec = batch.spec()
+    assert backend.misfit(spec) is None
+    (prepared,) = backend.prepare(batch.metadata(merged_groups), [spec])
+    out = backend.attend(batch.q, batch.k, batch.v, spec, prepared)
+    torch.testing.assert_close(out.double(), batch.reference(batch.spec()), atol=3e-6, rtol=0)
 
 
 @pytest.mark.gpu
@@ -60,8 +65,8 @@ def test_calls_and_masks(
 def test_on_a_gpu(members: list[Member], dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> None:
     pytest.importorskip("xformers", reason="xformers is not installed")
     device = torch.device("cuda")
-    backend = get_backend("XFORMERS", AttentionShape(heads, kv_heads, dim, dtype, 16), device)
     batch = Batch(members, 16, heads, kv_heads, dim, dtype, seed=dim)
+    backend = get_backend("XFORMERS", [batch.spec()], 16, device)
     on_host = batch.metadata(True)
     metadata = AttentionMetadata(
         on_host.slot_mapping.to(device),
@@ -72,17 +77,21 @@ def test_on_a_gpu(members: list[Member], dtype: torch.dtype, heads: int, kv_head
         on_host.block_size,
     )
     q, k, v = (x.to(device) for x in (batch.q, batch.k, batch.v))
-    out = backend.forward(q, k, v, dim**-0.5, backend.prepare(metadata))
+    (prepared,) = backend.prepare(metadata, [batch.spec()])
+    out = backend.attend(q, k, v, batch.spec(), prepared)
     tolerance = 4e-3 if dtype == torch.float16 else 3e-2
-    torch.testing.assert_close(out.cpu().double(), batch.reference(dim**-0.5), atol=tolerance, rtol=0)
+    torch.testing.assert_close(out.cpu().double(), batch.reference(batch.spec()), atol=tolerance, rtol=0)
+
+
+SPEC = AttentionSpec(2, 1, 64, 64, 0.125, torch.bfloat16)
 
 
 def test_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match="XFORMERS needs a GPU"):
-        get_backend("XFORMERS", AttentionShape(2, 1, 64, torch.bfloat16, 16), torch.device("cpu"))
+        get_backend("XFORMERS", [SPEC], 16, torch.device("cpu"))
     with pytest.raises(StartupError, match="XFORMERS computes in float16 or bfloat16, not float32"):
-        get_backend("XFORMERS", AttentionShape(2, 1, 64, torch.float32, 16), torch.device("cuda"))
+        get_backend("XFORMERS", [replace(SPEC, dtype=torch.float32)], 16, torch.device("cuda"))
     monkeypatch.setitem(sys.modules, "xformers", None)
     monkeypatch.delitem(sys.modules, "vllm.attention.backends.xformers", raising=False)
     with pytest.raises(StartupError, match=r"XFORMERS needs the package xformers.*pip install"):
-        get_backend("xformers", AttentionShape(2, 1, 64, torch.bfloat16, 16), torch.device("cuda"))
+        get_backend("xformers", [SPEC], 16, torch.device("cuda"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vllm.core.block_manager import BlockManager
+from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence
-from vllm.worker.cache_engine import Extent
 
 BLOCK = 4
 

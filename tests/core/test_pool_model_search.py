@@ -15,10 +15,10 @@ from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, NUM_BLOCKS, MAX_LEN, BUDGET, DEPTH = 2, 7, 8, 3, 2
 PARENT, CHILD, OTHER = [1, 1, 1], [1, 1, 1, 2, 2], [5, 5, 5, 5]

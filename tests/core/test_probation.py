@@ -12,10 +12,10 @@ from vllm.core.block_manager import BlockManager
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import Outcome, PinClass, SystemPromptPool, SystemPromptRefusedError
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, MAX_LEN = 4, 64
 SIZE = 12  # Tokens of a prompt: three blocks.
@@ -290,7 +290,7 @@ def test_several_prompts_are_loaded_and_computed_at_the_same_time() -> None:
     waiting = [bench.add(p.token_ids.tolist()) for p in on_host]
     new = bench.add(prompt(100))
     bench.step()
-    assert len(bench.pool.loading) == 2
+    assert sum(p.state == "loading" for p in bench.pool.prompts()) == 2
     assert new.num_output_tokens == 1, "it was computed meanwhile"
     bench.settle()
     assert [seq.num_output_tokens for seq in waiting] == [1, 1] and bench.pool.num_prefills == 11

@@ -8,19 +8,25 @@ from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import SystemPromptPool
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import PROMPT_ROWS, StepPlan
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK, NUM_BLOCKS, MAX_LEN = 4, 24, 40
 
 
-def make_scheduler(max_num_batched_tokens: int = 64, max_num_seqs: int = 8, **limits: int) -> Scheduler:
-    blocks = BlockManager(NUM_BLOCKS, BLOCK)
+def make_scheduler(
+    max_num_batched_tokens: int = 64,
+    max_num_seqs: int = 8,
+    num_blocks: int = NUM_BLOCKS,
+    budget: int = 12,
+    **limits: int,
+) -> Scheduler:
+    blocks = BlockManager(num_blocks, BLOCK)
     pool = SystemPromptPool(
         SystemPromptConfig(),
-        PinnedBlockPool(NUM_BLOCKS, 12, MAX_LEN // BLOCK),
+        PinnedBlockPool(num_blocks, budget, MAX_LEN // BLOCK),
         BLOCK,
         on_release=blocks.give_back,
     )
@@ -107,10 +113,7 @@ def test_a_prompt_and_what_continues_it_are_computed_in_one_step() -> None:
 
 
 def test_more_new_prompts_than_rows_take_turns() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=10_000, max_num_seqs=200)
-    scheduler.blocks = BlockManager(400, BLOCK)
-    scheduler.pool.blocks = PinnedBlockPool(400, 300, MAX_LEN // BLOCK)
-    scheduler.pool._on_release = scheduler.blocks.give_back
+    scheduler = make_scheduler(max_num_batched_tokens=10_000, max_num_seqs=200, num_blocks=400, budget=300)
     for i in range(100):
         add(scheduler, f"new{i}", [i] * 5, max_tokens=1, num_system_tokens=4)
     assert [len(step(scheduler)) for _ in range(2)] == [PROMPT_ROWS, 100 - PROMPT_ROWS]
@@ -154,22 +157,72 @@ def test_decode_goes_on_while_a_long_prompt_is_prefilled() -> None:
         assert "short" in step(scheduler)
 
 
+def add_search(scheduler: Scheduler, name: str, prompt: list[int], **options: Any) -> None:
+    scheduler.add([Sequence(name, prompt, SamplingParams(max_tokens=20), is_beam=True, **options)])
+
+
 def test_later_steps_of_a_search_come_before_requests_that_came_after_it() -> None:
     scheduler = make_scheduler()
-    add(scheduler, "first step", [1] * 4, max_tokens=1, arrival_time=1000.0)
+    add_search(scheduler, "search", [1] * 4)
     for i in range(12):
-        add(scheduler, f"newer{i}", [i] * 4, max_tokens=3, arrival_time=1000.1)
-    assert "first step" in step(scheduler), "one row of eight is free again"
-    for i in range(2):
-        add(scheduler, f"beam{i}", [1] * 5, max_tokens=1, arrival_time=1000.0, goes_on=True)
+        add(scheduler, f"newer{i}", [i] * 4, max_tokens=3)
     ran = step(scheduler)
-    assert "beam0" in ran and "newer7" not in ran, "the search goes on before those that wait"
-    assert "beam1" in step(scheduler)
+    assert "search" in ran and "newer7" not in ran
+    scheduler.fork("search", [(0, 5), (0, 6)])
+    ran = step(scheduler)
+    assert "search" in ran and "newer7" not in ran, "the row that is free again is for the search"
+    assert [seq.index for seq in scheduler.unfinished() if seq.awaits_search] == [0]
+    assert "search" in step(scheduler), "its other beam gets the next row"
+    assert [seq.index for seq in scheduler.unfinished() if seq.awaits_search] == [0, 1]
+
+
+def test_a_clock_that_was_set_back_puts_nobody_in_front() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    add(scheduler, "older", [1] * 4, max_tokens=1, arrival_time=1000.0)
     add(scheduler, "newest", [9] * 4, max_tokens=1, arrival_time=999.0)
-    order: list[str] = []
+    assert [step(scheduler) for _ in range(2)] == [{"older"}, {"newest"}]
+
+
+def test_beams_share_the_blocks_of_what_they_have_in_common() -> None:
+    scheduler = make_scheduler()
+    add_search(scheduler, "search", [1] * 10)
+    step(scheduler)
+    assert scheduler.num_running == 1 and scheduler.blocks.num_used_blocks == 3
+    step(scheduler)
+    assert not scheduler.has_work(), "there is nothing to do until the search goes on"
+    scheduler.fork("search", [(0, 5), (0, 6), (0, 7)])
+    plan = scheduler.schedule()
+    assert plan.counts == [1, 1, 1] and len(plan.copies) == 2, "two copies of the block that is filled in part"
+    assert scheduler.blocks.num_used_blocks == 5
+    scheduler.postprocess([7, 7, 7])
+    scheduler.fork("search", [(1, 5), (2, 6)])
+    scheduler.check_integrity()
+    assert scheduler.blocks.num_used_blocks == 4, "what no beam continues has ended"
+    scheduler.abort("search")
+    assert scheduler.blocks.num_used_blocks == 0
+
+
+def test_beams_that_wait_for_their_search_give_way_to_older_requests_alone() -> None:
+    scheduler = make_scheduler(num_blocks=12)
+    add(scheduler, "older", [1] * 22, max_tokens=9)
+    add_search(scheduler, "search", [2] * 20)
+    step(scheduler)
+    add(scheduler, "newer", [3] * 9, max_tokens=1)
+    (beam,) = (seq for seq in scheduler.unfinished() if seq.is_beam)
+    for _ in range(4):
+        assert step(scheduler) == {"older"}
+    assert len(beam.block_table) == 5, "a newer request waits"
+    while beam.block_table:
+        assert "older" in step(scheduler)
+    scheduler.fork("search", [(0, 5), (0, 6)])
+    ran = set()
+    while any(seq.is_beam and not seq.awaits_search for seq in scheduler.unfinished()):
+        ran |= step(scheduler)
+    assert "search" in ran, "it computes again what it lost"
+    scheduler.abort("search")
     while scheduler.has_work():
-        order += sorted(step(scheduler) - set(order))
-    assert order.index("newest") > order.index("newer11"), "a clock that was set back puts nobody in front"
+        step(scheduler)
+    assert not scheduler.blocks.num_used_blocks
 
 
 def test_a_long_prompt_is_computed_in_small_parts_beside_streams() -> None:

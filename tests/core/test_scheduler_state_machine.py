@@ -5,6 +5,7 @@ Invariants 1 (free + cached + used + pinned == num_blocks), 2 (a block belongs t
 """
 
 import os
+import random
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,9 +18,9 @@ from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
-from vllm.worker.cache_engine import PinnedBlockPool
 
 BLOCK = 4
 MAX_LEN = 64
@@ -109,8 +110,11 @@ class Machine(RuleBasedStateMachine):
         ttl=st.sampled_from([None, None, 20.0]),
         threshold=st.sampled_from([None, 1, 6]),
         outputs=st.sampled_from([None, 1, 2]),
+        seed=st.integers(0, 1000),
     )
-    def start(self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl, threshold, outputs):
+    def start(
+        self, extra, budget, caching, seqs, batched, mode, depth, private, markers, ttl, threshold, outputs, seed
+    ):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
         self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
@@ -135,6 +139,9 @@ class Machine(RuleBasedStateMachine):
         self.drawn: list[list[int]] = []
         self.next_id = 0
         self.requests: dict[str, int] = {}
+        # Searches: steps that are left, and the beams that have got their draws.
+        self.searches: dict[str, tuple[int, set[int]]] = {}
+        self.random = random.Random(seed)
         self.computed: dict[str, int] = {}
 
     def make_tiers(self):
@@ -177,6 +184,42 @@ class Machine(RuleBasedStateMachine):
         if read is not None:
             assert ids[: read.num_tokens] == read.token_ids.tolist() and read.num_tokens < len(ids)
             assert read.scope in (b"", tenant, tenant + namespace), "another namespace's prompt"
+
+    @rule(
+        prompt=st.sampled_from([*PROMPTS, None]),
+        suffix=st.sampled_from(SUFFIXES),
+        steps=st.integers(1, 12),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def search(self, prompt, suffix, steps, priority):
+        """A beam search: after each draw, the machine chooses how its beams go on."""
+        ids = ((prompt or []) + suffix)[: MAX_LEN - steps]
+        request_id = f"search{self.next_id}"
+        self.next_id += 1
+        seq = Sequence(request_id, ids, SamplingParams(max_tokens=steps), priority=priority, is_beam=True)
+        self.searches[request_id] = (steps, set())
+        self.scheduler.add([seq], len(prompt) if prompt and len(prompt) < len(ids) else None)
+
+    def go_on_with_searches(self):
+        for request_id, (steps, drawn) in list(self.searches.items()):
+            beams = [seq for seq in self.scheduler.unfinished() if seq.request_id == request_id]
+            if len(drawn) < len(beams) or self.random.random() < 0.3:
+                continue
+            if steps == 1:
+                self.scheduler.abort(request_id)
+                del self.searches[request_id]
+                continue
+            width = self.random.randint(1, 4)
+            chosen = [(self.random.randrange(len(beams)), self.random.choice([10, 11, 99])) for _ in range(width)]
+            self.scheduler.fork(request_id, chosen)
+            self.searches[request_id] = (steps - 1, set())
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.searches)
+    def abort_search(self, data):
+        request_id = data.draw(st.sampled_from(sorted(self.searches)))
+        self.scheduler.abort(request_id)
+        del self.searches[request_id]
 
     @rule(data=st.data())
     @precondition(lambda self: self.requests)
@@ -268,16 +311,21 @@ class Machine(RuleBasedStateMachine):
             self.drawn.append(self.device.run(plan, token, heads, limits.max_num_seqs))
         assert self.scheduler.num_in_flight == len(self.drawn)
         if self.drawn and (plan.is_empty or len(self.drawn) >= self.depth):
-            self.scheduler.postprocess(self.drawn.pop(0))
+            for seq, _, _ in self.scheduler.postprocess(self.drawn.pop(0)):
+                if seq.is_beam:
+                    self.searches[seq.request_id][1].add(seq.index)
+        self.go_on_with_searches()
         running = {s.request_id for s in self.scheduler.unfinished()}
         self.requests = {k: v for k, v in self.requests.items() if k in running}
 
     def idle_probationers(self):
-        """Prompts on probation that nothing holds."""
+        """Prompts on probation that nothing holds, neither a reader nor a prompt that continues them."""
         return [
             p
             for p in self.pool.prompts()
-            if p.on_probation and p.state == "pinned" and not (p.readers or p.doomed or p.is_being_written)
+            if p.on_probation
+            and p.state == "pinned"
+            and not (p.readers or p.num_children_on_device or p.doomed or p.is_being_written)
         ]
 
     @invariant()
@@ -291,7 +339,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         for _ in range(5000):
-            if not self.scheduler.has_work():
+            if not self.scheduler.has_work() and not self.searches:
                 break
             self.one_step(10)
         assert not self.scheduler.has_work(), list(self.scheduler.unfinished())

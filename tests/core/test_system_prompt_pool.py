@@ -19,11 +19,11 @@ from vllm.core.system_prompt_pool import (
     SystemPromptRefusedError,
 )
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 BLOCK = 4
 A, B = [1] * 10, [2] * 7
@@ -38,14 +38,21 @@ class Clock:
 
 
 class Bench:
-    """A pool of 20 blocks, 10 of which may be pinned, and a clock that stands still."""
+    """A pool of 20 blocks, 10 of which may be pinned and 10 must not be, and a clock that stands still."""
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(
+        self, blocks: tuple[int, int, int] = (20, 10, 10), tiers: PromptTiers | None = None, **config: Any
+    ) -> None:
         self.clock = Clock()
         self.released: list[Extent] = []
-        self.blocks = PinnedBlockPool(20, 10, 10)
+        self.blocks = PinnedBlockPool(*blocks)
         self.pool = SystemPromptPool(
-            SystemPromptConfig(**config), self.blocks, BLOCK, on_release=self.released.append, clock=self.clock
+            SystemPromptConfig(**config),
+            self.blocks,
+            BLOCK,
+            on_release=self.released.append,
+            clock=self.clock,
+            tiers=tiers,
         )
 
     def request(self, token_ids: list[int], tenant: bytes = b"", namespace: bytes = b"", **params: Any) -> Sequence:
@@ -442,8 +449,7 @@ def test_what_is_read_gives_way_to_nothing() -> None:
 
 
 def test_pins_that_lie_in_the_way_go_when_even_pieces_find_no_room() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(22, 20, 2)
+    bench = Bench((22, 20, 2))
     kept = [bench.pinned([20 + i] * 4, pin=PinClass.SOFT) for i in range(20)]
     for prompt in kept[0:16:2]:
         bench.pool.remove(prompt.id)
@@ -455,8 +461,7 @@ def test_pins_that_lie_in_the_way_go_when_even_pieces_find_no_room() -> None:
 
 
 def test_a_prompt_lies_in_pieces_where_no_room_is_that_long() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(12, 10, 2)
+    bench = Bench((12, 10, 2))
     kept = [bench.pinned([20 + i] * 4) for i in range(10)]
     for i in (0, 1, 4, 5):
         bench.pool.remove(kept[i].id)
@@ -528,8 +533,7 @@ def test_a_mark_makes_a_system_prompt_last_longer_never_shorter() -> None:
 
 
 def test_a_long_head_seen_twice_is_offered() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(2000, 1000, 100)
+    bench = Bench((2000, 1000, 100))
     head = list(range(1500))
 
     def route(tail: list[int], **options: Any) -> Outcome | None:
@@ -571,8 +575,7 @@ def test_explaining_changes_nothing_and_routing_agrees() -> None:
 
 
 def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_saved() -> None:
-    bench = Bench()
-    bench.pool.tiers = PromptTiers(host_blocks=20)
+    bench = Bench(tiers=PromptTiers(host_blocks=20))
     prompt = bench.pool.add(list(A), pin=PinClass.HARD)
     bench.begin()
     bench.pool.end_prefill(prompt)
@@ -586,29 +589,3 @@ def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_save
     assert saved == [[]] * (prompt.num_blocks - 1) + [[prompt]], "a block a step"
     bench.pool.end_save(prompt)
     assert bench.released and bench.pool.get(prompt.id) is None
-
-
-def test_what_goes_on_with_a_request_reads_pinned_prompts_and_counts_for_nothing() -> None:
-    bench = Bench()
-    prompt = bench.pinned(A)
-    request = bench.request([*A, 3])
-    assert bench.pool.route(request, len(A)) == Outcome.HIT
-    counts = (prompt.hits, prompt.tokens_saved, bench.pool.tokens_reused, bench.pool.outcomes.copy())
-    beam = Sequence("r2", [*A, 3, 4], goes_on=True)
-    assert bench.pool.route(beam, len(A)) == Outcome.HIT
-    assert (beam.system_prompt, prompt.readers) == (prompt, 2)
-    assert (prompt.hits, prompt.tokens_saved, bench.pool.tokens_reused, bench.pool.outcomes) == counts
-    long = Sequence("r3", [5] * 60, goes_on=True)
-    assert bench.pool.route(long, 50) == Outcome.OVER_BUDGET
-    assert not bench.pool.info().refused and bench.pool.outcomes == counts[3]
-
-
-def test_the_beams_of_a_search_are_not_prompts_with_a_shared_head() -> None:
-    bench = Bench()
-    bench.blocks = bench.pool.blocks = PinnedBlockPool(2000, 1000, 100)
-    prompt = list(range(1500))
-    assert bench.pool.route(bench.request(prompt), None) is None
-    for token in (5, 6, 7):
-        assert bench.pool.route(Sequence("r", [*prompt, token, token], goes_on=True), None) is None
-    assert bench.pool.route(bench.request([*prompt, 8, 9]), None) is None, "the next turn of what came first"
-    assert not bench.pool.has_prefill

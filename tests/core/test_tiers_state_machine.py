@@ -132,7 +132,7 @@ class TieredMachine(Machine):
         found = [snapshot(list(PROMPTS[i])) for i in stored] if keeps else []
         self.disk = {record.prompt_id: content for record, content in found}
         self.tiers = PromptTiers(host, keeps, [r for r, _ in found], copied, clock=lambda: self.now)
-        super().start(extra, budget, caching, seqs, batched, mode, depth, False, markers, ttl, None, None)
+        super().start(extra, budget, caching, seqs, batched, mode, depth, False, markers, ttl, None, None, seed)
 
     def make_tiers(self):
         return self.tiers

@@ -48,3 +48,17 @@ def test_other_prompts_are_no_template():
         assert see(watch, prompt) is None
         assert see(watch, prompt) is None
     assert watch.spans == []
+
+
+def test_a_span_is_found_wherever_it_is():
+    """Long prompts are looked at in three places before they are compared."""
+    rng = random.Random(1)
+    for length in (*range(132, 190, 7), 500, 501, 502, 503):
+        prompt = [rng.randrange(1000) for _ in range(length)]
+        for size, other in ((1, 1), (24, 24), (24, 0), (0, 24), (3, 20)):
+            for position in {0, 1, length // 4, length // 2, 3 * length // 4, length - size}:
+                watch = VaryingPrompts()
+                see(watch, prompt)
+                start = min(position, length - size)
+                found = see(watch, [*prompt[:start], *range(2000, 2000 + other), *prompt[start + size :]])
+                assert found is not None and found.num_shared >= length - size, (length, size, other, start)

@@ -22,9 +22,9 @@ from vllm.engine.llm_engine import LLMEngine
 from vllm.engine.messages import EngineRequest, EngineStats
 from vllm.engine.metrics import EngineMetrics
 from vllm.engine.watchdog import Watchdog
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.app import build_app
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.args.cli_args import make_arg_parser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.entrypoints.assembly import build_app
 from vllm.exceptions import EngineDeadError, EngineStalledError, VLLMValidationError
 from vllm.inputs import CacheMark
 from vllm.outputs import RequestOutput
@@ -72,7 +72,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def stopped(engine: AsyncLLMEngine) -> Iterator[None]:
-    pid = engine._client.process.pid
+    pid = engine._link.client.process.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -125,7 +125,6 @@ WRONG_REQUESTS: list[dict[str, Any]] = [
     {"cache_salt": 5},
     {"marks": [1]},
     {"marks": [CacheMark("x")]},  # type: ignore[arg-type]
-    {"search_step": "x"},
 ]
 
 
@@ -346,7 +345,7 @@ def test_news_that_cannot_be_taken_in_are_the_engines_death(
         nonlocal faults
         requests = [asyncio.create_task(generate(engine, 1000, request_id=str(i))) for i in range(3)]
         await until(lambda: engine.stats.num_running == 3)
-        process, faults = engine._client.process, 1
+        process, faults = engine._link.client.process, 1
         for request in requests:
             with pytest.raises(EngineDeadError):
                 await request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, run
 from vllm import LLM
-from vllm.beam_search import BeamSearch
+from vllm.engine.beam_search import BeamSearch
+from vllm.engine.llm_engine import LLMEngine
+from vllm.engine.messages import StepOutputs
+from vllm.engine.search_state import Search
 from vllm.exceptions import VLLMValidationError
-from vllm.outputs import CompletionOutput, Logprob
+from vllm.outputs import Logprob
 from vllm.sampling_params import BeamSearchParams
 
 PROMPT = [464, 3290, 318, 257, 845, 1263, 5044]
@@ -53,12 +57,12 @@ def search_table(
     params = BeamSearchParams(beam_width=width, max_tokens=max_tokens, length_penalty=penalty)
     search = BeamSearch(config, None, [0], params)  # type: ignore[arg-type]
     while search.active:
-        outputs = []
+        before, rows = search.active, []
         for sequence in search.active:
             row = sorted(enumerate(table[sequence.tokens[-1]]), key=lambda entry: -entry[1])
-            entries = {token: Logprob(logprob) for token, logprob in row[: 2 * width]}
-            outputs.append(CompletionOutput(0, "", [], logprobs=[entries]))
-        search.advance(outputs)
+            rows.append({token: Logprob(logprob) for token, logprob in row[: 2 * width]})
+        search.advance(rows)
+        assert [before[i].tokens for i in search.origins] == [sequence.tokens[:-1] for sequence in search.active]
     return [(sequence.cum_logprob, sequence.tokens) for sequence in search.best()]
 
 
@@ -223,3 +227,112 @@ def test_what_a_search_cannot_do_is_refused(llm, fields, param):
     with pytest.raises(VLLMValidationError) as caught:
         llm.beam_search(PROMPT, BeamSearchParams(**{"beam_width": 2, "max_tokens": 3} | fields))
     assert caught.value.param == param
+
+
+def computed_tokens(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens that each step of the engine computes, as its counters say."""
+    counts: list[int] = []
+    step = engine.core.step
+
+    def counted() -> StepOutputs:
+        news = step()
+        assert news.stats is not None
+        counts.append(news.stats.iteration_tokens)
+        return news
+
+    monkeypatch.setattr(engine.core, "step", counted)
+    return counts
+
+
+@pytest.fixture
+def make_llm(make_tiny: Callable[..., LLMEngine]) -> Callable[..., LLM]:
+    """`make_llm(**flags)` returns an `LLM` of the tiny model whose engine is shut down after the test."""
+
+    def make(**flags: Any) -> LLM:
+        llm = LLM.__new__(LLM)
+        llm.llm_engine, llm._request_ids = make_tiny(**flags), map(str, itertools.count())
+        return llm
+
+    return make
+
+
+def test_what_a_beam_has_computed_is_never_computed_again(make_llm, pipeline_depth, monkeypatch):
+    llm = make_llm(enable_prefix_caching=False)
+    counts = computed_tokens(llm.llm_engine, monkeypatch)
+    prompt = (PROMPT * 10)[:67]
+    output = llm.beam_search(prompt, BeamSearchParams(beam_width=3, max_tokens=40, ignore_eos=True))[0]
+    assert [count for count in counts if count] == [67] + [3] * 39, "one row a beam"
+    assert [len(sequence.tokens) for sequence in output.sequences] == [67 + 40] * 3
+    finish(llm.llm_engine)
+    assert_nothing_held(llm.llm_engine)
+
+
+def test_beams_are_those_of_transformers_generate(llm, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([PROMPT])
+    found = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=4,
+        num_return_sequences=4,
+        max_new_tokens=20,
+        do_sample=False,
+        length_penalty=0.0,
+        pad_token_id=0,
+    )
+    params = BeamSearchParams(beam_width=4, max_tokens=20, ignore_eos=True, length_penalty=0.0)
+    assert [sequence.tokens for sequence in llm.beam_search(PROMPT, params)[0].sequences] == found.tolist()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_num_seqs": 2},
+        {"max_num_seqs": 3, "max_num_batched_tokens": 32},
+        {"max_model_len": 96, "num_gpu_blocks_override": 9},
+        {"max_model_len": 96, "num_gpu_blocks_override": 9, "enable_prefix_caching": False},
+    ],
+    ids=["fewer rows than beams", "few tokens a step", "no room for two searches", "nothing cached"],
+)
+def test_a_search_finds_the_same_where_rows_or_blocks_are_short(llm, make_llm, pipeline_depth, flags):
+    params = BeamSearchParams(beam_width=4, max_tokens=30, ignore_eos=True)
+    prompts = [(PROMPT * 6)[:40], OTHER, (OTHER * 10)[:21]]
+    expected = [[sequence.tokens for sequence in llm.beam_search(p, params)[0].sequences] for p in prompts]
+    small = make_llm(**flags)
+    outputs = small.beam_search(prompts, params)
+    assert [[sequence.tokens for sequence in output.sequences] for output in outputs] == expected
+    finish(small.llm_engine)
+    assert_nothing_held(small.llm_engine)
+
+
+def test_a_search_that_is_left_at_any_moment_leaves_nothing_behind(make_tiny, pipeline_depth):
+    engine = make_tiny(max_model_len=128, num_gpu_blocks_override=24)
+    params = BeamSearchParams(beam_width=3, max_tokens=8, ignore_eos=True)
+    for num_steps in range(14):
+        for i, prompt in enumerate([*PROMPT, i] for i in range(3)):
+            beams = BeamSearch(engine.vllm_config.model, engine.tokenizer, prompt, params)
+            own = beams.sampling_params()
+            search = Search(beams, own, lambda _: [])
+            engine.add_request(f"{num_steps}-{i}", prompt, own, search=search, num_system_tokens=5)
+        for _ in range(num_steps):
+            engine.step()
+            engine.core.scheduler.check_integrity()
+        engine.abort_request([f"{num_steps}-{i}" for i in range(3)])
+        engine.core.scheduler.check_integrity()
+        finish(engine)
+        assert_nothing_held(engine)
+
+
+def test_other_requests_run_beside_a_search(make_tiny, pipeline_depth):
+    engine = make_tiny(max_num_seqs=4)
+    (alone,) = run(engine, [Request(OTHER)], greedy(20))
+    beams = BeamSearch(
+        engine.vllm_config.model, engine.tokenizer, PROMPT, BeamSearchParams(beam_width=4, max_tokens=12)
+    )
+    own = beams.sampling_params()
+    engine.add_request("search", PROMPT, own, search=Search(beams, own, lambda _: []))
+    (beside,) = run(engine, [Request(OTHER)], greedy(20))
+    assert beside.outputs[0].token_ids == alone.outputs[0].token_ids
+    assert len(beams.best()) == 4 and not beams.active
+    assert_nothing_held(engine)

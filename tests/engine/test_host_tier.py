@@ -11,7 +11,7 @@ from tests.engine.test_pinned_prompts import asking, ids, recorded_plans
 from vllm.core import prompt_tiers
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.cuda import CudaPlatform
 from vllm.step import ExtentCopy, HostImage, StepPlan

@@ -8,7 +8,8 @@ import pytest
 
 from vllm.engine.input_processor import ProcessedPrompt
 from vllm.engine.messages import EngineOutput, EngineRequest
-from vllm.engine.output_processor import ObservedRequest, OutputProcessor, RequestObserver
+from vllm.engine.observer import ObservedRequest, RequestObserver
+from vllm.engine.output_processor import OutputProcessor
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.token_ids import token_array
@@ -56,8 +57,8 @@ def test_a_request_whose_text_cannot_be_read_ends_alone(tokenizer: Tokenizer) ->
     add(processor, "good", good)
     add(processor, "bad", bad)
     processor.requests["bad"].outputs[0].text = BrokenText()  # type: ignore[assignment]
-    assert processor.process([token("bad"), token("good")]) == [("bad", None)]
-    assert processor.process([token("bad"), token("good", "length")]) == []
+    assert processor.process([token("bad"), token("good")]).aborts == [("bad", None)]
+    assert processor.process([token("bad"), token("good", "length")]).aborts == []
     assert [str(error) for error in bad] == ["Request bad has ended: its output could not be read (KeyError: 5)."]
     assert [isinstance(item, RequestOutput) for item in good] == [True, True]
     assert (observer.reasons, processor.requests, processor.num_outputs) == (["error", "length"], {}, 0)
@@ -77,7 +78,7 @@ def test_a_receiver_that_breaks_ends_its_request_alone(tokenizer: Tokenizer, fin
     request = EngineRequest("bad", token_array([1]), SamplingParams(), 0.0)
     processor.add(request, ProcessedPrompt([1], token_array([1]), None), deliver)
     add(processor, "good", good)
-    assert ("bad", None) in processor.process([token("bad", finish_reason), token("good")])
+    assert ("bad", None) in processor.process([token("bad", finish_reason), token("good")]).aborts
     assert isinstance(told[-1], RuntimeError)
     assert "OSError: full" in str(told[-1])
     assert len(good) == 1 and list(processor.requests) == ["good"]

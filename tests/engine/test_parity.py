@@ -11,9 +11,9 @@ import torch
 from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, make_engine, run, tokens
 from vllm.engine.llm_engine import LLMEngine
 
-NUM_TOKENS = 64
-SHORT = 24
-ALONE = 10
+NUM_TOKENS = 32
+SHORT = 16
+ALONE = 6
 
 TEXT = """\
 The lighthouse keeper counted the ships that passed before the storm, and wrote each name in a book with a blue cover.
@@ -39,7 +39,8 @@ QUESTIONS = (
     "How long may I keep a book, and what does it cost if I forget it?",
     "Write a list of three things that a keeper of a lighthouse needs.",
 )
-PLAIN_LENGTHS = (5, 6, 9, 13, 16, 17, 31, 32, 50, 90, 150, 300, 700)
+PLAIN_LENGTHS = (5, 15, 16, 17, 32, 90, 330)
+NUM_CHATS = 6
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,11 @@ def engine(default_model_path: str) -> Iterator[LLMEngine]:
 
 @pytest.fixture(scope="module")
 def requests(engine: LLMEngine) -> list[Request]:
-    """24 prompts of 5 to 700 tokens; 11 of them start with one of three system prompts."""
+    """13 prompts of 5 to 330 tokens; 6 of them start with one of three system prompts."""
     text = engine.tokenizer.encode(TEXT * 6)
     plain = [Request(text[7 * i : 7 * i + n]) for i, n in enumerate(PLAIN_LENGTHS)]
     chats = []
-    for i in range(11):
+    for i in range(NUM_CHATS):
         messages = [
             {"role": "system", "content": SYSTEM[i % 3]},
             {"role": "user", "content": QUESTIONS[i // 3]},
@@ -125,14 +126,14 @@ def test_without_pinned_prompts(default_model_path: str, requests: list[Request]
 
 
 def test_prompts_cut_at_odd_places(default_model_path: str, requests: list[Request], expected: list[list[int]]) -> None:
-    engine = make_engine(default_model_path, max_model_len=1024, max_num_batched_tokens=37, max_num_seqs=13)
+    engine = make_engine(default_model_path, max_model_len=512, max_num_batched_tokens=37, max_num_seqs=13)
     assert tokens(run(engine, requests, greedy(SHORT))) == cut(expected, SHORT)
     engine.shutdown()
 
 
 def test_preempted_requests(default_model_path: str, requests: list[Request], expected: list[list[int]]) -> None:
-    # 1,600 tokens in all, of which the pinned prompts take 480; the requests need more than twice what is left.
-    engine = make_engine(default_model_path, max_model_len=1024, num_gpu_blocks_override=100)
+    # 1,056 tokens in all, of which the pinned prompts take 480; the requests need almost twice what is left.
+    engine = make_engine(default_model_path, max_model_len=512, num_gpu_blocks_override=66)
     for i, request in enumerate(requests):
         engine.add_request(f"run-{i}", request.token_ids, greedy(SHORT), num_system_tokens=request.num_system_tokens)
     outputs = finish(engine)

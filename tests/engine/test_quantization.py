@@ -12,7 +12,7 @@ from tests.engine.helpers import Request, assert_nothing_held, greedy, make_engi
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import StartupError
-from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.ops.cpu import kernels as cpu_kernels
 
 TEXT = "The lighthouse keeper counted the ships that passed before the storm, and wrote each name in a book. "
 
@@ -28,11 +28,10 @@ def engine(default_model_path: str) -> Iterator[LLMEngine]:
 
 def test_matrices_are_int8_and_cache_and_embeddings_are_not(engine: LLMEngine) -> None:
     worker = engine.core.executor._worker
-    layers, *_ = worker.model.packed._stack._weights
-    matrices = [m for layer in layers for m in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    matrices.append(worker.model.packed._head)
+    matrices = [m for layer in worker.model.program._stack.layers for m in layer.matrices]
+    matrices.append(worker.model.head.packed)
     assert {m.data.dtype for m in matrices} == {torch.int8}
-    assert worker.model.embed_tokens.weight.dtype == torch.float32
+    assert worker.model.embedding.weight.dtype == torch.float32
     assert worker.runner.cache.k_caches[0].dtype == torch.float32
 
 
@@ -56,13 +55,13 @@ def test_tokens_are_those_of_the_whole_weights_for_a_while(engine: LLMEngine, de
 
 def test_tokens_do_not_depend_on_company_or_pins(engine: LLMEngine) -> None:
     text = engine.tokenizer.encode(TEXT * 12)
-    requests = [Request(text[i : i + 90 + 7 * i], 80 if i % 2 else None) for i in range(7)]
-    together = tokens(run(engine, requests, greedy(24)))
-    assert engine.core.pool.num_prefills == 3
+    requests = [Request(text[i : i + 90 + 7 * i], 80 if i % 2 else None) for i in range(5)]
+    together = tokens(run(engine, requests, greedy(10)))
+    assert engine.core.pool.num_prefills == 2
     engine.reset_prefix_cache()
-    assert [tokens(run(engine, [request], greedy(24)))[0] for request in requests] == together
+    assert [tokens(run(engine, [request], greedy(10)))[0] for request in requests] == together
     unpinned = [Request(request.token_ids) for request in requests]
-    assert tokens(run(engine, unpinned, greedy(24))) == together
+    assert tokens(run(engine, unpinned, greedy(10))) == together
     assert_nothing_held(engine)
 
 
@@ -80,8 +79,22 @@ def test_unknown_method(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "args", [{"attention_backend": "TORCH"}, {"block_size": 8}, {"dtype": "float16"}], ids=lambda args: next(iter(args))
+    ("args", "why"),
+    [
+        ({"attention_backend": "TORCH"}, r"is of the compiled CPU kernels.*leave it out"),
+        ({"dtype": "float16"}, r"cannot serve this model: dtype float16 is neither float32 nor bfloat16"),
+    ],
+    ids=["attention_backend", "dtype"],
 )
-def test_without_the_compiled_kernels_it_is_refused(tiny_model_dir: Path, args: dict[str, object]) -> None:
-    with pytest.raises(StartupError, match=r"--quantization int8_cpu is of the compiled CPU kernels.*leave it out"):
+def test_without_the_compiled_kernels_it_is_refused(tiny_model_dir: Path, args: dict[str, object], why: str) -> None:
+    with pytest.raises(StartupError, match=f"--quantization int8_cpu {why}"):
         make_engine(tiny_model_dir, quantization="int8_cpu", **args)
+
+
+def test_layers_that_are_computed_one_by_one_are_int8_too(tiny_model_dir: Path) -> None:
+    # Such blocks are too small for the compiled attention, and with it for the compiled stack of layers.
+    engine = make_engine(tiny_model_dir, quantization="int8_cpu", block_size=8)
+    layer = engine.core.executor._worker.model.layers[0]
+    assert {m.packed.data.dtype for m in (layer.mixer.qkv, layer.mixer.o, layer.ffn.gate_up)} == {torch.int8}
+    assert run(engine, [Request([5, 6, 7, 8])], greedy(4))[0].outputs[0].token_ids
+    engine.shutdown()

@@ -19,7 +19,7 @@ from tests.engine.helpers import Request, assert_nothing_held, finish, greedy, m
 from tests.engine.test_pinned_prompts import asking, ids, pinned_kv
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.llm_engine import LLMEngine
-from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.system_prompt_store import SnapshotIdentity, snapshot_identity
 from vllm.system_prompt_store.manifest import Manifest
 
@@ -273,7 +273,14 @@ def edit(path: Path, change: Callable[[dict], None]) -> None:
 def identity(model: Path, **flags: object) -> SnapshotIdentity:
     args = EngineArgs(model=str(model), system_prompt_cache_dir="cache", **{"dtype": "float32", **flags})
     config = args.create_engine_config()
-    shape = {"arithmetic": "", "layout": "slots", "block_size": 16, "block_bytes": 1024, "rank": 0, "num_ranks": 1}
+    shape = {
+        "arithmetic": "",
+        "layout": "slots",
+        "block_size": 16,
+        "block_bytes": (1024,) * 4,
+        "rank": 0,
+        "num_ranks": 1,
+    }
     return snapshot_identity(config.model, kv_dtype=config.model.dtype, **shape)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -232,19 +231,23 @@ def test_no_server_to_measure_is_one_line(vllm):
     assert "There is no server" in err
 
 
-def offline(kind: str, model: object, path: object, *args: str) -> str:
-    """A process of its own: the engine takes memory that the tests' process keeps."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", kind, "--model", str(model)]
-    command += ["--max-model-len", "256", "--num-gpu-blocks-override", "128", "--output-json", str(path), *args]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def offline(run_vllm, tiny_model_dir):
+    """In a process of its own: the engine takes memory that the tests' process keeps."""
+
+    def run(kind: str, path: object, *args: str) -> str:
+        size = ("--max-model-len", "256", "--num-gpu-blocks-override", "128")
+        done = run_vllm("bench", kind, "--model", tiny_model_dir, *size, "--output-json", path, *args)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
-def test_throughput_of_the_engine(tiny_model_dir, tmp_path):
+def test_throughput_of_the_engine(offline, tmp_path):
     path = tmp_path / "throughput.json"
     args = ("--input-len", "20", "--output-len", "4", "--num-prompts", "5", "--swap_space", "4")
-    out = offline("throughput", tiny_model_dir, path, *args)
+    out = offline("throughput", path, *args)
     result = json.loads(path.read_text())
     names = {"elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"}
     assert result.keys() == names
@@ -253,10 +256,10 @@ def test_throughput_of_the_engine(tiny_model_dir, tmp_path):
     assert out.startswith("Throughput: ")
 
 
-def test_latency_of_the_engine(tiny_model_dir, tmp_path):
+def test_latency_of_the_engine(offline, tmp_path):
     path = tmp_path / "latency.json"
     args = ("--input-len", "9", "--output-len", "3", "--batch-size", "2", "--num-iters", "3", "--num-iters-warmup", "1")
-    out = offline("latency", tiny_model_dir, path, *args)
+    out = offline("latency", path, *args)
     result = json.loads(path.read_text())
     assert result.keys() == {"avg_latency", "latencies", "percentiles"}
     assert len(result["latencies"]) == 3

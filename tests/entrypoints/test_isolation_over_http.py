@@ -25,7 +25,7 @@ def server(server_factory, tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=120) as client:
         yield client
 
 

@@ -13,8 +13,8 @@ import pytest
 from fastapi import Depends, FastAPI
 
 from vllm.entrypoints.cli.main import main
-from vllm.entrypoints.openai.errors import ApiError, handle_exception
-from vllm.entrypoints.openai.middleware import AdminGuard
+from vllm.entrypoints.http.errors import ApiError, handle_exception
+from vllm.entrypoints.http.middleware import AdminGuard
 
 KEYS, ADMIN = ("key-of-a", "key-of-b"), "key-of-the-operator"
 PORTER = "You are the night porter of a small hotel by the sea. Answer politely, in at most two sentences."
@@ -37,7 +37,7 @@ def server(server_factory, tiny_model_dir, tmp_path_factory):
 @pytest.fixture
 def admin(server):
     headers = {"Authorization": f"Bearer {ADMIN}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, headers=headers, timeout=120) as client:
         yield client
 
 

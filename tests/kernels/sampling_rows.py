@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from tests.kernels.kernel_inputs import DEVICE
-from vllm.model_executor.layers.ops import sampling
-from vllm.model_executor.layers.ops.triton_sampling import DrawKernels
 from vllm.model_executor.layers.sampling_rows import SamplingRows
+from vllm.ops import sampling
+from vllm.ops.triton.sampling import DrawKernels
 from vllm.sampling_params import SamplingParams
 from vllm.step import SequenceStart
 from vllm.token_ids import token_array

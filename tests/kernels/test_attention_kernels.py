@@ -12,10 +12,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, DTYPES, TOLERANCE, assert_near, poisoned, randn
-from vllm.attention.metadata import PrefixGroup
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials, merge_partials_reference
-from vllm.attention.ops.triton_prefix import (
+from vllm.ops.attention.merge import merge_partials, merge_partials_reference
+from vllm.ops.attention.metadata import PrefixGroup
+from vllm.ops.attention.prefix import (
     PREFIX_FIELDS,
     group_array,
     plan_prefix,
@@ -23,14 +22,16 @@ from vllm.attention.ops.triton_prefix import (
     prefix_attention_reference,
     prefix_tiles,
 )
-from vllm.attention.ops.triton_suffix import (
+from vllm.ops.attention.suffix import (
     SUFFIX_FIELDS,
+    keep_from_merge,
     plan_chunk,
     plan_suffix,
     suffix_attention,
     suffix_attention_reference,
     suffix_tiles,
 )
+from vllm.ops.attention.tiles import TileConfig
 
 ON_GPU = DEVICE.type == "cuda"
 # Long extents and many rows take the interpreter long; these sizes are the nightly run's, and a GPU's.
@@ -234,7 +235,7 @@ def test_suffix_split_over_the_keys() -> None:
 
 
 def test_suffix_long_prefill() -> None:
-    check_suffix([(300, 300), (1, 4097), (257, 1000)], (8, 2, 128), torch.bfloat16, TileConfig(128, 64, 8, 3, 1))
+    check_suffix([(150, 150), (1, 1100), (130, 420)], (4, 2, 128), torch.bfloat16, TileConfig(128, 64, 8, 3, 1))
 
 
 def test_suffix_without_work() -> None:
@@ -393,7 +394,7 @@ def only(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 127, 128, 129, 4097])
 @pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
 def test_hopper_kernel_over_extents(length: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     for tokens in (1, 31, 100, 300):
@@ -430,7 +431,7 @@ def test_hopper_kernel_over_chunks_of_a_prefill(
     start: int, count: int, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     """Consecutive slots are blocks in order, so the reference is that of the paged kernel."""
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     work = plan_chunk(16, start, count, TILES.tokens(heads // kv_heads))
@@ -456,7 +457,7 @@ def test_hopper_kernel_over_chunks_of_a_prefill(
 def test_hopper_kernel_over_blocks(
     block_size: int, shape: tuple[int, int, int], dtype: torch.dtype, max_partials: int
 ) -> None:
-    from vllm.attention.ops.gluon_attention import TILES, hopper_attention
+    from vllm.ops.attention.hopper import TILES, hopper_attention
 
     heads, kv_heads, dim = shape
     queries, contexts = np.array([1, 40, 300, 129, 7, 64, 20]), np.array([1, 40, 300, 4097, 700, 129, 0])
@@ -507,6 +508,93 @@ def test_hopper_kernel_over_blocks(
     empty = torch.isinf(want_lse[written])
     assert torch.equal(torch.isinf(lse[written]), empty)
     assert_near(lse[written][~empty], want_lse[written][~empty], TOLERANCE[dtype])
+
+
+def _mixed_plan(tiles: TileConfig, group_size: int, kv_heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Five sequences: the second reads an extent too, the third is split, the others have one part."""
+    queries, contexts = np.array([3, 2, 1, 5, 1]), np.array([20, 30, 700, 5, 40])
+    counts = np.zeros(12, np.int32)
+    counts[3:5] = 1
+    work = plan_suffix(
+        queries.cumsum() - queries,
+        queries,
+        contexts,
+        np.arange(5),
+        counts,
+        group_size=group_size,
+        num_kv_heads=kv_heads,
+        tiles=tiles,
+        num_programs=64,
+        max_partials=4,
+        max_work=10**6,
+    )
+    return work, counts
+
+
+def test_tokens_with_one_part_are_kept_from_the_merge() -> None:
+    tiles, (heads, kv_heads, dim) = TileConfig(16, 32, 4, 2, 2), (4, 2, 32)
+    work, counts = _mixed_plan(tiles, heads // kv_heads, kv_heads)
+    q = randn(12, heads, dim)
+    k, v = (randn(5 * 704, kv_heads, dim, seed=i) for i in (1, 2))
+    tables = torch.randperm(5 * 44, device=DEVICE).view(5, 44)
+    parts = int(counts.max())
+    reference, reference_lse = (
+        x.nan_to_num(0.5) for x in (poisoned(parts, 12, heads, dim), poisoned(parts, 12, heads))
+    )
+    partial, lse = reference.clone(), reference_lse.clone()
+    suffix_attention_reference(q, k, v, dim**-0.5, tables, 16, on_device(work), reference, reference_lse)
+    want, out = poisoned(12, heads, dim), poisoned(12, heads, dim)
+    merge_partials_reference(reference, reference_lse, on_device(counts), want)
+
+    keep_from_merge([work], counts)
+    assert counts.tolist() == [-1] * 3 + [2] * 2 + [parts] + [-1] * 6 and parts > 2
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    suffix_attention(q, k, v, dim**-0.5, tables, 16, on_device(work), size, partial, lse, tiles, 3, whole=out)
+    assert torch.equal(out.isnan().flatten(1).any(-1), on_device(counts) > 0)
+    done = out.clone()
+    merge_partials(partial, lse, on_device(counts), out)
+    assert_near(out, want, TOLERANCE[torch.float32])
+    merge_partials(partial, lse, on_device(counts), done, on_device(np.flatnonzero(counts >= 0)))
+    assert torch.equal(done, out)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize(("shape", "dtype"), HOPPER_SHAPES)
+def test_hopper_kernel_keeps_tokens_with_one_part_from_the_merge(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    from vllm.ops.attention.hopper import TILES, hopper_attention
+
+    heads, kv_heads, dim = shape
+    work, counts = _mixed_plan(TILES, heads // kv_heads, kv_heads)
+    q = randn(12, heads, dim, dtype=dtype)
+    k, v = (randn(5 * 704, kv_heads, dim, dtype=dtype, seed=i) for i in (1, 2))
+    tables = torch.randperm(5 * 44, device=DEVICE).view(5, 44)
+    partial, lse, out = poisoned(4, 12, heads, dim), poisoned(4, 12, heads), poisoned(12, heads, dim).to(dtype)
+    want, want_lse = partial.clone(), lse.clone()
+    suffix_attention_reference(q, k, v, dim**-0.5, tables, 16, on_device(work), want, want_lse)
+    alone = on_device(counts) == 1
+    keep_from_merge([work], counts)
+    size = torch.tensor([len(work)], dtype=torch.int32, device=DEVICE)
+    hopper_attention(
+        q,
+        k,
+        v,
+        dim**-0.5,
+        on_device(work),
+        size,
+        partial,
+        lse,
+        7,
+        whole=out,
+        block_tables=tables,
+        block_size=16,
+        causal=True,
+    )
+    assert torch.equal(out.isnan().flatten(1).any(-1), ~alone)
+    assert torch.isnan(partial[:, alone]).all()
+    assert_near(out[alone], want[0, alone], TOLERANCE[dtype])
 
 
 def test_chunks_are_cut_into_tiles_longest_first() -> None:

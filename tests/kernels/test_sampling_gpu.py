@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE
 from tests.kernels.sampling_rows import Rows, mask_of
-from vllm.model_executor.layers.ops import sampling
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK, FloatColumn, IntColumn
-from vllm.model_executor.layers.ops.triton_sampling import _CUT
 from vllm.model_executor.layers.sampler import Sampler, TokenMasks
+from vllm.ops import sampling
+from vllm.ops.sampling import LATER, NO_MASK, FloatColumn, IntColumn
+from vllm.ops.triton.sampling import _CUT
 from vllm.sampling_params import SamplingParams
 from vllm.step import SequenceStart
 from vllm.token_ids import token_array

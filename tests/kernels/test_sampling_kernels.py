@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, randn
 from tests.kernels.sampling_rows import Rows, mask_of
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
+from vllm.ops.sampling import LATER, NO_MASK
 
 VOCAB, CHUNK = 173, 64
 SEARCH = {"chunk": CHUNK, "pivots": 3, "rounds": 1}

@@ -12,19 +12,20 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.attention.test_torch_backend import MIXED, Batch, Member
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near
-from vllm.attention.backends.triton import PreparedBatch, ReplayBuffers, TritonAttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.attention.backends.triton import PreparedBatch, TritonAttention
+from vllm.attention.replay import ReplayBuffers
 from vllm.core.pinned_prompt import MAX_CHAIN
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 
 
 def make(
     members: list[Member], heads: int, kv_heads: int, dim: int, dtype: torch.dtype, seed: int = 0, block_size: int = 16
-) -> tuple[Batch, TritonAttentionBackend]:
+) -> tuple[Batch, TritonAttention]:
     batch = Batch(members, block_size, heads, kv_heads, dim, dtype, seed)
-    return batch, TritonAttentionBackend(heads, kv_heads, dim, dtype, DEVICE)
+    return batch, TritonAttention(heads, kv_heads, dim, dtype, DEVICE)
 
 
-def forward(batch: Batch, backend: TritonAttentionBackend, prepared: PreparedBatch) -> torch.Tensor:
+def forward(batch: Batch, backend: TritonAttention, prepared: PreparedBatch) -> torch.Tensor:
     q, k, v = (x.to(DEVICE) for x in (batch.q, batch.k, batch.v))
     return backend.forward(q, k, v, q.shape[2] ** -0.5, prepared).cpu()
 
@@ -48,7 +49,7 @@ def metadata(batch: Batch, merged_groups: bool = True) -> AttentionMetadata:
 def test_mixed_batch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     batch, backend = make(MIXED, heads, kv_heads, dim, dtype)
     out = forward(batch, backend, backend.prepare(metadata(batch)))
-    assert_near(out, batch.reference(dim**-0.5), TOLERANCE[dtype])
+    assert_near(out, batch.reference(batch.spec()), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("merged_groups", [False, True])
@@ -57,14 +58,14 @@ def test_chains(merged_groups: bool) -> None:
     members.append(Member((47, 33), 1, 1))
     batch, backend = make(members, 3, 1, 64, torch.float32)
     out = forward(batch, backend, backend.prepare(metadata(batch, merged_groups)))
-    assert_near(out, batch.reference(0.125), TOLERANCE[torch.float32])
+    assert_near(out, batch.reference(batch.spec()), TOLERANCE[torch.float32])
 
 
 def test_batch_without_extents_needs_no_workspace() -> None:
     batch, backend = make([Member((), 20, 1), Member((), 30, 30), Member((), 1, 1)], 4, 2, 64, torch.float32)
     prepared = backend.prepare(metadata(batch))
     assert prepared.prefix is None and prepared.partial is None
-    assert_near(forward(batch, backend, prepared), batch.reference(0.125), TOLERANCE[torch.float32])
+    assert_near(forward(batch, backend, prepared), batch.reference(batch.spec()), TOLERANCE[torch.float32])
 
 
 def decode_groups(batch: Batch) -> list[PrefixGroup]:
@@ -110,13 +111,13 @@ STEPS = [
 def test_decode_buffers_are_replayed_over_changing_batches(dtype: torch.dtype) -> None:
     rng = random.Random(0)
     size = 5
-    backend = TritonAttentionBackend(4, 2, 64, dtype, DEVICE)
+    backend = TritonAttention(4, 2, 64, dtype, DEVICE)
     tables = torch.zeros(7, 40, dtype=torch.int64, device=DEVICE)
     buffers = ReplayBuffers(backend, 8, tables, 16)
     replayed = {plain: buffers.prepared(size, decode=True, plain=plain) for plain in (False, True)}
     for i, members in enumerate(STEPS):
         batch, n = make(members, 4, 2, 64, dtype, seed=i)[0], len(members)
-        want = batch.reference(0.125)
+        want = batch.reference(batch.spec())
         rows = place(batch, tables, size, rng)
         plain = buffers.fill(inputs(size), sequences_of(batch, rows), decode_groups(batch), decode=True)
         assert not (plain and decode_groups(batch))
@@ -139,13 +140,13 @@ def test_mixed_steps_are_replayed_over_changing_batches(dtype: torch.dtype) -> N
         STEPS[0],
         [Member((20, 33), 40, 17), Member((33,), 2, 2), Member((), 40, 9), Member((), 3, 1)],
     ]
-    backend = TritonAttentionBackend(4, 2, 64, dtype, DEVICE)
+    backend = TritonAttention(4, 2, 64, dtype, DEVICE)
     tables = torch.zeros(7, 40, dtype=torch.int64, device=DEVICE)
     buffers = ReplayBuffers(backend, size, tables, 16)
     replayed = buffers.prepared(size, decode=False, plain=False)
     for i, members in enumerate(steps):
         batch = make(members, 4, 2, 64, dtype, seed=i)[0]
-        n, want = len(batch.q), batch.reference(0.125)
+        n, want = len(batch.q), batch.reference(batch.spec())
         rows = place(batch, tables, size, rng)
         assert not buffers.fill(inputs(size), sequences_of(batch, rows), decode_groups(batch), decode=False)
         out = forward(batch, backend, replayed)
@@ -154,7 +155,7 @@ def test_mixed_steps_are_replayed_over_changing_batches(dtype: torch.dtype) -> N
 
 
 def test_plain_batches_are_split_where_they_are_few_and_unsplit_where_many_are_alike() -> None:
-    backend = TritonAttentionBackend(4, 2, 64, torch.bfloat16, DEVICE)
+    backend = TritonAttention(4, 2, 64, torch.bfloat16, DEVICE)
     tables = torch.zeros(300, 40, dtype=torch.int64, device=DEVICE)
     buffers = ReplayBuffers(backend, 300, tables, 16)
     alike, odd = np.full(300, 300), np.full(300, 100)
@@ -169,7 +170,7 @@ def test_plain_batches_are_split_where_they_are_few_and_unsplit_where_many_are_a
 
 
 def test_chain_longer_than_the_buffers_hold() -> None:
-    backend = TritonAttentionBackend(4, 2, 64, torch.bfloat16, DEVICE)
+    backend = TritonAttention(4, 2, 64, torch.bfloat16, DEVICE)
     buffers = ReplayBuffers(backend, 4, torch.zeros(4, 4, dtype=torch.int64, device=DEVICE), 16)
     groups = [PrefixGroup(0, 1, 0, 16)] * 60
     with pytest.raises(ValueError, match="a chain of 60 extents"):
@@ -181,7 +182,7 @@ def test_chain_longer_than_the_buffers_hold() -> None:
 @pytest.mark.parametrize("size", [1, 5, 64])
 def test_captured_graph(size: int) -> None:
     """One capture serves batches with and without groups."""
-    backend = TritonAttentionBackend(32, 8, 128, torch.bfloat16, DEVICE)
+    backend = TritonAttention(32, 8, 128, torch.bfloat16, DEVICE)
     rng = random.Random(size)
     tables = torch.zeros(64, 64, dtype=torch.int64, device=DEVICE)
     buffers = ReplayBuffers(backend, 64, tables, 16)
@@ -204,4 +205,4 @@ def test_captured_graph(size: int) -> None:
         k[: len(batch.k)], v[: len(batch.v)], q[:] = batch.k, batch.v, batch.q
         buffers.fill(inputs(size), decodes(np.array([m.context for m in members])), decode_groups(batch), decode=True)
         graph.replay()
-        assert_near(out.cpu(), batch.reference(128**-0.5), TOLERANCE[torch.bfloat16])
+        assert_near(out.cpu(), batch.reference(batch.spec()), TOLERANCE[torch.bfloat16])

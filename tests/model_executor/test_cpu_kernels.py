@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tests.model_executor.networks import make_decoder
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.distributed.parallel_state import TensorParallelGroup
-from vllm.model_executor.layers.ops import cpu_kernels
-from vllm.model_executor.layers.ops.cpu_kernels import TILES, WIDEN, PackedMatrix
-from vllm.model_executor.layers.ops.sampling import Flag, IntColumn, SamplingTables
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.decoder import Decoder
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu.kernels import TILES, WIDEN, PackedMatrix
+from vllm.ops.sampling import Flag, IntColumn, SamplingTables
 
 pytestmark = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
 # Weights, and how bfloat16 multiplies; in tiles or dot products where there are instructions for them.
@@ -162,22 +162,22 @@ EXTENT = 20
 PROMPTS = (5, 33)
 
 
-def make_model(config: LlamaConfig, dtype: torch.dtype) -> LlamaForCausalLM:
+def make_model(config: LlamaConfig, dtype: torch.dtype, packed: bool = False) -> Decoder:
     """Random weights, always the same, rounded to bfloat16."""
-    model = LlamaForCausalLM(config, 64, TensorParallelGroup())
+    model = make_decoder(config, dtype, packed=packed)
     for i, (name, parameter) in enumerate(sorted(model.named_parameters())):
-        centre = 1.0 if "norm" in name else 0.0
+        centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
         values = centre + randn(*parameter.shape, seed=i) * (
             0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[1] ** 0.5
         )
         parameter.data = values.bfloat16().to(dtype)
-    return model.eval()
+    model.finish()
+    assert (model.program is not None) == packed
+    return model
 
 
 @torch.inference_mode()
-def logits_of_steps(
-    model: LlamaForCausalLM, config: LlamaConfig, backend: AttentionBackend, dtype: torch.dtype
-) -> torch.Tensor:
+def logits_of_steps(model: Decoder, config: LlamaConfig, backend: AttentionBackend, dtype: torch.dtype) -> torch.Tensor:
     """The logits of every token of: the extent, both prompts at once, two decode steps."""
     shape = (160, config.num_key_value_heads, config.head_dim)
     k_caches, v_caches = ([torch.zeros(shape, dtype=dtype) for _ in model.layers] for _ in range(2))
@@ -202,7 +202,9 @@ def logits_of_steps(
             16,
         )
         where = torch.tensor(positions)
-        context = ForwardContext(backend, backend.prepare(metadata), where, metadata.slot_mapping, k_caches, v_caches)
+        context = ForwardContext(
+            backend, backend.prepare(metadata, model.attention_specs), where, metadata.slot_mapping, k_caches, v_caches
+        )
         tokens = torch.tensor(
             [(7 * p + 3 * slot) % config.vocab_size for p, slot in zip(positions, slots, strict=True)]
         )
@@ -237,12 +239,11 @@ def test_stack_of_layers(
         tie_word_embeddings=bias,
         attention_bias=bias,
         mlp_bias=bias,
+        architectures=["LlamaForCausalLM"],
     )
     want = logits_of_steps(make_model(config, torch.float32), config, TorchAttentionBackend(), torch.float32)
-    model = make_model(config, dtype)
-    torch_logits = logits_of_steps(model, config, TorchAttentionBackend(), dtype)
-    model.pack_for_cpu()
-    logits = logits_of_steps(model, config, CpuAttentionBackend(), dtype)
+    torch_logits = logits_of_steps(make_model(config, dtype), config, TorchAttentionBackend(), dtype)
+    logits = logits_of_steps(make_model(config, dtype, packed=True), config, CpuAttentionBackend(16), dtype)
     error = float((logits - want).norm() / want.norm())
     if dtype == torch.float32:
         assert error < 4e-6
@@ -265,11 +266,9 @@ class Steps:
             num_key_value_heads=1,
             head_dim=32,
             max_position_embeddings=64,
+            architectures=["LlamaForCausalLM"],
         )
-        self.model = make_model(self.config, torch.bfloat16)
-        self.model.pack_for_cpu()
-        assert self.model.packed is not None
-        self.packed = self.model.packed
+        self.model = make_model(self.config, torch.bfloat16, packed=True)
         self.token_ids = torch.randint(0, self.VOCAB, (4, 64), generator=torch.Generator().manual_seed(0))
         self.tables = torch.tensor([[5, 1, 2, 0], [3, 0, 7, 0], [4, 6, 0, 0], [8, 9, 0, 0]])
         self.prefix_lens = torch.tensor([0, EXTENT, 0, 0])
@@ -287,7 +286,7 @@ class Steps:
     def by_network(
         self, step: list[tuple[int, int, int, bool]], k: list[torch.Tensor], v: list[torch.Tensor]
     ) -> torch.Tensor:
-        backend = CpuAttentionBackend()
+        backend = CpuAttentionBackend(16)
         rows = torch.tensor([row for row, _, count, _ in step for _ in range(count)])
         positions = torch.tensor([p for _, start, count, _ in step for p in range(start, start + count)])
         own = positions - self.prefix_lens[rows]
@@ -300,7 +299,9 @@ class Steps:
             self.groups_of(step),
             16,
         )
-        context = ForwardContext(backend, backend.prepare(metadata), positions, metadata.slot_mapping, k, v)
+        context = ForwardContext(
+            backend, backend.prepare(metadata, self.model.attention_specs), positions, metadata.slot_mapping, k, v
+        )
         return self.model(self.token_ids[rows, positions], context)
 
 
@@ -317,7 +318,7 @@ def test_a_step_in_one_call(cpu_instructions: str) -> None:
         steps_caches, network_caches = bench.caches(), bench.caches()
         for step in (PROMPT_STEP, LAST_STEP):
             want = bench.by_network(step, *network_caches)
-            steps = bench.packed.steps(bench.rows, *steps_caches)
+            steps = bench.model.compiled_steps(bench.rows, *steps_caches)
             row, starts, counts, samples = (list(column) for column in zip(*step, strict=True))
             ends = torch.tensor(counts).cumsum(0) - 1
             picked = torch.tensor(samples)
@@ -336,7 +337,7 @@ def test_a_step_draws_as_each_row_asks(cpu_instructions: str) -> None:
     bench = Steps()
     network_caches = bench.caches()
     bench.by_network(PROMPT_STEP, *network_caches)
-    logits = bench.packed.logits(bench.by_network(LAST_STEP, *network_caches))[torch.tensor([2, 3, 4])]
+    logits = bench.model.logits(bench.by_network(LAST_STEP, *network_caches))[torch.tensor([2, 3, 4])]
     row, starts, counts, samples = (list(column) for column in zip(*LAST_STEP, strict=True))
     rows, num_tokens = torch.tensor(row), torch.tensor(starts) + torch.tensor(counts)
     tables = SamplingTables.make(4, bench.VOCAB, torch.device("cpu"))
@@ -353,7 +354,7 @@ def test_a_step_draws_as_each_row_asks(cpu_instructions: str) -> None:
             for wants_logits in (False, True):
                 out = torch.empty(3, bench.VOCAB) if wants_logits else None
                 caches = bench.caches()
-                steps = bench.packed.steps(bench.rows, *caches)
+                steps = bench.model.compiled_steps(bench.rows, *caches)
                 prompts = [list(column) for column in zip(*PROMPT_STEP, strict=True)]
                 before, counted = bench.token_ids.clone(), tables.counts[1].sum()
                 steps.draw(*prompts, bench.groups_of(PROMPT_STEP), bench.greedy)  # type: ignore[arg-type]
@@ -384,13 +385,13 @@ def test_more_rows_draw_than_have_their_logits_in_memory(cpu_instructions: str) 
         token_ids, torch.arange(count).unsqueeze(1), torch.zeros(count, dtype=torch.int64), 16
     )
     k, v = ([torch.zeros(count * 16, 1, 32, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2))
-    steps = bench.packed.steps(rows, k, v)
+    steps = bench.model.compiled_steps(rows, k, v)
     tables = SamplingTables.make(count, bench.VOCAB, torch.device("cpu"))
     tables.floats[:] = torch.tensor([1.0, 0.9, 0.0, 0.0, 0.0, 1.0])
     tables.floats[::3, 0] = 0.0
     tables.ints[:, IntColumn.SEED] = torch.arange(count)
     step = list(range(count)), [0] * count, [1] * count, [True] * count
-    logits = bench.packed.logits(steps.hidden(*step, []))
+    logits = bench.model.logits(steps.hidden(*step, []))
     want = cpu_kernels.sample(logits, torch.arange(count), torch.ones(count).long(), token_ids.clone(), tables)
     assert steps.draw(*step, [], tables) == want.tolist()
     assert token_ids[:, 1].tolist() == want.tolist()
@@ -405,7 +406,7 @@ def test_an_extent_is_read_in_the_step_that_writes_it(cpu_instructions: str) -> 
         k, v = bench.caches()
         for cache in (*k, *v):
             cache[8 * 16 : 10 * 16] = float("nan")
-        steps = bench.packed.steps(bench.rows, k, v)
+        steps = bench.model.compiled_steps(bench.rows, k, v)
         entries = [(1, EXTENT, 19, True), (3, 0, EXTENT, False), (0, 0, 9, True)]
         members = [entries] if together else [[entries[1]], [entries[0], entries[2]]]
         for step in members:

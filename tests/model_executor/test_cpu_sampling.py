@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.model_executor.layers.ops import cpu_kernels, cpu_sampling, sampling
-from vllm.model_executor.layers.ops.sampling import Flag, FloatColumn, IntColumn, SamplingTables
+from vllm.ops import sampling
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.cpu import sampling as cpu_sampling
+from vllm.ops.sampling import Flag, FloatColumn, IntColumn, SamplingTables
 
 pytestmark = pytest.mark.parametrize("cpu_instructions", cpu_kernels.INSTRUCTIONS, indirect=True)
 

@@ -13,13 +13,16 @@ from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vllm.attention.ops.rotary import rope_and_write
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
-from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.layernorm import RowNorm
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.models import config_values
+from vllm.ops.norm import Norm
+from vllm.ops.rope import rope_and_write
 
 HIDDEN, WIDE, VOCAB = 8, 12, 11
 
@@ -31,14 +34,16 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def make_block(tp: TensorParallelGroup) -> tuple[VocabParallelEmbedding, MergedColumnParallelLinear, RowParallelLinear]:
     """Embedding, a column-parallel layer of two parts and a row-parallel one, with biases, as a rank loads them."""
     embedding = VocabParallelEmbedding(VOCAB, HIDDEN, tp)
-    embedding.load_shard(random(VOCAB, HIDDEN, seed=1))
-    column = MergedColumnParallelLinear(HIDDEN, {"gate": WIDE, "up": WIDE}, True, tp)
+    embedding.load((), "weight", random(VOCAB, HIDDEN, seed=1))
+    column = MergedColumnParallelLinear(
+        HIDDEN, {"gate": WIDE, "up": WIDE}, frozenset({"gate", "up"}), tp, Unquantized()
+    )
     for i, part in enumerate(("gate", "up")):
-        column.load_shard(part, "weight", random(WIDE, HIDDEN, seed=2 + i))
-        column.load_shard(part, "bias", random(WIDE, seed=4 + i))
-    row = RowParallelLinear(WIDE, HIDDEN, True, tp)
-    row.load_shard("weight", random(HIDDEN, WIDE, seed=6))
-    row.load_shard("bias", random(HIDDEN, seed=7))
+        column.load((part,), "weight", random(WIDE, HIDDEN, seed=2 + i))
+        column.load((part,), "bias", random(WIDE, seed=4 + i))
+    row = RowParallelLinear(WIDE, HIDDEN, True, tp, Unquantized())
+    row.load((), "weight", random(HIDDEN, WIDE, seed=6))
+    row.load((), "bias", random(HIDDEN, seed=7))
     return embedding, column, row
 
 
@@ -92,7 +97,7 @@ def test_a_rank_holds_its_share() -> None:
     halves = [random(WIDE, HIDDEN, seed=2 + i)[WIDE // 2 :] for i in (0, 1)]
     assert torch.equal(column.weight, torch.cat(halves)), "each part is split, not the whole"
     assert torch.equal(row.weight, random(HIDDEN, WIDE, seed=6)[:, WIDE // 2 :])
-    assert torch.equal(row.bias, random(HIDDEN, seed=7))
+    assert torch.equal(row.bias, torch.zeros(HIDDEN)), "the first rank adds it"
 
 
 def test_what_cannot_be_split() -> None:
@@ -103,16 +108,16 @@ def test_what_cannot_be_split() -> None:
 def test_wrong_shapes_are_refused() -> None:
     embedding, column, row = make_block(TensorParallelGroup())
     with pytest.raises(ValueError, match=r"gate.weight has shape \(12, 9\), expected \(12, 8\)"):
-        column.load_shard("gate", "weight", torch.zeros(WIDE, HIDDEN + 1))
+        column.load(("gate",), "weight", torch.zeros(WIDE, HIDDEN + 1))
     with pytest.raises(ValueError, match="weight has shape"):
-        row.load_shard("weight", torch.zeros(HIDDEN + 1, WIDE))
+        row.load((), "weight", torch.zeros(HIDDEN + 1, WIDE))
     with pytest.raises(ValueError, match="the embedding has 10 rows, the vocabulary 11 tokens"):
-        embedding.load_shard(torch.zeros(VOCAB - 1, HIDDEN))
+        embedding.load((), "weight", torch.zeros(VOCAB - 1, HIDDEN))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm(dtype: torch.dtype) -> None:
-    norm = RMSNorm(64, 1e-5).to(dtype)
+    norm = RowNorm(64, Norm(1e-5)).to(dtype)
     norm.weight.copy_(random(64, seed=1))
     x = (10 * random(5, 64, seed=2)).to(dtype)
     found = norm(x)
@@ -145,11 +150,12 @@ def test_rotary_embedding(scaling: dict[str, Any]) -> None:
     )
     positions = torch.tensor([0, 1, 5, 63, 64, 200, 255])
     x = random(len(positions), 2, 32)
-    table = RotaryEmbedding(config, 32, 256).cos_sin
+    spec = config_values.rope(config, 256)
+    rope = RotaryEmbedding(spec.frequencies, spec.factor, spec.interleaved, 256).rope()
     slots, k_cache, v_cache = torch.arange(len(positions)), torch.empty(7, 1, 32), torch.empty(7, 1, 32)
     # Two query heads, then a key and a value head that both are the first query head.
     qkv = torch.cat((x, x[:, :1], x[:, :1]), dim=1).flatten(1)
-    found = rope_and_write(qkv, positions, table, slots, k_cache, v_cache, 2)
+    found = rope_and_write(qkv, positions, rope, None, slots, k_cache, v_cache, 2)
     cos, sin = LlamaRotaryEmbedding(config)(x, positions.unsqueeze(0))
     want, _ = apply_rotary_pos_emb(x.transpose(0, 1).unsqueeze(0), x.transpose(0, 1).unsqueeze(0), cos, sin)
     want = want[0].transpose(0, 1)
@@ -158,7 +164,19 @@ def test_rotary_embedding(scaling: dict[str, Any]) -> None:
     assert torch.equal(v_cache, x[:, :1])
 
 
+def test_long_rope_takes_the_frequencies_of_the_longest_sequence() -> None:
+    parameters = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    config = LlamaConfig(
+        hidden_size=64, num_attention_heads=2, max_position_embeddings=256, rope_parameters=parameters | factors
+    )
+    short, long = (config_values.rope(config, length) for length in (64, 65))
+    assert short.frequencies[0] == 1.0 and long.frequencies[0] == 0.5
+    # sqrt(1 + ln(256 / 64) / ln(64)), the factor of Ding et al., 2024
+    assert short.factor == long.factor == pytest.approx(1.1547, abs=1e-4)
+
+
 def test_unsupported_scaling() -> None:
     config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    with pytest.raises(StartupError, match="RoPE scaling 'dynamic'; supported are default, linear, llama3, yarn"):
-        RotaryEmbedding(config, 32, 64)
+    with pytest.raises(StartupError, match="RoPE scaling 'dynamic'; supported: default, linear, llama3, longrope"):
+        config_values.rope(config, 64)

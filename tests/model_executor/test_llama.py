@@ -9,14 +9,11 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
-from vllm.attention.backends.torch import TorchAttentionBackend
-from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata
-from vllm.distributed.parallel_state import TensorParallelGroup
+from tests.model_executor.networks import logits_of, make_decoder
 from vllm.exceptions import StartupError
-from vllm.model_executor.models.llama import LlamaForCausalLM
-
-BLOCK = 4
+from vllm.model_executor.cpu_program import misfit_of_sizes
+from vllm.model_executor.models.decoder import Decoder
+from vllm.model_executor.models.registry import decoder_spec
 
 
 def make_config(**changes: Any) -> LlamaConfig:
@@ -31,6 +28,7 @@ def make_config(**changes: Any) -> LlamaConfig:
         "initializer_range": 0.3,
         "tie_word_embeddings": False,
         "rms_norm_eps": 1e-5,
+        "architectures": ["LlamaForCausalLM"],
     }
     return LlamaConfig(**(options | changes))
 
@@ -53,32 +51,11 @@ def checkpoint(model: transformers.LlamaForCausalLM) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load(config: LlamaConfig, tensors: dict[str, torch.Tensor]) -> LlamaForCausalLM:
-    model = LlamaForCausalLM(config, config.max_position_embeddings, TensorParallelGroup())
+def load(config: LlamaConfig, tensors: dict[str, torch.Tensor]) -> Decoder:
+    model = make_decoder(config)
     with torch.no_grad():
         model.load_weights(tensors.items())
-    return model.eval()
-
-
-def logits_of(model: LlamaForCausalLM, token_ids: list[int], config: LlamaConfig) -> torch.Tensor:
-    """Logits at every position of one sequence, over a KV cache of its own."""
-    blocks = list(reversed(range(-(-len(token_ids) // BLOCK))))
-    positions = torch.arange(len(token_ids))
-    slots = torch.tensor(blocks)[positions // BLOCK] * BLOCK + positions % BLOCK
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    shape = (len(blocks) * BLOCK, config.num_key_value_heads, head_dim)
-    backend = TorchAttentionBackend()
-    metadata = AttentionMetadata(slots, torch.tensor([blocks]), [len(token_ids)], [len(token_ids)], [], BLOCK)
-    context = ForwardContext(
-        backend=backend,
-        prepared=backend.prepare(metadata),
-        positions=positions,
-        slot_mapping=slots,
-        k_caches=[torch.zeros(shape) for _ in range(config.num_hidden_layers)],
-        v_caches=[torch.zeros(shape) for _ in range(config.num_hidden_layers)],
-    )
-    with torch.inference_mode():
-        return model.logits(model(torch.tensor(token_ids), context))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -100,7 +77,7 @@ def test_logits_are_those_of_transformers(changes: dict[str, Any]) -> None:
     token_ids = [(7 * i * i + 3) % 50 for i in range(37)]
     with torch.inference_mode():
         want = reference(torch.tensor([token_ids])).logits[0]
-    found = logits_of(load(config, checkpoint(reference)), token_ids, config)
+    found = logits_of(load(config, checkpoint(reference)), token_ids)
     torch.testing.assert_close(found, want, atol=2e-4, rtol=1e-4)
 
 
@@ -109,10 +86,10 @@ def test_every_tensor_of_the_checkpoint_is_used() -> None:
     config = make_config(attention_bias=True, mlp_bias=True, num_hidden_layers=1)
     tensors = checkpoint(make_reference(config))
     token_ids = list(range(20))
-    before = logits_of(load(config, tensors), token_ids, config)
+    before = logits_of(load(config, tensors), token_ids)
     for name, tensor in tensors.items():
         # A constant added to all scores of a query does not show: the key's bias does nothing unless positions turn it.
-        changed = logits_of(load(config, tensors | {name: tensor * 1.5 + 0.1}), token_ids, config)
+        changed = logits_of(load(config, tensors | {name: tensor * 1.5 + 0.1}), token_ids)
         assert not torch.allclose(before, changed, atol=1e-4), name
 
 
@@ -128,7 +105,7 @@ def test_unknown_tensor() -> None:
     config = make_config()
     tensors = checkpoint(make_reference(config))
     for name in ("model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias", "vision.weight"):
-        with pytest.raises(StartupError, match=f"has a tensor '{name}' that LlamaForCausalLM does not know"):
+        with pytest.raises(StartupError, match=f"has a tensor '{name}' that this architecture does not know"):
             load(config, tensors | {name: torch.zeros(2)})
 
 
@@ -150,15 +127,10 @@ def test_wrong_shape(dim: int, longer: bool) -> None:
 
 
 def test_another_activation() -> None:
-    with pytest.raises(StartupError, match="The model asks for activation 'gelu'; Llama checkpoints use silu"):
-        load(make_config(hidden_act="gelu"), {})
+    with pytest.raises(StartupError, match="hidden_act 'elu'; supported: silu"):
+        load(make_config(hidden_act="elu"), {})
 
 
-def test_int8_of_sizes_that_cannot_be_packed() -> None:
-    config = make_config(hidden_size=24)
-    model = load(config, checkpoint(make_reference(config)))
-    model.pack_for_cpu()
-    with pytest.raises(
-        StartupError, match="--quantization int8_cpu cannot serve this model: hidden_size 24 is no mult"
-    ):
-        model.pack_for_cpu(int8=True)
+def test_sizes_that_cannot_be_packed() -> None:
+    spec = decoder_spec(make_config(hidden_size=24), 64)
+    assert misfit_of_sizes(spec, 1, torch.float32) == "hidden_size 24 is no multiple of 16"

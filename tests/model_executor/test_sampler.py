@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.model_executor.layers.ops.sampling import uniform
 from vllm.model_executor.layers.sampler import LogprobTensors, Sampler, TokenMasks
+from vllm.ops.sampling import uniform
 from vllm.sampling_params import SamplingParams
-from vllm.step import SequenceStart
+from vllm.step import PositionLogprobs, SequenceStart
 from vllm.token_ids import token_array
 
 VOCAB = 16
@@ -281,6 +281,10 @@ def test_uniform_numbers() -> None:
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.03
 
 
+def numbers(memory: bytes, kind: str = "I") -> list[float]:
+    return memoryview(memory).cast(kind).tolist()
+
+
 def test_logprobs_are_those_of_the_model() -> None:
     bench = Bench()
     params = SamplingParams(temperature=0.4, top_k=2, logit_bias={7: 5.0}, presence_penalty=1.0, logprobs=3)
@@ -298,9 +302,10 @@ def test_logprobs_are_those_of_the_model() -> None:
     for i, top in ((1, 3), (2, 0)):
         entry, token = found[i], int(drawn[i])
         best = want[i].argsort(descending=True).tolist()
-        assert entry.token_ids == [[token, *best[:top]]]
-        assert entry.ranks == [best.index(token) + 1]
-        np.testing.assert_allclose(entry.logprobs[0], want[i][entry.token_ids[0]].numpy(), atol=1e-5)
+        assert entry.width == 1 + top and numbers(entry.ranks) == [best.index(token) + 1]
+        token_ids = numbers(entry.token_ids)
+        assert token_ids == [token, *best[:top]]
+        np.testing.assert_allclose(numbers(entry.logprobs, "d"), want[i][token_ids].numpy(), atol=1e-5)
 
 
 def test_no_logprobs_unless_asked_for() -> None:
@@ -313,9 +318,19 @@ def test_logprobs_of_several_positions_of_a_row() -> None:
     logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS])
     part = Bench().sampler.prompt_logprobs(logits, torch.tensor([9, 3, 3]), 2)
     found = LogprobTensors([4, 1, 4], [0, 2, 0], part.table).by_row(part.table.numpy())
-    assert found[4].token_ids == [[9], [3]] and found[4].ranks == [3, 1]
-    assert found[1].token_ids == [[3, 12, 11]] and found[1].ranks == [1 + int(LOGITS.gt(LOGITS[12]).sum())]
-    assert found[4].logprobs[1] == pytest.approx([float(LOGITS.double().log_softmax(dim=-1)[3])])
+    assert numbers(found[4].token_ids) == [9, 3] and numbers(found[4].ranks) == [3, 1]
+    assert numbers(found[1].token_ids) == [3, 12, 11] and found[1].width == 3
+    assert numbers(found[1].ranks) == [1 + int(LOGITS.gt(LOGITS[12]).sum())]
+    assert numbers(found[4].logprobs, "d")[1] == pytest.approx(float(LOGITS.double().log_softmax(dim=-1)[3]))
+
+
+def test_log_probabilities_of_chunks_are_joined() -> None:
+    none, one, two = (
+        PositionLogprobs(w, b"a" * 4 * w * p, b"b" * 8 * w * p, b"c" * 4 * p) for w, p in ((1, 0), (3, 1), (3, 2))
+    )
+    joined = PositionLogprobs.joined([none, one, two])
+    assert (len(joined), joined.width) == (3, 3) and joined.token_ids == one.token_ids + two.token_ids
+    assert len(PositionLogprobs.joined([])) == 0
 
 
 def test_a_row_beyond_the_tables_is_padding() -> None:

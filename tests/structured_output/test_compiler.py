@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from tests.structured_output.byte_text import STOP, VOCABULARY
-from vllm.entrypoints.openai.tool_parsers.forced import named_form, required_form
+from vllm.entrypoints.chat.tool_parsers.forced import named_form, required_form
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.structured_output import compiler as compiler_module

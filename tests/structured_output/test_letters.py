@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.structured_output.byte_text import allows, allows_value, compiled
-from vllm.entrypoints.openai.tool_parsers.forced import required_form
+from vllm.entrypoints.chat.tool_parsers.forced import required_form
 from vllm.sampling_params import StructuredOutputsParams
 
 # Letters whose numbers run into the digits behind them, where a grammar's text is read twice.

@@ -29,8 +29,7 @@ IDENTITY = SnapshotIdentity(
     kv_dtype="float32",
     arithmetic="0",
     layout="slots",
-    num_layers=2,
-    block_bytes=48,
+    block_bytes=(48,) * 4,
     block_size=4,
     rank=0,
     num_ranks=1,
@@ -111,7 +110,7 @@ def test_how_a_prompt_is_pinned_can_change_later(make_store: Callable[..., Snaps
     assert store.update(record("sp-b")) == SnapshotOutcome.MISSING
 
 
-@pytest.mark.parametrize("field", [f for f in IDENTITY.__struct_fields__ if f not in ("num_layers", "block_bytes")])
+@pytest.mark.parametrize("field", [f for f in IDENTITY.__struct_fields__ if f != "block_bytes"])
 def test_another_setup_never_gets_it(
     make_store: Callable[..., SnapshotStore], field: str, caplog: pytest.LogCaptureFixture, propagated: None
 ) -> None:

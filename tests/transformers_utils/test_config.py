@@ -95,7 +95,7 @@ def test_overrides_with_unknown_names_are_told(checkpoint: Path, monkeypatch: py
     load_hf_config(str(checkpoint), {"rope_theta": 500.0, "torch_dtype": "float32", "num_key_value_heads": None})
     assert told == []
     load_hf_config(str(checkpoint), {"max_positions": 99, "hidden_size": 64, "hiden_size": 1})
-    assert told == ["--hf-overrides holds hiden_size, max_positions, unknown to a Llama's configuration."]
+    assert told == ["--hf-overrides holds hiden_size, max_positions, unknown to the configuration of model type llama."]
 
 
 @pytest.mark.parametrize("model", ["/no/such/model", "./absent", "absent.gguf", "a/b/c"])
@@ -151,7 +151,9 @@ def test_directories_that_lack_something(checkpoint: Path) -> None:
 
 def test_other_architectures_are_named(checkpoint: Path) -> None:
     change_config(checkpoint, architectures=["MambaForCausalLM"], model_type="mamba")
-    with pytest.raises(StartupError, match=r"MambaForCausalLM; supported is LlamaForCausalLM"):
+    with pytest.raises(
+        StartupError, match=r"MambaForCausalLM of model type 'mamba'; supported architectures: .*LlamaForC"
+    ):
         load_hf_config(str(checkpoint))
 
 

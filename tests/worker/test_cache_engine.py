@@ -7,24 +7,24 @@ import random
 import pytest
 import torch
 
+from vllm.kv_cache.spec import PagedKV, Row
 from vllm.step import FreedSequence
 from vllm.worker.cache_engine import CacheEngine, Extent, PinnedBlockPool
 
 BLOCK = 4
+ROW = Row(2, 3, torch.float32)
+LAYERS = [PagedKV(ROW, ROW)] * 2
 
 
 @pytest.fixture
 def cache() -> CacheEngine:
     """Two layers; every slot of every tensor holds its own number."""
     cache = CacheEngine(
-        num_layers=2,
+        layers=LAYERS,
         num_blocks=8,
         block_size=BLOCK,
-        num_kv_heads=2,
-        head_dim=3,
         max_num_seqs=4,
         max_blocks_per_seq=6,
-        dtype=torch.float32,
         device=torch.device("cpu"),
     )
     for i, tensor in enumerate((*cache.k_caches, *cache.v_caches)):
@@ -87,7 +87,7 @@ def test_extent_is_a_slice(cache: CacheEngine) -> None:
 
 def test_bytes_per_block(cache: CacheEngine) -> None:
     tensors = (*cache.k_caches, *cache.v_caches)
-    assert 8 * CacheEngine.bytes_per_block(BLOCK, 2, 2, 3, 4) == sum(t.nbytes for t in tensors)
+    assert 8 * CacheEngine.bytes_per_block(LAYERS, BLOCK) == sum(t.nbytes for t in tensors)
 
 
 # The pinned part ---------------------------------------------------------------------------------------------------

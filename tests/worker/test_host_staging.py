@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm.host_staging import HostStaging, reserve, to_device, write
+from vllm.ops.staging import HostStaging, reserve, to_device, write
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

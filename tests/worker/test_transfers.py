@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.system_prompt_store.test_store import IDENTITY
+from vllm.kv_cache.spec import PagedKV, Row
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore
 from vllm.worker import host_arena
@@ -22,17 +23,17 @@ SHAPE = (2, 5)
 BLOCK_BYTES = BLOCK * 2 * 5 * 2
 
 
-def make_cache(device: str = "cpu") -> CacheEngine:
+ROW = Row(*SHAPE, torch.bfloat16)
+
+
+def make_cache(device: str = "cpu", layers: tuple[PagedKV, ...] = (PagedKV(ROW, ROW),) * LAYERS) -> CacheEngine:
     """bfloat16, every slot of every tensor filled at random."""
     cache = CacheEngine(
-        num_layers=LAYERS,
+        layers=layers,
         num_blocks=BLOCKS,
         block_size=BLOCK,
-        num_kv_heads=SHAPE[0],
-        head_dim=SHAPE[1],
         max_num_seqs=4,
         max_blocks_per_seq=6,
-        dtype=torch.bfloat16,
         device=torch.device(device),
     )
     for tensor in (*cache.k_caches, *cache.v_caches):
@@ -41,7 +42,7 @@ def make_cache(device: str = "cpu") -> CacheEngine:
 
 
 def make_store(folder: Path) -> SnapshotStore:
-    identity = msgspec.structs.replace(IDENTITY, num_layers=LAYERS, block_bytes=BLOCK_BYTES)
+    identity = msgspec.structs.replace(IDENTITY, block_bytes=(BLOCK_BYTES,) * 2 * LAYERS)
     return SnapshotStore(folder / "snapshots", identity, 1 << 20)
 
 
@@ -129,7 +130,26 @@ def test_host_memory_is_taken_as_it_is_used() -> None:
     arena = host_arena.HostArena(1 << 32, torch.device("cpu"))
     arena.tensor[-(1 << 20) :] = 1
     assert resident() - before < 64 << 20
-    assert [s for s in arena.parts_of(arena.tensor[10:30])] == [slice(0, 20)]
+
+
+@pytest.mark.parametrize(
+    ("first", "width", "pitch", "height"), [(0, 8, 8, 9), (5, 40, 40, 3), (3, 6, 7, 20), (1, 1, 1, 1)]
+)
+def test_a_rectangle_of_the_host_is_cut_at_slabs(
+    first: int, width: int, pitch: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_arena, "_SLAB", 16)
+    arena = host_arena.HostArena(1 << 12, torch.device("cpu"))
+    found: list[int] = []
+    parts = list(arena.parts_of(first, width, pitch, height))
+    for row, rows, columns in parts:
+        starts = [first + (row + i) * pitch for i in range(rows)]
+        part = [at for start in starts for at in range(start + columns.start, start + columns.stop)]
+        assert part[0] // 16 == part[-1] // 16
+        found += part
+    assert found == [first + row * pitch + column for row in range(height) for column in range(width)]
+    # Whole rows of a slab are one part, a row across two slabs is two.
+    assert len(parts) <= 3 * (found[-1] // 16 - found[0] // 16) + 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -184,3 +204,20 @@ def test_a_job_that_breaks_is_an_error_of_its_own(tmp_path: Path, monkeypatch: p
     transfers.begin(StepPlan(jobs=[SnapshotJob("load", record, HostImage("sp-a", 1))]))
     assert transfers.ended_jobs(30.0) == [EndedJob("load", "sp-a", "error")]
     transfers.close()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(3,), (1, 1, 1), (2, 1)])
+def test_layers_of_different_heads(device: str, sizes: tuple[int, ...]) -> None:
+    # The second layer's blocks are smaller, the last one's values are larger than its keys.
+    small, wide = Row(1, 3, torch.bfloat16), Row(2, 9, torch.bfloat16)
+    cache = make_cache(device, (PagedKV(ROW, ROW), PagedKV(small, small), PagedKV(ROW, ROW), PagedKV(ROW, wide)))
+    before = blocks(cache, 2, 3)
+    transfers = ExtentTransfers(cache, 8, None)
+    image = HostImage("sp-a", 3, 1)
+    run(transfers, *copies(image, 2, True, sizes))
+    cache.clear([2, 3, 4])
+    run(transfers, *copies(image, 7, False, sizes))
+    transfers.close()
+    for found, wanted in zip(blocks(cache, 7, 3), before, strict=True):
+        assert torch.equal(found, wanted)

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from vllm.attention.backends.base import AttentionBackend
+from vllm.attention.spec import AttentionSpec
+from vllm.kv_cache.spec import PagedKV, Row
+from vllm.ops.rope import QkNorm, Rope
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class ForwardContext:
 
     Attributes:
         backend: Computes attention.
-        prepared: The backend's own view of the batch.
+        prepared: The backend's own view of the batch, for each of the network's different specs.
         positions: Position of each token; int64 [T].
         slot_mapping: Slot of each token; int64 [T].
         k_caches, v_caches: Per layer [num_slots, num_kv_heads, head_dim].
@@ -26,7 +29,7 @@ class ForwardContext:
     """
 
     backend: AttentionBackend
-    prepared: Any
+    prepared: list[Any]
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     k_caches: list[torch.Tensor]
@@ -39,26 +42,39 @@ class Attention(nn.Module):
 
     Args:
         layer_index: Which K/V tensors are its own.
-        num_heads, num_kv_heads, head_dim: This rank's share.
+        spec: What it asks of the backend.
+        plan: Place of this spec among the network's different ones.
     """
 
-    def __init__(self, layer_index: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, layer_index: int, spec: AttentionSpec, plan: int = 0) -> None:
         super().__init__()
         self.layer_index = layer_index
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.scale = head_dim**-0.5
+        self.spec = spec
+        self.plan = plan
+        self.sinks = nn.Parameter(torch.zeros(spec.num_heads), requires_grad=False) if spec.sinks else None
 
-    def forward(self, qkv: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[T, (num_heads + 2 num_kv_heads) * head_dim] → [T, num_heads * head_dim]; `cos_sin` is the rotary table."""
+    @property
+    def cache(self) -> PagedKV:
+        """What the layer keeps."""
+        spec = self.spec
+        return PagedKV(
+            Row(spec.num_kv_heads, spec.head_dim, spec.dtype), Row(spec.num_kv_heads, spec.v_dim, spec.dtype)
+        )
+
+    def forward(
+        self, qkv: torch.Tensor, rope: Rope | None, qk_norm: QkNorm | None, context: ForwardContext
+    ) -> torch.Tensor:
+        """[T, num_heads * D + KVH * D + KVH * DV] → [T, num_heads * DV]."""
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
-        q = self.write(qkv, cos_sin, context)
-        return context.backend.forward(q, k_cache, v_cache, self.scale, context.prepared).flatten(1)
+        q = self.write(qkv, rope, qk_norm, context)
+        prepared = context.prepared[self.plan]
+        return context.backend.attend(q, k_cache, v_cache, self.spec, prepared, self.sinks).flatten(1)
 
-    def write(self, qkv: torch.Tensor, cos_sin: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """Only writes K and V; returns the queries, turned by their positions, [T, num_heads, head_dim]."""
+    def write(
+        self, qkv: torch.Tensor, rope: Rope | None, qk_norm: QkNorm | None, context: ForwardContext
+    ) -> torch.Tensor:
+        """Only writes K and V; returns the queries, normalised and turned, [T, num_heads, D]."""
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
         return context.backend.rope_and_write(
-            qkv, context.positions, cos_sin, context.slot_mapping, k_cache, v_cache, self.num_heads
+            qkv, context.positions, rope, qk_norm, context.slot_mapping, k_cache, v_cache, self.spec.num_heads
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence
-from vllm.worker.cache_engine import Extent
 
 
 class BlockManager:
@@ -98,12 +98,14 @@ class BlockManager:
         return len(self._free) - sum(self._ref_count[b] == 0 for b in blocks)
 
     def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]] | None:
-        """Lets `child` share the prompt blocks of `parent`, all tokens but the prompt's last one.
+        """Lets `child` share the blocks of `parent` that hold the child's tokens, all but its last one.
 
-        Returns the block copies (source, destination) to make, or None when the parent has nothing to share or no
+        Full blocks are shared. A block that those tokens fill in part is copied.
+
+        Returns the block copies (source, destination) to make, or None when the parent does not hold the tokens or no
         block is free.
         """
-        num_shared = child.num_prompt_tokens - 1
+        num_shared = len(child.token_ids) - 1
         full, rest = divmod(num_shared - child.prefix_len, self.block_size)
         held = -(-(num_shared - child.prefix_len) // self.block_size)
         if parent.system_prompt is not child.system_prompt or parent.num_computed_tokens < num_shared:

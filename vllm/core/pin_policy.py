@@ -1,4 +1,4 @@
-"""Who gives way to whom when the pool is full, and what is remembered of prompts that are gone.
+"""Who gives way to whom when the pool is full.
 
 What a prompt is worth is how often it is asked for: the prefill that it saves grows with its tokens as its room does,
 so tokens cancel out. Requests that may come with a system part are counted, and serve as the clock: a prompt that was
@@ -13,10 +13,8 @@ device and stays on the host is loaded again instead of computed, so only a part
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from enum import IntEnum
-from typing import NamedTuple
 
 from vllm.core.pinned_prompt import PinClass, PinnedPrompt, PromptState
 
@@ -33,7 +31,6 @@ _TIMES_WORTH = 2.0
 # While the host tier is full, what was used once gives way to what was used once after so many requests for each image
 # in it. With 1, prompts that come in turn, a few more than fit, would all leave before their next use.
 _PATIENCE = 2
-_MAX_SIGHTINGS = 65_536
 
 
 class Claim(IntEnum):
@@ -58,38 +55,6 @@ def worth(uses: int, first_use: int, last_use: int, now: int) -> float:
 
 def worth_now(prompt: PinnedPrompt, now: int) -> float:
     return worth(prompt.uses, prompt.first_use, prompt.last_use, now)
-
-
-class Sighting(NamedTuple):
-    """How often a prompt that is not in the pool was asked for, and by which requests."""
-
-    uses: int
-    first_use: int
-    last_use: int
-
-
-class Sightings:
-    """Prompts that were asked for and are not in the pool, by id; those of the latest requests."""
-
-    def __init__(self) -> None:
-        self._seen: OrderedDict[str, Sighting] = OrderedDict()
-
-    def get(self, key: str) -> Sighting | None:
-        return self._seen.get(key)
-
-    def take(self, key: str) -> Sighting | None:
-        return self._seen.pop(key, None)
-
-    def keep(self, key: str, sighting: Sighting) -> None:
-        self._seen.pop(key, None)
-        self._seen[key] = sighting
-        if len(self._seen) > _MAX_SIGHTINGS:
-            self._seen.popitem(last=False)
-
-    def note(self, key: str, now: int) -> None:
-        """The request `now` asks for a prompt that does not come into the pool."""
-        earlier = self._seen.get(key)
-        self.keep(key, Sighting(earlier.uses + 1 if earlier else 1, earlier.first_use if earlier else now, now))
 
 
 def giving_way(

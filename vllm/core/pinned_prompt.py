@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from enum import IntEnum, StrEnum
+from typing import cast
 
 import numpy as np
 
+from vllm.kv_cache.extents import Extent
 from vllm.outputs import SystemPromptInfo
 from vllm.sequence import Sequence
 from vllm.step import PrefixExtent
 from vllm.token_ids import TokenIds
-from vllm.worker.cache_engine import Extent
 
 MAX_CHAIN = 8
 """Extents that a sequence may read one after the other; the work lists of attention are sized for so many."""
@@ -86,6 +87,11 @@ class SystemPromptRefusedError(RuntimeError):
 def prompt_id(token_ids: Iterable[int], scope: bytes = b"") -> str:
     """Identity of a system prompt: `sp-` and 128 bits of SHA-256 over its scope and its token ids as int64."""
     return "sp-" + hashlib.sha256(scope + np.array(token_ids, np.int64).tobytes()).hexdigest()[:32]
+
+
+def prompt_read_by(seq: Sequence) -> PinnedPrompt | None:
+    """The pinned prompt that a sequence is attached to; a sequence itself knows only what its steps need of it."""
+    return cast("PinnedPrompt | None", seq.system_prompt)
 
 
 class PinnedPrompt:

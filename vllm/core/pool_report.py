@@ -71,7 +71,7 @@ def explain(
 
 def _nearest(pool: SystemPromptPool, seq: Sequence, at_least: int) -> dict[str, Any] | None:
     """The prompt that a request follows furthest before it differs, if that is further than `at_least`."""
-    walk = pool.index.nearest(seq)
+    walk = pool.nearest(seq)
     if walk is None or walk.nearest is None or walk.num_matched <= at_least:
         return None
     prompt, position = walk.nearest, walk.num_matched

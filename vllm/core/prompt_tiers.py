@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from vllm.core.pinned_prompt import PinClass, PinnedPrompt
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, SnapshotOp, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.worker.cache_engine import Extent, PinnedBlockPool
 
 _OK = "ok"
 _PIN_NAMES: dict[PinClass, Literal["hard", "automatic", "soft"]] = {

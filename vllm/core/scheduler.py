@@ -15,10 +15,10 @@ from vllm.core.block_manager import BlockManager
 from vllm.core.pinned_prompt import UNORDERED, Rank
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.inputs import CacheMark
+from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence, SequenceStatus
 from vllm.step import PROMPT_ROWS, FreedSequence, PrefixExtent, SequenceStart, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
-from vllm.worker.cache_engine import Extent
 
 
 class PlannedBatch(NamedTuple):
@@ -65,6 +65,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._num_waiting = 0
+        self._held: list[Sequence] = []
+        self._num_awaiting = 0
         self._requests: dict[str, list[Sequence]] = {}
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._free_prompt_rows = list(range(config.max_num_seqs + PROMPT_ROWS - 1, config.max_num_seqs - 1, -1))
@@ -105,13 +107,9 @@ class Scheduler:
             heapq.heappush(self._waiting, first)
 
     def _place(self, seq: Sequence) -> None:
-        """Gives a new sequence its place: behind all that have come, or where its request came if that goes on."""
-        arrival_us = int(seq.arrival_time * 1e6)
-        if seq.goes_on:
-            seq.order = arrival_us
-        else:
-            seq.order = max(arrival_us, self._next_order)
-            self._next_order = seq.order + 1
+        """Gives a new sequence its place in the order, behind all that have come."""
+        seq.order = max(int(seq.arrival_time * 1e6), self._next_order)
+        self._next_order = seq.order + 1
 
     def add_system_prompt(self, token_ids: Iterable[int], **options: Any) -> PinnedPrompt:
         """Declares a system prompt; its prefill takes its turn among the requests. `options` as of `pool.add`.
@@ -143,8 +141,15 @@ class Scheduler:
                 self._finish(seq, SequenceStatus.FINISHED_ABORTED)
 
     def has_work(self) -> bool:
+        """Whether a step has something to do. A search has nothing for it until it has chosen its next beams."""
         pool = self.pool.has_prefill or self.pool.tiers.has_work
-        return bool(self._requests) or pool or bool(self._freed) or bool(self._in_flight)
+        requests = self.num_running + self._num_waiting > self._num_awaiting
+        return requests or pool or bool(self._freed) or bool(self._in_flight)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that have blocks, beams between two steps of their search among them."""
+        return len(self.running) + len(self._held)
 
     @property
     def num_waiting(self) -> int:
@@ -219,10 +224,10 @@ class Scheduler:
             if extents is None:
                 self._wake(self.pool.refuse(prompt))
                 continue
-            moves = self.blocks.vacate(extents, self.running)
-            while moves is None and self.pool.give_way():
+            moves = self.blocks.vacate(extents, [*self.running, *self._held])
+            while moves is None and self._reclaim(prompt.sequence):
                 extents = self.pool.find_room(prompt) or extents
-                moves = self.blocks.vacate(extents, self.running)
+                moves = self.blocks.vacate(extents, [*self.running, *self._held])
             if moves is None:
                 held_up_from = prompt.rank
                 break
@@ -291,7 +296,7 @@ class Scheduler:
                 budget -= self._plan_chunk(plan, prompts.pop(), budget)
             missing = seq.num_tokens - seq.num_computed_tokens
             budget += 1  # What was set aside for its next token.
-            if (missing > 1 and budget <= 0) or self._ends_by_length(seq):
+            if not missing or (missing > 1 and budget <= 0) or self._ends_by_length(seq):
                 i += 1
                 continue
             count = min(missing, max(min(budget, self._share), 1))
@@ -323,12 +328,23 @@ class Scheduler:
         return max(most, self.blocks.block_size)
 
     def _grow(self, seq: Sequence, num_tokens: int) -> list[int] | None:
-        """Blocks for the first `num_tokens` tokens of `seq`; prompts on probation give way to it. None if even then
+        """Blocks for the first `num_tokens` tokens of `seq`; see `_reclaim` for what gives way to it. None if even then
         there are not enough."""
         new = self.blocks.grow(seq, num_tokens)
-        while new is None and self.pool.give_way():
+        while new is None and self._reclaim(seq):
             new = self.blocks.grow(seq, num_tokens)
         return new
+
+    def _reclaim(self, seq: Sequence, keep: Sequence | None = None) -> bool:
+        """Frees some memory for `seq`: of a prompt on probation, else of a held beam that comes no earlier in the order
+        (`keep` excepted). Returns whether there was any."""
+        if self.pool.give_way():
+            return True
+        later = [held for held in self._held if held is not seq and held is not keep and not held < seq]
+        if not later:
+            return False
+        self._drop(max(later))
+        return True
 
     def _plan_waiting(self, plan: StepPlan, budget: int, held_up_from: Rank | None) -> None:
         """Begins what waits, requests and prompts that have their place, in order."""
@@ -377,7 +393,10 @@ class Scheduler:
             return 0
         heapq.heappop(self._waiting)
         plan.copies.extend(copies)
-        self._num_waiting -= 1
+        if seq.status == SequenceStatus.HELD:
+            self._held.remove(seq)
+        else:
+            self._num_waiting -= 1
         seq.row = self._free_rows.pop()
         seq.status = SequenceStatus.RUNNING
         self._num_running_of[seq.request_id] += 1
@@ -409,9 +428,10 @@ class Scheduler:
         Returns the block copies to make, or None (and changes nothing) when memory is short.
         """
         copies: list[tuple[int, int]] = []
+        if seq.status == SequenceStatus.HELD:
+            return None if self._grow(seq, seq.num_tokens) is None else copies
         seq.num_computed_tokens = seq.prefix_len
-        parent, seq.fork_parent = seq.fork_parent, None
-        forked = self.blocks.fork(parent, seq) if parent is not None and not parent.is_finished else None
+        forked = self._fork_blocks(seq)
         if forked is not None:
             copies = forked
         elif seq.sampling_params.prompt_logprobs is None:
@@ -420,7 +440,7 @@ class Scheduler:
             first_step = reused + min(seq.num_tokens - reused, budget)
             missing = self.blocks.blocks_for(seq, first_step) - len(found)
             while missing > self.blocks.num_free_after(found):
-                if not self.pool.give_way():
+                if not self._reclaim(seq):
                     return None
             self.blocks.adopt(seq, found)
         count = min(seq.num_tokens - seq.num_computed_tokens, budget)
@@ -430,10 +450,19 @@ class Scheduler:
         if seq.num_cached_tokens is None:
             seq.num_cached_tokens = seq.num_computed_tokens - seq.num_cache_write_tokens
             seq.first_scheduled_time = self._clock()
-            if seq.index == 0 and not seq.goes_on:
+            if seq.index == 0:
                 self.prefix_cache_queries += seq.num_prompt_tokens
                 self.prefix_cache_hits += seq.num_cached_tokens
         return copies
+
+    def _fork_blocks(self, seq: Sequence) -> list[tuple[int, int]] | None:
+        """Lets `seq` share what its parent holds; see `BlockManager.fork`."""
+        parent, seq.fork_parent = seq.fork_parent, None
+        if parent is None or parent.is_finished:
+            return None
+        while not self.blocks.num_free_blocks and self._reclaim(seq, keep=parent):
+            pass
+        return self.blocks.fork(parent, seq)
 
     def _fill_batch(self, plan: StepPlan) -> None:
         """Writes the batch, sequences of one group side by side so that its extent is read once."""
@@ -453,7 +482,11 @@ class Scheduler:
                 and seq.num_output_tokens == 0
             )
             seq.num_computed_tokens += count
-            seq.num_in_flight += samples
+            if samples and seq.is_beam:
+                seq.awaits_search = True
+                self._num_awaiting += 1
+            elif samples:
+                seq.num_in_flight += 1
 
     def _ends_by_length(self, seq: Sequence) -> bool:
         """Whether the last token that `seq` may have is drawn already, perhaps in flight."""
@@ -482,22 +515,28 @@ class Scheduler:
             drawn: A token for each entry of the plan's batch, -1 where none was drawn.
 
         Returns (sequence, new token, stop token id or None) for each sequence that got a token; a sequence whose
-        answer ended has its status set and is gone from the scheduler.
+        answer ended has its status set and is gone from the scheduler. A beam does not get the token: it is held until
+        `fork` says how its search goes on.
         """
         batch = self._in_flight.popleft()
         for prompt in batch.prefilled:
             self.pool.note_prefill(prompt)
-        news = []
+        news: list[tuple[Sequence, int, int | None]] = []
         for seq, token in zip(batch.sequences, drawn, strict=True):
             # A sequence that ended while this step was in flight (a stop token, an abort) has no use for its token.
             if seq.is_finished or seq.is_system_prompt:
                 continue
-            if token >= 0:
+            if token >= 0 and not seq.is_beam:
                 seq.num_in_flight -= 1
                 seq.token_ids.append(token)
             if seq.status == SequenceStatus.RUNNING:
                 self.blocks.commit(seq)
             if token < 0:
+                continue
+            if seq.is_beam:
+                if seq.status == SequenceStatus.RUNNING:
+                    self._hold(seq)
+                news.append((seq, token, None))
                 continue
             self._release_forks(seq)
             if seq.matcher is not None:
@@ -542,9 +581,58 @@ class Scheduler:
         prompt = seq.system_prompt
         if prompt is None:
             return ()
-        if not prompt.extents:
+        if not prompt.prefix:
             raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
         return prompt.prefix
+
+    # Beams of a search -----------------------------------------------------------------------------------------
+
+    def fork(self, request_id: str, beams: list[tuple[int, int]]) -> None:
+        """Goes on with a search, all beams of which have got their draws; unknown ids are ignored.
+
+        Args:
+            beams: (index of the beam that it continues, its next token) for each beam of the next step; it has its
+                place in this list as its index from now on. Beams that nothing continues end.
+        """
+        parents = {seq.index: seq for seq in self._requests.get(request_id, ())}
+        children: dict[int, list[tuple[int, int]]] = {index: [] for index in parents}
+        for index, (parent, token) in enumerate(beams if parents else ()):
+            children[parent].append((index, token))
+        if any(not seq.awaits_search for seq in parents.values()):
+            raise RuntimeError(f"the search {request_id} has beams that are not drawn for")
+        for old_index, seq in parents.items():
+            if not children[old_index]:
+                self._finish(seq, SequenceStatus.FINISHED_STOPPED)
+                continue
+            # The others fork from the first one, which keeps its blocks and goes on in them.
+            (index, token), *others = children[old_index]
+            twins = [seq.fork(other) for other, _ in others]
+            for twin, (_, its_token) in zip(twins, others, strict=True):
+                twin.token_ids.append(its_token)
+                self.pool.attach_sibling(twin, seq)
+            seq.index, seq.awaits_search = index, False
+            seq.token_ids.append(token)
+            self._num_awaiting -= 1
+            self._num_waiting += len(twins)
+            self._requests[request_id].extend(twins)
+            self._wake([seq, *twins])
+
+    def _hold(self, seq: Sequence) -> None:
+        """Takes a running beam out of its row until its search goes on. Its blocks stay, as long as nobody needs
+        them: see `_reclaim`."""
+        self.running.remove(seq)
+        self._num_running_of[seq.request_id] -= 1
+        self._leave_row(seq)
+        seq.status = SequenceStatus.HELD
+        self._held.append(seq)
+
+    def _drop(self, seq: Sequence) -> None:
+        """Frees the blocks of a held beam; it computes what they held again when it goes on."""
+        self._held.remove(seq)
+        self.blocks.free(seq)
+        seq.status = SequenceStatus.PREEMPTED
+        self._num_waiting += 1
+        self.num_preemptions += 1
 
     # Leaving ---------------------------------------------------------------------------------------------------
 
@@ -560,7 +648,8 @@ class Scheduler:
         self._leave_row(seq)
         self.blocks.free(seq)
         seq.status = SequenceStatus.PREEMPTED
-        heapq.heappush(self._waiting, seq)
+        if not seq.awaits_search:
+            heapq.heappush(self._waiting, seq)
         self._num_waiting += 1
         self.num_preemptions += 1
         self._short_of_blocks = seq
@@ -573,8 +662,11 @@ class Scheduler:
             self.running.remove(seq)
             self._num_running_of[seq.request_id] -= 1
             self._leave_row(seq)
+        elif seq.status == SequenceStatus.HELD:
+            self._held.remove(seq)
         else:
             self._num_waiting -= 1
+        self._num_awaiting -= seq.awaits_search
         seq.status = status
         self.blocks.free(seq)
         self.pool.detach(seq)
@@ -588,7 +680,7 @@ class Scheduler:
         """Raises AssertionError with numbers when blocks, readers or rows do not add up."""
         extents = [e for several in self.pool.blocks.extents.values() for e in several]
         pinned = {b for e in extents for b in range(e.start, e.end)}
-        self.blocks.check_integrity(self.running, pinned)
+        self.blocks.check_integrity([*self.running, *self._held], pinned)
         free, cached = self.blocks.num_free_blocks - self.blocks.num_cached_blocks, self.blocks.num_cached_blocks
         total = free + cached + self.blocks.num_used_blocks + self.pool.blocks.pinned_blocks
         assert total == self.blocks.num_blocks, (free, cached, self.blocks.num_used_blocks, len(pinned))
@@ -597,7 +689,9 @@ class Scheduler:
             if seq.system_prompt is not None:
                 readers[seq.system_prompt.id] = readers.get(seq.system_prompt.id, 0) + 1
             if seq.status != SequenceStatus.RUNNING:
-                assert not seq.block_table and seq.row == -1, seq
+                assert seq.row == -1, seq
+            if seq.status not in (SequenceStatus.RUNNING, SequenceStatus.HELD):
+                assert not seq.block_table, seq
         self.pool.check_integrity(readers)
         assert +self._num_running_of == Counter(s.request_id for s in self.running), self._num_running_of
         rows = [s.row for s in self.running] + self._free_rows
@@ -606,7 +700,10 @@ class Scheduler:
         first = self.config.max_num_seqs
         assert sorted(rows) == list(range(first, first + PROMPT_ROWS)), rows
         assert self.running == sorted(self.running)
-        assert self._num_waiting == sum(s.status != SequenceStatus.RUNNING for s in self.unfinished())
+        held = [s for s in self.unfinished() if s.status == SequenceStatus.HELD]
+        assert len(held) == len(self._held) and set(held) == set(self._held), (held, self._held)
+        assert self.num_running + self._num_waiting == len(list(self.unfinished()))
+        assert self._num_awaiting == sum(s.awaits_search for s in self.unfinished())
 
 
 def _rank(seq: Sequence) -> Rank:

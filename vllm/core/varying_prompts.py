@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from vllm.core.prefix_tree import common_prefix_len, common_suffix_len
 from vllm.outputs import VaryingSpanInfo
-from vllm.token_ids import TokenIds
+from vllm.token_ids import ID_BYTES, TokenIds
 
 _MIN_TOKENS = 32
 _MAX_SPAN = 24
@@ -18,6 +18,8 @@ _MAX_TEMPLATES = 64
 _MAX_EXAMPLES = 3
 _MAX_COUNTED = 4096
 _CONTEXT = 12
+# Tokens of a probe, of which there are three; see `_may_be_alike`.
+_PROBE = 4
 
 
 @dataclass
@@ -27,12 +29,23 @@ class _Template:
     span: VaryingSpanInfo
     seen: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self.stem = _Prompt(self.head + self.tail)
+
+
+class _Prompt:
+    """Token ids, and the same as bytes."""
+
+    def __init__(self, token_ids: TokenIds) -> None:
+        self.token_ids = token_ids
+        self.bytes = token_ids.tobytes()
+
 
 class VaryingPrompts:
     """Compares each new system prompt with the latest ones; what it keeps and does is bounded."""
 
     def __init__(self) -> None:
-        self._recent: OrderedDict[str, TokenIds] = OrderedDict()
+        self._recent: OrderedDict[str, _Prompt] = OrderedDict()
         self._templates: list[_Template] = []
 
     @property
@@ -43,15 +56,16 @@ class VaryingPrompts:
         """Takes note of a prompt that is not pinned yet; returns the place where it varies if that is news."""
         if len(token_ids) < _MIN_TOKENS or key in self._recent:
             return None
+        prompt = _Prompt(token_ids)
         for template in self._templates:
-            if self._belongs(template, key, token_ids):
+            if self._belongs(template, key, prompt):
                 return None
         found = None
         for other in reversed(self._recent.values()):
-            found = _compare(token_ids, other)
+            found = _compare(prompt, other)
             if found is not None:
                 break
-        self._recent[key] = token_ids
+        self._recent[key] = prompt
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
         if found is None or len(self._templates) >= _MAX_TEMPLATES:
@@ -60,15 +74,14 @@ class VaryingPrompts:
         return found.span
 
     @staticmethod
-    def _belongs(template: _Template, key: str, token_ids: TokenIds) -> bool:
+    def _belongs(template: _Template, key: str, prompt: _Prompt) -> bool:
         """Whether a prompt is another case of a known template; its span then covers this one too."""
-        stem = template.head + template.tail
-        found = template if token_ids == stem else _compare(token_ids, stem)
+        found = template if prompt.bytes == template.stem.bytes else _compare(prompt, template.stem)
         if found is None:
             return False
-        head, tail = found.head, found.tail
+        head, tail, token_ids = found.head, found.tail, prompt.token_ids
         span = template.span
-        template.head, template.tail = head, tail
+        template.head, template.tail, template.stem = head, tail, found.stem
         span.position, span.before = len(head), head[-_CONTEXT:].tolist()
         span.num_shared = len(head) + len(tail)
         if key not in template.seen and len(template.seen) < _MAX_COUNTED:
@@ -79,10 +92,32 @@ class VaryingPrompts:
         return True
 
 
-def _compare(a: TokenIds, b: TokenIds) -> _Template | None:
-    """The template of two prompts; None if they differ in more than a short span, or not at all."""
+def _may_be_alike(a: bytes, b: bytes) -> bool:
+    """Whether two prompts may differ in a short span alone: a quick look that spares most of the comparisons.
+
+    A probe fails only if the span touches it, be it aligned at the heads or at the ends; so two of three may not, where
+    they lie further apart than a span and a probe are long.
+    """
     shorter = min(len(a), len(b))
-    if abs(len(a) - len(b)) > _MAX_SPAN:
+    quarter = shorter // ID_BYTES // 4
+    if quarter < _MAX_SPAN + _PROBE:
+        return True
+    failed = 0
+    for i in (quarter, 2 * quarter, 3 * quarter):
+        start, end = i * ID_BYTES, (i + _PROBE) * ID_BYTES
+        from_a, from_b = len(a) - shorter, len(b) - shorter
+        if a[start:end] != b[start:end] and a[from_a + start : from_a + end] != b[from_b + start : from_b + end]:
+            failed += 1
+            if failed == 2:
+                return False
+    return True
+
+
+def _compare(one: _Prompt, other: _Prompt) -> _Template | None:
+    """The template of two prompts; None if they differ in more than a short span, or not at all."""
+    a, b = one.token_ids, other.token_ids
+    shorter = min(len(a), len(b))
+    if abs(len(a) - len(b)) > _MAX_SPAN or not _may_be_alike(one.bytes, other.bytes):
         return None
     head = common_prefix_len(a, b)
     tail = min(common_suffix_len(a, b), shorter - head)

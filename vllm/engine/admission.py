@@ -51,11 +51,8 @@ class Admission:
             self._give_up(place)
 
     @contextmanager
-    def entry(self, num_outputs: int, *, goes_on: bool = False) -> Iterator[None]:
+    def entry(self, num_outputs: int) -> Iterator[None]:
         """Lets a request in and counts its outputs until the block ends, when the engine must have them.
-
-        Args:
-            goes_on: It is part of one that has been let in.
 
         Raises:
             ServerBusyError: there is no room for it now.
@@ -64,14 +61,13 @@ class Admission:
         place = _own_place.get()
         if place is not None:
             self._give_up(place)
-        if not goes_on:
-            if self._limit is not None and num_outputs > self._limit:
-                raise VLLMValidationError(
-                    f"n asks for {num_outputs} outputs; this server has at most {self._limit} at a time "
-                    "(--max-num-queued-reqs).",
-                    "n",
-                )
-            self._check(num_outputs)
+        if self._limit is not None and num_outputs > self._limit:
+            raise VLLMValidationError(
+                f"n asks for {num_outputs} outputs; this server has at most {self._limit} at a time "
+                "(--max-num-queued-reqs).",
+                "n",
+            )
+        self._check(num_outputs)
         self._num_prepared += num_outputs
         try:
             yield

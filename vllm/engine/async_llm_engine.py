@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-import msgspec
-import zmq
-import zmq.asyncio
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedTokenizerFast
 
@@ -22,28 +15,22 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.admission import Admission
 from vllm.engine.arg_utils import EngineArgs
-from vllm.engine.calls import MAX_BUDGET_TOKENS, PinName, PinOptions, PromptChanges, check_prompt_id
-from vllm.engine.core_client import CoreClient
+from vllm.engine.calls import PinName, PinOptions
+from vllm.engine.core_link import CoreLink, LinkEvents
 from vllm.engine.input_processor import CheckedParams, InputProcessor, ProcessedPrompt, check_sampling_params
 from vllm.engine.mailbox import Mailbox
-from vllm.engine.messages import (
-    AbortRequests,
-    CoreProcessArgs,
-    EngineInput,
-    EngineStats,
-    StepOutputs,
-    UtilityCall,
-)
+from vllm.engine.messages import AbortRequests, EngineReady, EngineStats, StepOutputs
 from vllm.engine.metrics import EngineMetrics
-from vllm.engine.output_processor import OutputProcessor, SearchCount
+from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.prompt_calls import PromptCalls
+from vllm.engine.search_state import Search
 from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
 from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.engine.watchdog import Watchdog
 from vllm.engine.work_lanes import WorkLanes
-from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
+from vllm.exceptions import EngineDeadError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType, TokensPrompt
-from vllm.logger import init_logger
 from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams, check_int
 from vllm.structured_output.compiler import ConstraintCompiler
@@ -51,12 +38,8 @@ from vllm.structured_output.constraint import CompiledConstraint
 from vllm.transformers_utils.chat_template import ChatRenderer, RenderedChat
 from vllm.transformers_utils.system_parts import PartKey, SystemPart, SystemPartPending
 
-logger = init_logger(__name__)
 _T = TypeVar("_T")
 
-_STOP_GRACE_S = 5.0
-# A process that was killed may take its time to give memory back.
-_END_GRACE_S = 30.0
 # Copied in about 0.1 ms.
 _MANY_IDS = 4096
 
@@ -82,9 +65,6 @@ class AsyncLLMEngine:
     process_command: ClassVar[Sequence[str]] = (sys.executable, "-m", "vllm.engine.core_process")
 
     def __init__(self, args: EngineArgs, max_restarts: int = 0) -> None:
-        self._logs_stats = not args.disable_log_stats
-        self._restarts_left = max_restarts
-        self._incarnation = 0
         self.vllm_config: VllmConfig
         self.vllm_config, self.tokenizer = args.resolve()
         model = self.vllm_config.model
@@ -92,29 +72,22 @@ class AsyncLLMEngine:
         self.input_processor = InputProcessor(model, self.tokenizer, self.renderer, serves=True)
         self._compiler = ConstraintCompiler(model)
         self.stats = EngineStats()
-        self._watchdog = Watchdog(envs.execute_model_timeout_s())
-        self._dead: EngineDeadError | None = None
-        self._closed = False
-        self._is_sleeping = False
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-        self._call_ids = itertools.count()
-        self._kept: dict[str, tuple[list[int], PinOptions]] = {}
-        self._reader: asyncio.Task[None] | None = None
+        self._logs_stats = not args.disable_log_stats
         self._stats_log: asyncio.Task[None] | None = None
-        self._restarting: asyncio.Task[None] | None = None
-        self._ended = asyncio.Event()
+        self._watchdog = Watchdog(envs.execute_model_timeout_s())
+        self._is_sleeping = False
+        self._closed = False
         self.lanes = WorkLanes()
-        # Only this user may enter the folder, so only this user's processes can reach the sockets.
-        self._folder = tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True)
-        self._context = zmq.asyncio.Context()
-        self._client = self._open()
+        self._prompts = PromptCalls(self._call)
+        events = LinkEvents(self._take_in, self._on_death, self._on_restart, self._prompts.pin_again)
         try:
-            ready = self._client.wait_until_ready(lambda: self._closed)
+            self._link = CoreLink(self.vllm_config, self.process_command, max_restarts, events)
         except BaseException:
-            self.shutdown()
+            self._compiler.shutdown()
+            self.lanes.shutdown()
             raise
-        self.num_blocks = ready.num_blocks
-        self.pool_budget_tokens = ready.pool_budget_tokens
+        ready = self._link.ready
+        self.num_blocks, self.pool_budget_tokens = ready.num_blocks, ready.pool_budget_tokens
         self.metrics = EngineMetrics(self.vllm_config, ready.num_blocks)
         self._processor = OutputProcessor(self.tokenizer, self.metrics)
         self._admission = Admission(
@@ -131,143 +104,52 @@ class AsyncLLMEngine:
     def metrics_registry(self) -> CollectorRegistry:
         return self.metrics.registry
 
-    # The process -----------------------------------------------------------------------------------------------
-
-    def _open(self) -> CoreClient:
-        self._incarnation += 1
-
-        def make_args(input_address: str, output_address: str) -> CoreProcessArgs:
-            return CoreProcessArgs(self.vllm_config, input_address, output_address)
-
-        name = str(self._incarnation)
-        return CoreClient(self.process_command, make_args, self._context, Path(self._folder.name), name)
+    # Life ------------------------------------------------------------------------------------------------------
 
     def _ensure_reading(self) -> None:
-        """Starts taking in news; needs a running event loop, so it happens with the first use."""
-        if self._reader is None and self._dead is None and not self._closed:
-            loop = asyncio.get_running_loop()
-            self._reader = loop.create_task(self._read(self._client))
-            threading.Thread(target=self._watch, args=(loop, self._client), name="engine-watch", daemon=True).start()
-            if self._stats_log is None and self._logs_stats:
-                self._stats_log = loop.create_task(StatsLog(self.metrics, lambda: self.stats).run())
-
-    def _watch(self, loop: asyncio.AbstractEventLoop, client: CoreClient) -> None:
-        code = client.process.wait()
-        if not self._closed:
-            loop.call_soon_threadsafe(self._on_end, client, code)
-
-    def _on_end(self, client: CoreClient, code: int) -> None:
-        if client is self._client and self._dead is None:
-            logger.error("The engine process ended unexpectedly (code %d).", code)
-            self._die()
-
-    def _die(self) -> None:
-        """The engine is lost: ends what was in flight, and starts another one if that is allowed."""
-        restarts = self._restarts_left > 0
-        self._dead = EngineDeadError(restarts=restarts)
-        if self._reader is not None and self._reader is not asyncio.current_task():
-            self._reader.cancel()
-        self._reader = None
-        self._client.process.kill()
-        self._processor.fail_all(self._dead)
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(self._dead)
-        self._calls.clear()
-        if restarts:
-            self._restarts_left -= 1
-            self._restarting = asyncio.get_running_loop().create_task(self._restart())
-        else:
-            self._ended.set()
-
-    async def _restart(self) -> None:
-        logger.warning("Starting the engine again; it may die %d more times.", self._restarts_left)
-        loop = asyncio.get_running_loop()
-        try:
-            # What it held, memory of the device above all, is needed again.
-            await loop.run_in_executor(None, self._client.process.wait, _END_GRACE_S)
-            self._client.close()
-            self._client = self._open()
-            ready = await loop.run_in_executor(None, self._client.wait_until_ready, lambda: self._closed)
-            self.num_blocks = ready.num_blocks
-            self.pool_budget_tokens = ready.pool_budget_tokens
-            self.stats = EngineStats()
-            self.metrics.on_restart(ready.num_blocks)
-        except Exception as error:
-            known = isinstance(error, StartupError)
-            logger.error("The engine could not be started again: %s", error, exc_info=None if known else error)
-            self._dead = EngineDeadError()
-            self._ended.set()
-            return
-        self._dead = None
-        self._is_sleeping = False
-        self._ensure_reading()
-        if await self._pin_again():
-            logger.info("The engine serves again.")
-
-    async def _pin_again(self) -> bool:
-        """Gives a new engine process what operators pinned for good in the one that died; False if it dies of it."""
-        for prompt_id, (token_ids, options) in list(self._kept.items()):
-            try:
-                await self._call("add_system_prompt", token_ids, options)
-            except EngineDeadError:
-                return False
-            except Exception as error:
-                logger.error("System prompt %s is not pinned again: %s", prompt_id, error)
-        return True
-
-    async def _read(self, client: CoreClient) -> None:
-        """Takes in what the engine says, until it or we end. Without it nobody would get an answer any more."""
-        try:
-            while True:
-                await self._take_in(await client.receive())
-                # News that wait already are taken without a turn of the loop, in which what came before them is sent.
-                await asyncio.sleep(0)
-        except Exception:
-            # Not the fault of one request, which ends by itself: there is no telling what is right any more.
-            if self._dead is None and not self._closed:
-                logger.exception("The engine's news could not be taken in; the engine process is ended.")
-                self._die()
+        """Starts what needs a running event loop, with the first use."""
+        self._link.ensure_reading()
+        if self._stats_log is None and self._logs_stats and not (self._closed or self._link.errored):
+            self._stats_log = asyncio.get_running_loop().create_task(StatsLog(self.metrics, lambda: self.stats).run())
 
     async def _take_in(self, news: StepOutputs) -> None:
         if news.outputs or news.results or (news.stats is not None and news.stats.iteration_tokens):
             self._watchdog.note_progress()
-        to_abort = self._processor.process(news.outputs)
-        if to_abort:
-            await self._send(AbortRequests(to_abort))
+        orders = self._processor.process(news.outputs)
+        if orders.aborts:
+            await self._link.send(AbortRequests(orders.aborts))
+        for fork in orders.forks:
+            await self._link.send(fork)
         if news.stats is not None:
             self.stats = news.stats
             self.metrics.on_stats(news.stats)
             log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
-        for result in news.results:
-            future = self._calls.pop(result.call_id, None)
-            if future is None or future.done():
-                continue
-            if result.error is None:
-                future.set_result(result.result)
-            else:
-                future.set_exception(VLLMValidationError(result.error, result.param))
+        self._link.take_results(news.results)
 
-    async def _send(self, message: EngineInput) -> None:
-        if self._dead is not None:
-            raise self._dead
-        await self._client.send(message)
+    def _on_death(self, error: EngineDeadError) -> None:
+        self._processor.fail_all(error)
+
+    def _on_restart(self, ready: EngineReady) -> None:
+        self.num_blocks, self.pool_budget_tokens = ready.num_blocks, ready.pool_budget_tokens
+        self.stats = EngineStats()
+        self.metrics.on_restart(ready.num_blocks)
+        self._is_sleeping = False
 
     @property
     def errored(self) -> bool:
         """Whether the engine process has ended, for good or until it is started again."""
-        return self._dead is not None or (not self._closed and self._client.has_ended)
+        return self._link.errored
 
     @property
     def dead_error(self) -> EngineDeadError:
-        return self._dead or EngineDeadError()
+        return self._link.dead_error
 
     def _has_work(self) -> bool:
         """Whether the engine ought to finish steps."""
-        return not self._is_sleeping and bool(self._processor.requests or self._calls)
+        return not self._is_sleeping and bool(self._processor.requests or self._link.num_calls)
 
     def _expect_work(self) -> None:
-        """Work is about to go to the engine."""
+        """Tells the watchdog that work is about to go to the engine."""
         if not self._has_work():
             self._watchdog.note_progress()
 
@@ -281,22 +163,18 @@ class AsyncLLMEngine:
     async def wait_until_dead(self) -> None:
         """Returns when the engine process has ended and is not started again."""
         self._ensure_reading()
-        await self._ended.wait()
+        await self._link.wait_until_dead()
 
     def shutdown(self) -> None:
         """Ends the engine process; open requests end with an error."""
         if self._closed:
             return
         self._closed = True
-        self._client.stop(_STOP_GRACE_S)
-        for task in (self._reader, self._stats_log, self._restarting):
-            if task is not None:
-                task.cancel()
+        self._link.shutdown()
+        if self._stats_log is not None:
+            self._stats_log.cancel()
         self._compiler.shutdown()
         self.lanes.shutdown()
-        self._client.close()
-        self._context.term()
-        self._folder.cleanup()
 
     # Requests --------------------------------------------------------------------------------------------------
 
@@ -311,7 +189,7 @@ class AsyncLLMEngine:
         priority: int = 0,
         marks: Sequence[CacheMark] = (),
         arrival_time: float | None = None,
-        search_step: int | None = None,
+        search: Search | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request as they come. Closing the iterator early aborts the request.
 
@@ -319,7 +197,7 @@ class AsyncLLMEngine:
             sampling_params: If `check_params` has checked them, they may be those of several requests.
             num_system_tokens, cache_salt, priority, marks: As in `LLMEngine.add_request`.
             arrival_time: When it came, in seconds of `time.time()`; None for now.
-            search_step: As of `EngineRequest`. Whoever runs the search counts it, with `count_search`.
+            search: As of `LLMEngine.add_request`; its outputs come as one item, when it is over.
 
         Raises:
             VLLMValidationError: a value is not allowed; before the first item.
@@ -333,7 +211,7 @@ class AsyncLLMEngine:
         if not isinstance(params, CheckedParams):
             check_sampling_params(params)
         asked = params.asked if isinstance(params, CheckedParams) else params
-        with self._admission.entry(asked.n, goes_on=bool(search_step)):
+        with self._admission.entry(asked.n if search is None else search.beams.params.beam_width):
             if isinstance(prompt, str):
                 prompt = TokensPrompt(prompt_token_ids=await self.encode(prompt), prompt=prompt)
             if not isinstance(params, CheckedParams):
@@ -350,16 +228,16 @@ class AsyncLLMEngine:
                 marks=marks,
                 tenant=current_tenant.get(),
                 arrival_time=arrival_time,
-                search_step=search_step,
+                is_search=search is not None,
             )
             mailbox = Mailbox(request.sampling_params.output_kind)
             self._expect_work()
             try:
-                state = self._processor.add(request, processed, mailbox.put)
+                state = self._processor.add(request, processed, mailbox.put, search)
             except ValueError as error:
                 raise VLLMValidationError(str(error), "request_id") from None
         try:
-            await self._send(request)
+            await self._link.send(request)
             while True:
                 try:
                     news = await mailbox.take()
@@ -387,10 +265,6 @@ class AsyncLLMEngine:
         finally:
             work.close()
 
-    def count_search(self, prompt_token_ids: list[int], params: SamplingParams) -> SearchCount:
-        """Counts a search as one request that arrives now; see `SearchCount`."""
-        return SearchCount(self.metrics, prompt_token_ids, params)
-
     async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
         # Several requests may wait for the same one: it goes on when one of them leaves.
         try:
@@ -401,8 +275,8 @@ class AsyncLLMEngine:
     async def abort(self, request_id: str) -> None:
         """Ends a request; the engine takes note before its next step. Unknown ids are ignored."""
         self._processor.drop(request_id)
-        if self._dead is None:
-            await self._send(AbortRequests([(request_id, None)]))
+        if not self._link.is_dead:
+            await self._link.send(AbortRequests([(request_id, None)]))
 
     async def check_params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:
         """`InputProcessor.params`, off the event loop where it takes a while.
@@ -466,16 +340,7 @@ class AsyncLLMEngine:
         options = PinOptions.checked(name, ttl, pin, source)
         size = len(prompt_or_ids) if isinstance(prompt_or_ids, str | list | tuple) else 0
         token_ids = await self.lanes.run(self.input_processor.system_prompt, prompt_or_ids, size=size)
-        info = SystemPromptInfo(**await self._call("add_system_prompt", token_ids, options))
-        self._keep(info, token_ids, options)
-        return info
-
-    def _keep(self, info: SystemPromptInfo, token_ids: list[int], options: PinOptions) -> None:
-        """Remembers what is pinned until an operator says otherwise, for an engine process that follows this one."""
-        if info.pin == "hard" and info.ttl is None:
-            self._kept[info.id] = (token_ids, options)
-        else:
-            self._kept.pop(info.id, None)
+        return await self._prompts.add(token_ids, options)
 
     async def update_system_prompt(self, prompt_id: str, **changes: Any) -> SystemPromptInfo:
         """Changes the `name` or `ttl` of a prompt; its ttl counts from now on.
@@ -483,13 +348,7 @@ class AsyncLLMEngine:
         Raises:
             VLLMValidationError: there is no such system prompt, or a value is not allowed.
         """
-        check_prompt_id(prompt_id)
-        checked = PromptChanges.checked(changes)
-        info = SystemPromptInfo(**await self._call("update_system_prompt", prompt_id, checked))
-        if prompt_id in self._kept:
-            token_ids, options = self._kept[prompt_id]
-            self._keep(info, token_ids, msgspec.structs.replace(options, **checked.as_dict()))
-        return info
+        return await self._prompts.update(prompt_id, changes)
 
     async def remove_system_prompt(self, prompt_id: str) -> SystemPromptInfo:
         """Ends a pin, at once or when its last reader has finished.
@@ -497,16 +356,14 @@ class AsyncLLMEngine:
         Raises:
             VLLMValidationError: there is no such system prompt.
         """
-        check_prompt_id(prompt_id)
-        self._kept.pop(prompt_id, None)
-        return SystemPromptInfo(**await self._call("remove_system_prompt", prompt_id))
+        return await self._prompts.remove(prompt_id)
 
     async def list_system_prompts(self) -> list[SystemPromptInfo]:
-        return [SystemPromptInfo(**info) for info in await self._call("list_system_prompts")]
+        return await self._prompts.infos()
 
     async def system_prompt_pool(self) -> SystemPromptPoolInfo:
         """State and totals of the pool."""
-        return msgspec.convert(await self._call("system_prompt_pool"), SystemPromptPoolInfo)
+        return await self._prompts.pool()
 
     async def set_system_prompt_budget(self, num_tokens: int) -> int:
         """Changes how many tokens may be pinned; returns what it is now, whole blocks and as far as memory allows.
@@ -514,8 +371,7 @@ class AsyncLLMEngine:
         Raises:
             VLLMValidationError: not such a number, or more than that is pinned.
         """
-        check_int("num_tokens", num_tokens, 0, MAX_BUDGET_TOKENS)
-        return int(await self._call("set_system_prompt_budget", num_tokens))
+        return await self._prompts.set_budget(num_tokens)
 
     async def explain_request(
         self,
@@ -563,11 +419,5 @@ class AsyncLLMEngine:
 
     async def _call(self, method: str, *args: Any) -> Any:
         self._ensure_reading()
-        if self.errored:
-            raise self.dead_error
         self._expect_work()
-        call_id = next(self._call_ids)
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._calls[call_id] = future
-        await self._send(UtilityCall(call_id, method, list(args)))
-        return await future
+        return await self._link.call(method, *args)

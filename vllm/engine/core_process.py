@@ -30,6 +30,7 @@ from vllm.engine.messages import (
     EngineOutput,
     EngineReady,
     EngineRequest,
+    ForkSequences,
     StepOutputs,
     UtilityCall,
     UtilityResult,
@@ -126,6 +127,8 @@ class CoreProcess:
             elif isinstance(message, AbortRequests):
                 for request_id, index in message.targets:
                     self._core.abort(request_id, index)
+            elif isinstance(message, ForkSequences):
+                self._core.fork(message.request_id, message.beams)
             else:
                 self._call(message)
 
@@ -170,7 +173,7 @@ class CoreProcess:
             if not self._core.is_computed(prompt):
                 waiting.append((call_id, prompt))
             elif prompt.state == PromptState.REMOVED:
-                text = f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
+                text = f"System prompt {prompt.id} could not be pinned: the KV cache has no room for it."
                 self._results.append(UtilityResult(call_id, error=text))
             else:
                 self._results.append(UtilityResult(call_id, result=self._described(prompt)))

@@ -19,13 +19,13 @@ from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepO
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
 from vllm.executor.uniproc import UniprocExecutor
+from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.step import PositionLogprobs, StepPlan, StepResult
 from vllm.structured_output.masks import MaskFiller
 from vllm.structured_output.store import ConstraintStore
 from vllm.system_prompt_store import SnapshotRecord
-from vllm.worker.cache_engine import PinnedBlockPool
 from vllm.worker.running_step import RunningStep
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class EngineCore:
                 cache_seed=cache_seed,
                 tenant=tenant,
                 namespace=namespace,
-                goes_on=bool(request.search_step),
+                is_beam=request.is_search,
             )
             for i in range(params.n)
         ]
@@ -218,6 +218,10 @@ class EngineCore:
             self._unready.pop(request_id, None)
         self.scheduler.abort(request_id, index)
         self._prompt_logprobs.pop(request_id, None)
+
+    def fork(self, request_id: str, beams: list[tuple[int, int]]) -> None:
+        """Goes on with a beam search; see `Scheduler.fork`."""
+        self.scheduler.fork(request_id, beams)
 
     def _seed(self, asked: int | None) -> int:
         """The seed of a request: its own, else drawn from the engine's seed, else fresh entropy."""
@@ -352,7 +356,8 @@ class EngineCore:
             if seq.matcher is not None and seq.matcher.error is not None:
                 self._fail(seq.request_id, f"{seq.matcher.field} {seq.matcher.error}.", seq.matcher.field)
                 continue
-            first = len(seq.token_ids) == seq.num_prompt_tokens + 1
+            # A beam does not keep the token that is drawn for it.
+            first = len(seq.token_ids) - seq.num_prompt_tokens == (0 if seq.is_beam else 1)
             outputs.append(
                 EngineOutput(
                     seq.request_id,
@@ -400,16 +405,13 @@ class EngineCore:
                 self._prompt_logprobs[seq.request_id] = found
                 continue
             so_far = self._prompt_logprobs[seq.request_id]
-            so_far.token_ids += found.token_ids
-            so_far.logprobs += found.logprobs
-            so_far.ranks += found.ranks
+            self._prompt_logprobs[seq.request_id] = PositionLogprobs.joined([so_far, found])
 
     def stats(self, iteration_tokens: int) -> EngineStats:
         scheduler, pool, blocks = self.scheduler, self.pool, self.scheduler.blocks
-        prefill_seconds, pool.prefill_seconds = pool.prefill_seconds, []
         new_spans, pool.log.new_spans = pool.log.new_spans, []
         return EngineStats(
-            num_running=len(scheduler.running),
+            num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             kv_cache_usage=blocks.num_used_blocks / max(1, blocks.num_schedulable_blocks),
             iteration_tokens=iteration_tokens,
@@ -428,7 +430,7 @@ class EngineCore:
             pool_prefills=pool.num_prefills,
             pool_tokens_reused=pool.tokens_reused,
             pool_outcomes=dict(pool.outcomes),
-            pool_prefill_seconds=prefill_seconds,
+            pool_prefill_seconds=pool.take_prefill_seconds(),
             varying_prompts=new_spans,
             pool_host_tokens=pool.tiers.host.pinned_blocks * blocks.block_size,
             pool_snapshots={f"{op}/{outcome}": n for (op, outcome), n in pool.tiers.outcomes.items()},

@@ -174,7 +174,7 @@ class InputProcessor:
         tenant: str | None = None,
         arrival_time: float | None = None,
         constraint: CompiledConstraint | None = None,
-        search_step: int | None = None,
+        is_search: bool = False,
     ) -> tuple[EngineRequest, ProcessedPrompt]:
         """Returns the request as the engine core takes it, and its prompt.
 
@@ -183,12 +183,12 @@ class InputProcessor:
         Args:
             prompt, params: What is processed or checked is not checked again.
             constraint: What the parameters' `structured_outputs` were compiled to.
-            search_step: As of `EngineRequest`.
+            is_search: As of `EngineRequest`.
 
         Raises:
             VLLMValidationError: a value is not allowed; the message says what is.
         """
-        _check_options(request_id, num_system_tokens, cache_salt, priority, marks, arrival_time, search_step)
+        _check_options(request_id, num_system_tokens, cache_salt, priority, marks, arrival_time)
         processed = prompt if isinstance(prompt, ProcessedPrompt) else self.prompt(prompt, num_system_tokens, tenant)
         # Only single values are changed below, so the lists may be those of other requests.
         params = copy((params if isinstance(params, CheckedParams) else self.params(params)).sampling)
@@ -229,7 +229,7 @@ class InputProcessor:
             constraint=constraint,
             marks=[mark for mark in marks if 0 < mark.num_tokens < len(token_ids)],
             tenant=tenant,
-            search_step=search_step,
+            is_search=is_search,
         )
         return request, processed
 
@@ -380,16 +380,14 @@ def _check_options(
     priority: object,
     marks: object,
     arrival_time: object,
-    search_step: object,
 ) -> None:
     """Raises `VLLMValidationError` for a value whose type is not the one that the engine core relies on."""
     for name, text in (("request_id", request_id), ("cache_salt", cache_salt)):
         if not isinstance(text, str) and (text is not None or name == "request_id"):
             raise VLLMValidationError(f"{name} must be a string, got {text!r}.", name)
     check_int("priority", priority, -(2**31), 2**31 - 1)
-    for name, count in (("num_system_tokens", num_system_tokens), ("search_step", search_step)):
-        if count is not None:
-            check_int(name, count, -(2**31), 2**31 - 1)
+    if num_system_tokens is not None:
+        check_int("num_system_tokens", num_system_tokens, -(2**31), 2**31 - 1)
     if arrival_time is not None:
         check_float("arrival_time", arrival_time, 0.0, 1e11)
     if not isinstance(marks, list | tuple):

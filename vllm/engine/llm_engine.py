@@ -15,6 +15,7 @@ from vllm.engine.calls import PinName, PinOptions, check_prompt_id
 from vllm.engine.engine_core import EngineCore
 from vllm.engine.input_processor import InputProcessor, check_sampling_params
 from vllm.engine.output_processor import OutputProcessor
+from vllm.engine.search_state import Search
 from vllm.engine.varying_prompts import log_varying_prompts
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
@@ -64,7 +65,7 @@ class LLMEngine:
         cache_salt: str | None = None,
         priority: int = 0,
         marks: Sequence[CacheMark] = (),
-        search_step: int | None = None,
+        search: Search | None = None,
     ) -> None:
         """Takes in a request; its outputs come from `step()`.
 
@@ -73,7 +74,7 @@ class LLMEngine:
             cache_salt: Namespace; suffix KV is shared only within it.
             priority: Smaller runs first, where `--scheduling-policy` is `priority`; no effect otherwise.
             marks: Further prefixes to keep; each continues the one before it and shares its KV.
-            search_step: As of `EngineRequest`.
+            search: The beam search that the request is, whose `sampling_params` are its own.
 
         Raises:
             VLLMValidationError: a value is not allowed.
@@ -89,10 +90,10 @@ class LLMEngine:
             cache_salt=cache_salt,
             priority=priority,
             marks=marks,
-            search_step=search_step,
+            is_search=search is not None,
         )
         try:
-            self._processor.add(request, processed, self._deliver)
+            self._processor.add(request, processed, self._deliver, search)
         except ValueError as error:
             raise VLLMValidationError(str(error), "request_id") from None
         self.core.add_request(request)
@@ -126,8 +127,11 @@ class LLMEngine:
 
     def _advance(self) -> None:
         news = self.core.step()
-        for request_id, index in self._processor.process(news.outputs):
+        orders = self._processor.process(news.outputs)
+        for request_id, index in orders.aborts:
             self.core.abort(request_id, index)
+        for fork in orders.forks:
+            self.core.fork(fork.request_id, fork.beams)
         if news.stats is not None:
             log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
 
@@ -167,7 +171,7 @@ class LLMEngine:
             self._advance()
         if prompt.state == PromptState.REMOVED:
             raise SystemPromptRefusedError(
-                Outcome.BUSY, f"System prompt {prompt.id} could not be pinned: no contiguous room in the KV cache."
+                Outcome.BUSY, f"System prompt {prompt.id} could not be pinned: the KV cache has no room for it."
             )
         return self.core.pool.describe(prompt)
 

@@ -10,16 +10,40 @@ from vllm.step import PositionLogprobs
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 
-def logprobs_at(positions: PositionLogprobs, index: int, tokenizer: Tokenizer) -> TokenLogprobs:
-    """The chosen token at one of the positions, then the most likely ones by rank."""
-    ids, values, text = positions.token_ids[index], positions.logprobs[index], tokenizer.token_text
-    chosen, rank = ids[0], positions.ranks[index]
-    entry = {chosen: Logprob(values[0], rank, text(chosen))}
-    for i in range(1, len(ids)):
-        token_id = ids[i]
-        if token_id != chosen:
-            entry[token_id] = Logprob(values[i], i, text(token_id))
-    return entry
+class LogprobRows:
+    """The numbers of some positions, read one position at a time."""
+
+    def __init__(self, positions: PositionLogprobs, tokenizer: Tokenizer) -> None:
+        self._width = positions.width
+        self._token_ids = memoryview(positions.token_ids).cast("I")
+        self._logprobs = memoryview(positions.logprobs).cast("d")
+        self._ranks = memoryview(positions.ranks).cast("I")
+        self._text = tokenizer.token_text
+
+    def __len__(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def num_entries(self) -> int:
+        """Log-probabilities in all."""
+        return len(self._logprobs)
+
+    def at(self, index: int) -> TokenLogprobs:
+        """The chosen token at one of the positions, then the most likely ones by rank."""
+        first, text = index * self._width, self._text
+        ids = self._token_ids[first : first + self._width].tolist()
+        values = self._logprobs[first : first + self._width].tolist()
+        chosen = ids[0]
+        entry = {chosen: Logprob(values[0], self._ranks[index], text(chosen))}
+        for i in range(1, len(ids)):
+            token_id = ids[i]
+            if token_id != chosen:
+                entry[token_id] = Logprob(values[i], i, text(token_id))
+        return entry
+
+    def chosen(self) -> list[float]:
+        """Log-probability of the chosen token at each position."""
+        return [float(value) for value in self._logprobs[:: self._width]]
 
 
 class PromptLogprobs(Sequence[TokenLogprobs | None]):
@@ -30,17 +54,15 @@ class PromptLogprobs(Sequence[TokenLogprobs | None]):
     """
 
     def __init__(self, positions: PositionLogprobs, tokenizer: Tokenizer) -> None:
-        self._positions = positions
-        self._tokenizer = tokenizer
+        self._rows = LogprobRows(positions, tokenizer)
 
     @property
     def num_entries(self) -> int:
         """Log-probabilities in all."""
-        rows = self._positions.token_ids
-        return len(rows) * len(rows[0]) if rows else 0
+        return self._rows.num_entries
 
     def __len__(self) -> int:
-        return len(self._positions.token_ids) + 1
+        return len(self._rows) + 1
 
     def __iter__(self) -> Iterator[TokenLogprobs | None]:
         return map(self._at, range(len(self)))
@@ -54,4 +76,4 @@ class PromptLogprobs(Sequence[TokenLogprobs | None]):
         return self._at(places) if isinstance(places, int) else [self._at(place) for place in places]
 
     def _at(self, place: int) -> TokenLogprobs | None:
-        return None if place == 0 else logprobs_at(self._positions, place - 1, self._tokenizer)
+        return None if place == 0 else self._rows.at(place - 1)

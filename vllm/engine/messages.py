@@ -43,8 +43,7 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
         constraint: The form that its outputs must have.
         marks: Further prefixes that the client wants to be kept.
         tenant: Which of several API keys it came with; None where there are not several. Namespaces are the tenant's.
-        search_step: It is part of a search, which is one request to whoever counts them: in which step of it. None for
-            a request of its own.
+        is_search: It is a beam search: after each draw its sequences wait for `ForkSequences`.
     """
 
     request_id: str
@@ -57,13 +56,20 @@ class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
     constraint: CompiledConstraint | None = None
     marks: list[CacheMark] = []
     tenant: str | None = None
-    search_step: int | None = None
+    is_search: bool = False
 
 
 class AbortRequests(msgspec.Struct, tag="abort"):
     """Ends requests, or single outputs of them: (request id, output index or None for all)."""
 
     targets: list[tuple[str, int | None]]
+
+
+class ForkSequences(msgspec.Struct, tag="fork"):
+    """Goes on with a beam search; see `Scheduler.fork`."""
+
+    request_id: str
+    beams: list[tuple[int, int]]
 
 
 class UtilityCall(msgspec.Struct, tag="call"):
@@ -74,7 +80,7 @@ class UtilityCall(msgspec.Struct, tag="call"):
     args: list[Any] = []
 
 
-EngineInput = EngineRequest | AbortRequests | UtilityCall
+EngineInput = EngineRequest | AbortRequests | ForkSequences | UtilityCall
 """All that the API process sends."""
 
 

@@ -14,7 +14,7 @@ from prometheus_client.utils import floatToGoString
 from vllm.config import VllmConfig
 from vllm.core.pinned_prompt import Outcome, PoolTokens
 from vllm.engine.messages import EngineStats
-from vllm.engine.output_processor import ObservedRequest, RequestObserver
+from vllm.engine.observer import ObservedRequest, RequestObserver
 from vllm.sequence import FINISH_REASONS
 from vllm.step import SnapshotOp
 from vllm.system_prompt_store import SnapshotOutcome

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from vllm.beam_search import BeamSearch, BeamSearchOutput
 from vllm.engine.arg_utils import EngineArgs
+from vllm.engine.beam_search import BeamSearch, BeamSearchOutput
 from vllm.engine.llm_engine import LLMEngine
+from vllm.engine.search_state import Search
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import PromptType, TokensPrompt
 from vllm.outputs import RequestOutput, SystemPromptInfo
@@ -124,20 +126,28 @@ class LLM:
             BeamSearch(config, engine.tokenizer, engine.input_processor.prompt(prompt).token_ids, params)
             for prompt in _as_prompts(prompts)
         ]
+        waiting, running = deque(searches), set[str]()
         with tqdm(total=len(searches), desc="Beam searches", disable=not use_tqdm, dynamic_ncols=True) as progress:
-            while running := [search for search in searches if search.active][:concurrency_limit]:
-                active = [(search, sequence) for search in running for sequence in search.active]
-                requests: list[tuple[PromptType, int | None]] = [(sequence.tokens, None) for _, sequence in active]
-                params_of_steps = [search.step_params() for search, _ in active]
-                steps = [search.num_steps for search, _ in active]
-                outputs = iter(self._run(requests, params_of_steps, False, steps))
-                for search in running:
-                    search.advance([next(outputs).outputs[0] for _ in search.active])
-                    progress.update(not search.active)
+            try:
+                while waiting or running:
+                    while waiting and (concurrency_limit is None or len(running) < concurrency_limit):
+                        running.add(self._begin_search(waiting.popleft()))
+                    for output in engine.step():
+                        running.remove(output.request_id)
+                        progress.update()
+            except BaseException:
+                engine.abort_request(running)
+                raise
         for search in searches:
             for sequence in search.best():
                 sequence.text = engine.tokenizer.decode(sequence.tokens, params.skip_special_tokens)
         return [BeamSearchOutput(search.best()) for search in searches]
+
+    def _begin_search(self, beams: BeamSearch) -> str:
+        params, request_id = beams.sampling_params(), next(self._request_ids)
+        search = Search(beams, params, outputs=lambda _: [])
+        self.llm_engine.add_request(request_id, beams.active[0].tokens, params, search=search)
+        return request_id
 
     def add_system_prompt(
         self,
@@ -161,7 +171,6 @@ class LLM:
         requests: list[tuple[PromptType, int | None]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
-        search_steps: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
@@ -177,14 +186,11 @@ class LLM:
             )
         ids: list[str] = []
         try:
-            steps: Sequence[int | None] = search_steps or [None] * len(requests)
-            for (prompt, num_system_tokens), params, step in zip(requests, all_params, steps, strict=True):
+            for (prompt, num_system_tokens), params in zip(requests, all_params, strict=True):
                 final = params.clone()
                 final.output_kind = RequestOutputKind.FINAL_ONLY
                 request_id = next(self._request_ids)
-                self.llm_engine.add_request(
-                    request_id, prompt, final, num_system_tokens=num_system_tokens, search_step=step
-                )
+                self.llm_engine.add_request(request_id, prompt, final, num_system_tokens=num_system_tokens)
                 ids.append(request_id)
             outputs = self._finish(len(ids), use_tqdm)
         except BaseException:

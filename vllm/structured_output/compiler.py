@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import BinaryIO, cast
+from typing import BinaryIO, ClassVar, cast
 
 import msgspec
 
@@ -38,7 +39,12 @@ class ConstraintCompiler:
 
     Args:
         config: Whose tokenizer and vocabulary.
+
+    Attributes:
+        process_command: Starts the process, which takes its arguments and its jobs from standard input.
     """
+
+    process_command: ClassVar[Sequence[str]] = (sys.executable, "-m", "vllm.structured_output.compile_server")
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
@@ -119,7 +125,7 @@ class ConstraintCompiler:
         # One thread: the process forks, and libraries' threads do not survive that.
         one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.structured_output.compile_server"],
+            self.process_command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **one, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},

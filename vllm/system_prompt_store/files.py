@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -111,19 +112,22 @@ def tensor_name(index: int, num_layers: int) -> str:
     return f"k.{index}" if index < num_layers else f"v.{index - num_layers}"
 
 
-def safetensors_header(num_layers: int, num_blocks: int, block_bytes: int) -> bytes:
+def safetensors_header(num_blocks: int, block_bytes: Sequence[int]) -> bytes:
     """All that a safetensors file of such an image has ahead of its data.
 
     It follows from the shape alone, so a reader compares it and never parses what it finds.
+
+    Args:
+        block_bytes: Bytes of a block in K of every layer, then in V of every layer.
     """
-    size = num_blocks * block_bytes
+    ends = [num_blocks * end for end in accumulate(block_bytes, initial=0)]
     entries = {
-        tensor_name(i, num_layers): {
+        tensor_name(i, len(block_bytes) // 2): {
             "dtype": "U8",
-            "shape": [num_blocks, block_bytes],
-            "data_offsets": [i * size, (i + 1) * size],
+            "shape": [num_blocks, size],
+            "data_offsets": [ends[i], ends[i + 1]],
         }
-        for i in range(2 * num_layers)
+        for i, size in enumerate(block_bytes)
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

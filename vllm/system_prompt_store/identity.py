@@ -10,7 +10,7 @@ import msgspec
 
 from vllm.config import ModelConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings")
 _NOT_OF_THE_NETWORK = ("_name_or_path", "transformers_version", "architectures", *_ROPE_KEYS)
@@ -27,7 +27,8 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kv_dtype: Of the K/V bytes.
         arithmetic: Which of several ways to multiply the processor takes, where they round differently.
         layout: How the attention backend orders the bytes inside a block.
-        num_layers, block_bytes, block_size: Shape of one rank's K (or V): bytes of a block in a layer, tokens in it.
+        block_bytes: Bytes of a block of one rank in K of every layer, then in V of every layer.
+        block_size: Tokens in a block.
         rank, num_ranks: Which share of the KV heads it is.
     """
 
@@ -42,8 +43,7 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: str
     arithmetic: str
     layout: str
-    num_layers: int
-    block_bytes: int
+    block_bytes: tuple[int, ...]
     block_size: int
     rank: int
     num_ranks: int
@@ -65,7 +65,7 @@ def snapshot_identity(
     arithmetic: str,
     layout: str,
     block_size: int,
-    block_bytes: int,
+    block_bytes: tuple[int, ...],
     rank: int,
     num_ranks: int,
 ) -> SnapshotIdentity:
@@ -86,7 +86,6 @@ def snapshot_identity(
         kv_dtype=kv_dtype,
         arithmetic=arithmetic,
         layout=layout,
-        num_layers=model.num_layers,
         block_bytes=block_bytes,
         block_size=block_size,
         rank=rank,

@@ -61,7 +61,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         manifest = msgspec.json.decode(data, type=cls)  # its errors are ValueErrors
         if manifest.digest != manifest._expected_digest():
             raise ValueError("it does not match its own digest")
-        if len(manifest.tensor_digests) != 2 * manifest.identity.num_layers:
+        if len(manifest.tensor_digests) != len(manifest.identity.block_bytes):
             raise ValueError("it does not list every tensor")
         return manifest
 

@@ -14,7 +14,7 @@ import hashlib
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -97,12 +97,12 @@ class SnapshotStore:
         self._hard = {record.prompt_id for _, record in found if record.pin == "hard"}
         return [record for _, record in found]
 
-    def read(self, record: SnapshotRecord, image: np.ndarray) -> SnapshotOutcome:
+    def read(self, record: SnapshotRecord, image: Sequence[np.ndarray]) -> SnapshotOutcome:
         """Fills `image` with a prompt's K/V; on any other outcome than OK its bytes are worth nothing.
 
         Args:
             record: What is asked for; tokens, start and size are compared with what the snapshot says.
-            image: uint8 [2 * num_layers, num_blocks, block_bytes], contiguous.
+            image: K of every layer, then V; uint8 [num_blocks, block_bytes] each, contiguous.
         """
         path = self.folder / self._name(record.prompt_id)
         try:
@@ -122,7 +122,7 @@ class SnapshotStore:
         self._touch(path)
         return SnapshotOutcome.OK
 
-    def _check(self, manifest: Manifest, record: SnapshotRecord, image: np.ndarray) -> None:
+    def _check(self, manifest: Manifest, record: SnapshotRecord, image: Sequence[np.ndarray]) -> None:
         differences = self.identity.differences(manifest.identity)
         if differences:
             raise _MismatchError(f"it is of another setup ({', '.join(differences)})")
@@ -130,20 +130,20 @@ class SnapshotStore:
         wanted = (record.prompt_id, record.token_ids, record.start, record.num_blocks)
         if (found.prompt_id, found.token_ids, found.start, found.num_blocks) != wanted:
             raise _MismatchError("it is of other tokens")
-        if image.shape != (2 * self.identity.num_layers, record.num_blocks, self.identity.block_bytes):
+        if [tensor.shape for tensor in image] != [(record.num_blocks, size) for size in self.identity.block_bytes]:
             raise _MismatchError("it has another shape")
 
-    def _read_tensors(self, path: Path, manifest: Manifest, image: np.ndarray) -> None:
-        header = files.safetensors_header(self.identity.num_layers, *image.shape[1:])
+    def _read_tensors(self, path: Path, manifest: Manifest, image: Sequence[np.ndarray]) -> None:
+        header = files.safetensors_header(manifest.record.num_blocks, self.identity.block_bytes)
         descriptor = files.open_regular(path)
         try:
-            if os.fstat(descriptor).st_size != len(header) + image.nbytes:
+            if os.fstat(descriptor).st_size != len(header) + sum(tensor.nbytes for tensor in image):
                 raise ValueError(f"{path.name} has not the size that it must have")
             if os.read(descriptor, len(header)) != header:
                 raise ValueError(f"{path.name} has another header than it must have")
             for i, expected in enumerate(manifest.tensor_digests):
                 if files.read_tensor(descriptor, image[i]) != expected:
-                    name = files.tensor_name(i, self.identity.num_layers)
+                    name = files.tensor_name(i, len(image) // 2)
                     raise ValueError(f"tensor {name} does not match its checksum")
         finally:
             os.close(descriptor)
@@ -162,18 +162,18 @@ class SnapshotStore:
 
     # Changing --------------------------------------------------------------------------------------------------
 
-    def write(self, record: SnapshotRecord, image: np.ndarray) -> SnapshotOutcome:
+    def write(self, record: SnapshotRecord, image: Sequence[np.ndarray]) -> SnapshotOutcome:
         """Writes a snapshot in place of an older one of the same prompt, and makes room for it first.
 
         Args:
-            image: uint8 [2 * num_layers, num_blocks, block_bytes], contiguous.
+            image: K of every layer, then V; uint8 [num_blocks, block_bytes] each, contiguous.
         """
-        header = files.safetensors_header(self.identity.num_layers, *image.shape[1:])
+        header = files.safetensors_header(record.num_blocks, self.identity.block_bytes)
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         held: int | None = None
         try:
             files.private_folder(self.folder)
-            needed = len(header) + image.nbytes + self._manifest_bytes(record)
+            needed = len(header) + sum(tensor.nbytes for tensor in image) + self._manifest_bytes(record)
             if not self._make_room(needed, self._name(record.prompt_id)):
                 logger.warning(
                     "No snapshot of %s: it takes %d bytes, more than --system-prompt-cache-dir-gib allows (%d bytes).",
@@ -184,7 +184,7 @@ class SnapshotStore:
                 return SnapshotOutcome.TOO_LARGE
             temporary.mkdir(mode=0o700)
             held = files.lock(temporary)
-            digests = [hashlib.sha256(tensor).hexdigest() for tensor in image]
+            digests = [hashlib.sha256(tensor.data).hexdigest() for tensor in image]
             files.write_file(temporary / files.TENSORS_FILE, self._pieces(header, image))
             manifest = Manifest(self.identity, record, digests)
             files.write_file(temporary / files.MANIFEST_FILE, [manifest.encode()])
@@ -228,7 +228,7 @@ class SnapshotStore:
         files.remove(path)
         return SnapshotOutcome.ERROR if path.exists() else SnapshotOutcome.OK
 
-    def _pieces(self, header: bytes, image: np.ndarray) -> Iterator[bytes | memoryview]:
+    def _pieces(self, header: bytes, image: Sequence[np.ndarray]) -> Iterator[bytes | memoryview]:
         yield header
         for tensor in image:
             yield from files.pieces_of(tensor)
@@ -268,7 +268,7 @@ class SnapshotStore:
         return total + needed <= self.max_bytes
 
     def _manifest_bytes(self, record: SnapshotRecord) -> int:
-        digests = ["0" * 64] * (2 * self.identity.num_layers)
+        digests = ["0" * 64] * (len(self.identity.block_bytes))
         return len(Manifest(self.identity, record, digests).encode())
 
     def _is_hard(self, name: str) -> bool:

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
+from vllm.transformers_utils.architectures import ARCHITECTURES
 from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from vllm.transformers_utils.gguf import gguf_config, gguf_file
 from vllm.transformers_utils.llama_config import LlamaConfig
@@ -20,7 +21,6 @@ from vllm.transformers_utils.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 # What config.json may hold besides the fields: older spellings, and what is refused by name.
 _ALSO_READ = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config"}
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -95,14 +95,17 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
     if overrides:
         source += " with --hf-overrides"
         values |= overrides
-        unknown = sorted(overrides.keys() - LlamaConfig().to_dict().keys() - _ALSO_READ)
-        if unknown:
-            logger.warning("--hf-overrides holds %s, unknown to a Llama's configuration.", ", ".join(unknown))
     _check_values(source, values)
-    architectures = values.get("architectures") or []
-    if values.get("model_type") != "llama" or not set(architectures) <= set(SUPPORTED_ARCHITECTURES):
-        found = ", ".join(map(str, architectures)) or f"model type {values.get('model_type')!r}"
-        raise StartupError(f"{source} holds {found}; supported is {', '.join(SUPPORTED_ARCHITECTURES)}.")
+    _check_architecture(source, values)
+    if overrides:
+        known = _config_class(values["model_type"])().to_dict().keys()
+        unknown = sorted(overrides.keys() - known - _ALSO_READ)
+        if unknown:
+            logger.warning(
+                "--hf-overrides holds %s, unknown to the configuration of model type %s.",
+                ", ".join(unknown),
+                values["model_type"],
+            )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
         raise StartupError(f"{source} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
@@ -114,7 +117,27 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
 
 def hf_config_of(values: dict[str, Any]) -> PretrainedConfig:
     """The configuration whose fields are `values`, by the names of config.json: what its own JSON holds."""
-    return LlamaConfig.from_dict(values)
+    return _config_class(values["model_type"]).from_dict(values)
+
+
+def _config_class(model_type: str) -> type[PretrainedConfig]:
+    if model_type == LlamaConfig.model_type:
+        return LlamaConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # loads what a Llama does not need
+
+    return CONFIG_MAPPING[model_type]
+
+
+def _check_architecture(source: str, values: dict[str, Any]) -> None:
+    """Raises StartupError where the architecture is not supported; names it where a Llama's file does not."""
+    architectures, model_type = values.get("architectures") or [], values.get("model_type")
+    if not architectures and model_type == LlamaConfig.model_type:
+        architectures = values["architectures"] = ["LlamaForCausalLM"]
+    if not architectures or any(ARCHITECTURES.get(name) != model_type for name in architectures):
+        found = ", ".join(map(str, architectures)) or "no architecture"
+        raise StartupError(
+            f"{source} holds {found} of model type {model_type!r}; supported architectures: {', '.join(ARCHITECTURES)}."
+        )
 
 
 def _check_values(source: str, values: Mapping[str, Any]) -> None:

@@ -15,14 +15,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from vllm.attention.backends.triton import ReplayBuffers, TritonAttentionBackend
+from vllm.attention.backends.triton import TritonAttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import PrefixGroup
-from vllm.host_staging import write
+from vllm.attention.replay import ReplayPlans
 from vllm.logger import init_logger
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
 from vllm.model_executor.layers.sampler import Sampler
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.base import CausalLM
+from vllm.ops.attention.metadata import PrefixGroup
+from vllm.ops.sampling import LATER, NO_MASK
+from vllm.ops.staging import write
 from vllm.worker.cache_engine import CacheEngine
 
 logger = init_logger(__name__)
@@ -77,7 +78,7 @@ class GraphRunner:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         cache: CacheEngine,
         backend: TritonAttentionBackend,
         token_ids: torch.Tensor,
@@ -98,9 +99,9 @@ class GraphRunner:
         self._mixed_sizes = [n for n in _MIXED_SIZES if n <= max_num_batched_tokens]
         self.max_mixed_tokens = max(self._mixed_sizes, default=0)
         most = max(max_num_seqs, self.max_mixed_tokens)
-        self._buffers = ReplayBuffers(backend, most, cache.block_tables, cache.block_size)
+        self._plans = ReplayPlans(backend, model.attention_specs, most, cache.block_tables, cache.block_size)
         device = token_ids.device
-        self._logits = torch.empty((max_num_seqs, sampler.vocab_size), dtype=backend.dtype, device=device)
+        self._logits = torch.empty((max_num_seqs, sampler.vocab_size), dtype=model.dtype, device=device)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         # Which rows are not drawn by the step itself.
         self._later = torch.full((max_num_seqs,), NO_MASK, dtype=torch.int64, device=device)
@@ -108,13 +109,13 @@ class GraphRunner:
         self._decode: dict[int, CapturedDecode] = {}
         self._mixed: dict[int, CapturedMixed] = {}
         nothing = self._inputs(most, *np.zeros((3, 0), np.int64))
-        self._buffers.fill(nothing, np.zeros((0, 4), np.int64), [], decode=False)
+        self._plans.fill(nothing, np.zeros((0, 4), np.int64), [], decode=False)
 
     @torch.inference_mode()
     def capture(self) -> None:
         started = time.perf_counter()
         # Whatever is set up by a first launch must not fall into a capture.
-        with self._model.only_outer_layers():
+        with self._model.only_layers(self._model.layer_kinds()):
             self.run_all()
         torch.cuda.synchronize()
         pool = torch.cuda.graph_pool_handle()
@@ -162,21 +163,21 @@ class GraphRunner:
 
     def _draw_inputs(self, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Logits, rows, tokens so far (less the one that the step computes), tokens of all rows, place of the drawn."""
-        rows, positions, _ = self._buffers.inputs[:, :batch]
+        rows, positions, _ = self._plans.inputs[:, :batch]
         return self._logits[:batch], rows, positions, self._token_ids, self._drawn[:batch]
 
     def _mixed_step(self, tokens: int) -> torch.Tensor:
         return self._forward(tokens, decode=False, plain=False)
 
     def _forward(self, tokens: int, *, decode: bool, plain: bool) -> torch.Tensor:
-        rows, positions, own = self._buffers.inputs[:, :tokens]
+        rows, positions, own = self._plans.inputs[:, :tokens]
         block_size = self._cache.block_size
         inside = own.clamp(min=0)
         tables = self._cache.block_tables
         blocks = tables[rows.clamp(max=tables.shape[0] - 1), inside // block_size]
         context = ForwardContext(
             backend=self._backend,
-            prepared=self._buffers.prepared(tokens, decode=decode, plain=plain),
+            prepared=self._plans.prepared(tokens, decode=decode, plain=plain),
             positions=positions,
             slot_mapping=torch.where(own < 0, -1, blocks * block_size + inside % block_size),
             k_caches=self._cache.k_caches,
@@ -218,7 +219,7 @@ class GraphRunner:
         sequences[:, 2] = own + 1
         sequences[:, 3] = rows
         inputs = self._inputs(batch, rows, positions, own)
-        plain = self._buffers.fill(inputs, sequences, groups, decode=True)
+        plain = self._plans.fill(inputs, sequences, groups, decode=True)
         cut = self._sampler.rows.is_cut[rows]
         if later or self._any_later:
             when = np.full(len(self._later), NO_MASK)
@@ -249,7 +250,7 @@ class GraphRunner:
         Returns hidden states [n, hidden_size]; overwritten by the next call.
         """
         tokens = next(n for n in self._mixed_sizes if n >= len(rows))
-        self._buffers.fill(self._inputs(tokens, rows, positions, own), sequences, groups, decode=False)
+        self._plans.fill(self._inputs(tokens, rows, positions, own), sequences, groups, decode=False)
         step = self._mixed[tokens]
         step.graph.replay()
         return step.hidden[: len(rows)]

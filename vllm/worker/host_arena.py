@@ -14,7 +14,7 @@ from __future__ import annotations
 import mmap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -22,12 +22,13 @@ import torch
 
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
+from vllm.platforms.devices import is_gpu
 
 logger = init_logger(__name__)
 
 _SLAB = 16 << 20
-# Slabs locked ahead: a prompt of 8,192 tokens of Llama-3.1-8B.
-_AHEAD = 64
+# Slabs locked ahead: four prompts of 8,192 tokens of Llama-3.1-8B; but no more than an eighth of the arena.
+_AHEAD = 256
 _THREADS = 3
 _PAUSE_S = 0.002
 
@@ -63,25 +64,58 @@ class HostArena:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
-        if device.type == "cuda":
+        if is_gpu(device):
             self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="host-memory")
 
     def lock_first(self) -> None:
         """Locks the slabs that are used first, in threads."""
         self._lock_ahead(-(-len(self.tensor) // _SLAB) - 1)
 
-    def parts_of(self, view: torch.Tensor) -> Iterator[slice]:
-        """Makes a contiguous part of the arena ready to be copied from or to, perhaps waiting for that. Returns the
-        parts of it that lie in one slab each, in bytes: a copy must not cross from one to the next, since they are
-        locked one by one."""
-        start = int(view.storage_offset())
-        first, end = start, start + view.numel()
-        while first < end:
-            slab = first // _SLAB
-            self._prepare(slab)
-            stop = min(end, (slab + 1) * _SLAB)
-            yield slice(first - start, stop - start)
-            first = stop
+    def parts_of(self, first: int, width: int, pitch: int, height: int) -> Iterator[tuple[int, int, slice]]:
+        """Makes a rectangle of the arena ready to be copied from or to, perhaps waiting for that.
+
+        Args:
+            first: Byte at which its first row begins.
+            width, height: Bytes of a row, and rows.
+            pitch: Bytes from one row to the next.
+
+        Returns the parts of it that lie in one slab each, as first row, rows, and columns: a copy must not cross from
+        one slab to the next, since they are locked one by one.
+        """
+        row = 0
+        while row < height:
+            start = first + row * pitch
+            end = (start // _SLAB + 1) * _SLAB
+            rows = min(height - row, (end - start - width) // pitch + 1) if width <= end - start else 0
+            if rows:
+                self._prepare(start // _SLAB)
+                yield row, rows, slice(0, width)
+                row += rows
+                continue
+            column = 0
+            while column < width:
+                slab = (start + column) // _SLAB
+                self._prepare(slab)
+                stop = min(width, (slab + 1) * _SLAB - start)
+                yield row, 1, slice(column, stop)
+                column = stop
+            row += 1
+
+    def prepare(self, first: int, num_bytes: int) -> Callable[[], None]:
+        """Has a part of the arena made ready to be written by the host; returns what waits until it is.
+
+        Making memory ready fills it with zeros, so what is written before would be lost.
+        """
+        slabs = range(first // _SLAB, -(-(first + num_bytes) // _SLAB)) if self._threads is not None else range(0)
+        for slab in slabs:
+            self._lock_ahead(slab)
+        ready = [self._slabs[slab] for slab in slabs]
+
+        def wait() -> None:
+            for slab in ready:
+                slab.result()
+
+        return wait
 
     def _prepare(self, slab: int) -> None:
         if self._threads is not None:
@@ -92,7 +126,8 @@ class HostArena:
         """Has a slab locked, and those that are used next: the tier is filled from its end on."""
         if self._threads is None:
             return
-        for ahead in range(slab, max(-1, slab - _AHEAD), -1):
+        count = max(1, min(_AHEAD, len(self.tensor) // _SLAB // 8))
+        for ahead in range(slab, max(-1, slab - count), -1):
             if ahead not in self._slabs:
                 self._slabs[ahead] = self._threads.submit(self._lock, ahead)
 

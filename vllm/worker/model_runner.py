@@ -11,12 +11,13 @@ import torch
 
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.layer import ForwardContext
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.host_staging import to_device, write
-from vllm.model_executor.layers.ops.cpu_kernels import CompiledSteps, SequenceRows
-from vllm.model_executor.layers.ops.sampling import NO_MASK
 from vllm.model_executor.layers.sampler import PROMPT_LOGPROB_ROWS, LogprobTensors, Sampler, TokenMasks
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.base import CausalLM
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
+from vllm.ops.sampling import NO_MASK
+from vllm.ops.staging import to_device, write
+from vllm.platforms.devices import is_gpu
 from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.running_step import Draw
@@ -44,7 +45,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: LlamaForCausalLM,
+        model: CausalLM,
         cache: CacheEngine,
         backend: AttentionBackend,
         vocab_size: int,
@@ -67,11 +68,11 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(num_rows, np.int64)
         self.graphs: GraphRunner | None = None
         self._compiled: CompiledSteps | None = None
-        if model.packed is not None:
+        if not is_gpu(device):
             rows = SequenceRows(
                 self.token_ids, cache.block_tables, torch.from_numpy(self._prefix_len), cache.block_size
             )
-            self._compiled = model.packed.steps(rows, cache.k_caches, cache.v_caches)
+            self._compiled = model.compiled_steps(rows, cache.k_caches, cache.v_caches)
 
     def capture_graphs(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         """Captures decode steps and small mixed steps, to be replayed from then on. Needs a GPU; does nothing for
@@ -99,10 +100,10 @@ class ModelRunner:
             capture: Steps will be captured.
             num_logprobs: Most likely tokens that a request may ask for.
         """
-        from vllm.kernel_launch import compiling_ahead
+        from vllm.ops.launch import compiling_ahead
 
         graphs = self._make_graphs(num_seqs, num_tokens) if capture else None
-        with compiling_ahead(), self.model.only_outer_layers():
+        with compiling_ahead(), self.model.only_layers(self.model.layer_kinds()):
             self._run_typical_batches(num_tokens)
             self._run_largest_draw(num_seqs, num_logprobs)
             if graphs is not None:
@@ -110,8 +111,8 @@ class ModelRunner:
         self._run_largest_draw(num_seqs, num_logprobs)
 
     def _run_largest_draw(self, num_seqs: int, num_logprobs: int) -> None:
-        weight = self.model.norm.weight
-        hidden = torch.zeros((max(num_seqs, PROMPT_LOGPROB_ROWS), len(weight)), dtype=weight.dtype, device=self.device)
+        shape = (max(num_seqs, PROMPT_LOGPROB_ROWS), self.model.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
         self.sampler.take_memory(self.model.logits(hidden), self.token_ids, num_logprobs)
 
     @torch.inference_mode()
@@ -309,6 +310,7 @@ class ModelRunner:
             extents = self._prefix[row]
             if dense is not None and dense[i]:
                 extents = (*extents, *_head(self._own_extents[row], dense[i]))
+            position = 0
             for extent in extents:
                 at = latest.get(extent.start_block)
                 last = groups[at] if at is not None else None
@@ -319,7 +321,8 @@ class ModelRunner:
                 else:
                     latest[extent.start_block] = len(groups)
                     slot = extent.start_block * self.cache.block_size
-                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens))
+                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens, position))
+                position += extent.num_tokens
             token += count
         return groups
 
@@ -333,7 +336,7 @@ class ModelRunner:
         """Hidden states of the tokens `wanted`, or of all."""
         context = ForwardContext(
             backend=self.backend,
-            prepared=self.backend.prepare(metadata),
+            prepared=self.backend.prepare(metadata, self.model.attention_specs),
             positions=positions,
             slot_mapping=metadata.slot_mapping,
             k_caches=self.cache.k_caches,
@@ -367,7 +370,7 @@ class ModelRunner:
             if len(picked) < len(rows):
                 rows, num_tokens = rows[picked], num_tokens[picked]
             masks = self._token_masks(plan, picked, token_masks)
-            if self.device.type == "cpu" and masks is None and self.sampler.takes_most_likely(rows):
+            if not is_gpu(self.device) and masks is None and self.sampler.takes_most_likely(rows):
                 # Without the logits of a whole row in memory.
                 drawn = self.model.most_likely(hidden)
                 self.token_ids[torch.from_numpy(rows), torch.from_numpy(num_tokens)] = drawn
@@ -415,7 +418,7 @@ class ModelRunner:
 
     def _fetch(self, tensors: list[torch.Tensor]) -> Callable[[], list[np.ndarray]]:
         """Starts bringing tensors to the host; returns a function that waits for them."""
-        if self.device.type == "cpu":
+        if not is_gpu(self.device):
             return lambda: [tensor.numpy() for tensor in tensors]
         copies = []
         for tensor in tensors:
@@ -467,10 +470,4 @@ def _head(extents: tuple[PrefixExtent, ...], num_tokens: int) -> list[PrefixExte
 
 def _joined(parts: list[LogprobTensors], tables: Iterator[np.ndarray]) -> PositionLogprobs:
     """The positions of several parts, whose tables come next."""
-    joined = PositionLogprobs([], [], [])
-    for part in parts:
-        for entry in part.by_row(next(tables)).values():
-            joined.token_ids += entry.token_ids
-            joined.logprobs += entry.logprobs
-            joined.ranks += entry.ranks
-    return joined
+    return PositionLogprobs.joined([part.by_row(next(tables))[0] for part in parts])

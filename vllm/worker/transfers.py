@@ -3,7 +3,7 @@
     device  ⇄  image on the host  ⇄  disk
        slices, in steps      a thread
 
-An image is one array, uint8 [2 * num_layers, num_blocks, block_bytes]: K of every layer, then V. It lies in the host
+An image is K of every layer, then V, uint8 [num_blocks, block_bytes] each, one after the other. It lies in the host
 tier, or in memory of its own until the plan drops it.
 """
 
@@ -15,11 +15,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm.logger import init_logger
+from vllm.ops.driver_copy import copy_rectangle, max_pitch
+from vllm.platforms.devices import on_gpu
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, StepPlan
 from vllm.system_prompt_store import SnapshotOutcome, SnapshotStore
 from vllm.worker.cache_engine import CacheEngine
@@ -46,9 +50,15 @@ class ExtentTransfers:
     def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
         caches = (*cache.k_caches, *cache.v_caches)
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
-        self._block_bytes = self._caches[0].shape[1]
-        self._on_gpu = caches[0].device.type == "cuda"
-        self._arena = HostArena(host_blocks * len(caches) * self._block_bytes, caches[0].device)
+        self._block_bytes = [tensor.shape[1] for tensor in self._caches]
+        self._all_block_bytes = sum(self._block_bytes)
+        # Whether a tensor lies right behind the one before it, which is of its size.
+        self._follows = [False] + [
+            a.shape == b.shape and b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(self._caches)
+        ]
+        self._on_gpu = on_gpu(caches[0])
+        self._max_pitch = max_pitch(caches[0].device.index) if self._on_gpu else 0
+        self._arena = HostArena(host_blocks * self._all_block_bytes, caches[0].device)
         self._own: dict[str, torch.Tensor] = {}
         self._store = store
         self._stream: torch.cuda.Stream | None = None
@@ -107,26 +117,56 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            for layer, there, here in _pieces_of(transfer, len(self._caches)):
-                on_host, on_device = image[layer, there], self._caches[layer][here]
-                source, target = (on_device, on_host) if transfer.to_host else (on_host, on_device)
-                if not self._on_gpu:
-                    # A slice is small: waking torch's threads for it costs more than copying it.
-                    np.copyto(target.numpy(), source.numpy())
-                elif transfer.image.start is None:
-                    target.copy_(source, non_blocking=True)
+            for area in _areas_of(transfer, self._block_bytes, self._follows):
+                if self._on_gpu and transfer.image.start is not None:
+                    self._copy_area(image, area, transfer.to_host)
                 else:
-                    for part in self._arena.parts_of(on_host):
-                        target.view(-1)[part].copy_(source.view(-1)[part], non_blocking=True)
+                    self._copy_rows(image, area, transfer.to_host)
 
-    def _image(self, image: HostImage) -> torch.Tensor:
-        shape = (len(self._caches), image.num_blocks, self._block_bytes)
-        if image.start is None:
+    def _copy_rows(self, image: list[torch.Tensor], area: Area, to_host: bool) -> None:
+        """An area between the device and memory that is not page-locked, or that is not a GPU's at all."""
+        here = slice(area.here, area.here + area.num_blocks)
+        for i in range(area.first, area.first + area.num_tensors):
+            on_host, on_device = image[i][area.there : area.there + area.num_blocks], self._caches[i][here]
+            source, target = (on_device, on_host) if to_host else (on_host, on_device)
+            if self._on_gpu:
+                target.copy_(source, non_blocking=True)
+            else:
+                # A slice is small: waking torch's threads for it costs more than copying it.
+                np.copyto(target.numpy(), source.numpy())
+
+    def _copy_area(self, image: list[torch.Tensor], area: Area, to_host: bool) -> None:
+        """An area between a GPU and the host tier, by as few orders to the driver as may be."""
+        on_host, on_device = image[area.first], self._caches[area.first]
+        block, pitch = self._block_bytes[area.first], on_host.nbytes
+        first = int(on_host.storage_offset()) + area.there * block
+        host = self._arena.tensor.data_ptr() + first
+        for row, rows, columns in self._arena.parts_of(first, area.num_blocks * block, pitch, area.num_tensors):
+            # Tensors further apart than the driver can go by go one by one.
+            step = rows if on_device.nbytes <= self._max_pitch else 1
+            for i in range(row, row + rows, step):
+                copy_rectangle(
+                    host + i * pitch + columns.start,
+                    pitch,
+                    self._caches[area.first + i].data_ptr() + area.here * block + columns.start,
+                    on_device.nbytes if step > 1 else pitch,
+                    columns.stop - columns.start,
+                    step,
+                    to_host=to_host,
+                )
+
+    def _image(self, image: HostImage) -> list[torch.Tensor]:
+        """Its tensors; uint8 [num_blocks, block_bytes] each."""
+        size = image.num_blocks * self._all_block_bytes
+        if image.start is not None:
+            first = image.start * self._all_block_bytes
+            flat = self._arena.tensor[first : first + size]
+        else:
             if image.prompt_id not in self._own:
-                self._own[image.prompt_id] = torch.empty(shape, dtype=torch.uint8)
-            return self._own[image.prompt_id]
-        block = len(self._caches) * self._block_bytes
-        return self._arena.tensor[image.start * block : (image.start + image.num_blocks) * block].view(shape)
+                self._own[image.prompt_id] = torch.empty(size, dtype=torch.uint8)
+            flat = self._own[image.prompt_id]
+        parts = flat.split([image.num_blocks * block for block in self._block_bytes])
+        return [part.view(image.num_blocks, -1) for part in parts]
 
     # Snapshots -------------------------------------------------------------------------------------------------
 
@@ -137,13 +177,20 @@ class ExtentTransfers:
             raise RuntimeError("a plan has work on snapshots, but none are kept")
         if job.image is None:
             return (lambda: store.update(record)) if job.op == "update" else (lambda: store.delete(record.prompt_id))
-        array = self._image(job.image).numpy()
+        tensors = self._image(job.image)
+        arrays = [tensor.numpy() for tensor in tensors]
+        ready = None
+        if job.image.start is not None:
+            size = job.image.num_blocks * self._all_block_bytes
+            ready = self._arena.prepare(int(tensors[0].storage_offset()), size)
 
         def work() -> str:
+            if ready is not None:
+                ready()
             # Copies that fill what is written, or that still read what was in this memory before.
             if self._copied is not None:
                 self._copied.synchronize()
-            return store.read(record, array) if job.op == "load" else store.write(record, array)
+            return store.read(record, arrays) if job.op == "load" else store.write(record, arrays)
 
         return work
 
@@ -169,25 +216,54 @@ class ExtentTransfers:
         self._arena.close()
 
 
-def _pieces_of(transfer: ExtentCopy, num_layers: int) -> Iterator[tuple[int, slice, slice]]:
-    """What a copy is of: layers, blocks of the image in them, and the blocks of the device that these are.
+class Area(NamedTuple):
+    """Neighbouring blocks of neighbouring K/V tensors of one size.
 
-    Copies carry whole layers one after the other, as many bytes as their blocks take in all layers. So each lies in one
-    piece in the image: where memory is used for the first time, that costs by the piece that the system hands out, and
-    some blocks of every layer at a time would touch all of these in the first copy.
+    Attributes:
+        first, num_tensors: The tensors.
+        there: First block in the image.
+        here: First block on the device.
+        num_blocks: Blocks of each tensor.
     """
-    num_blocks = transfer.image.num_blocks
-    row, end = transfer.first * num_layers, (transfer.first + transfer.count) * num_layers
-    while row < end:
-        layer, block = divmod(row, num_blocks)
-        stop = min(num_blocks, block + end - row)
-        row += stop - block
+
+    first: int
+    num_tensors: int
+    there: int
+    here: int
+    num_blocks: int
+
+
+def _areas_of(transfer: ExtentCopy, block_bytes: list[int], follows: list[bool]) -> Iterator[Area]:
+    """What a copy is of.
+
+    Copies carry whole tensors one after the other, as many bytes as their blocks take in all of them. So each lies in
+    one piece in the image: where memory is used for the first time, that costs by the piece that the system hands out,
+    and some blocks of every layer at a time would touch all of these in the first copy. A block that a boundary falls
+    into belongs to the copy that it begins in.
+
+    Args:
+        block_bytes: Bytes of a block in each tensor.
+        follows: Whether a tensor lies right behind the one before it, which is of its size.
+    """
+    num_blocks, bytes_of_all = transfer.image.num_blocks, sum(block_bytes)
+    begin, end = transfer.first * bytes_of_all, (transfer.first + transfer.count) * bytes_of_all
+    # (first tensor, tensors, first block of each, end) of what may go together.
+    runs: list[tuple[int, int, int, int]] = []
+    offset = 0
+    for i, size in enumerate(block_bytes):
+        block, stop = (min(num_blocks, max(0, -((offset - at) // size))) for at in (begin, end))
+        offset += num_blocks * size
+        if runs and follows[i] and runs[-1][0] + runs[-1][1] == i and runs[-1][2:] == (block, stop):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, block, stop)
+        elif block < stop:
+            runs.append((i, 1, block, stop))
+    for i, tensors, block, stop in runs:
         before = 0
-        for start, size in transfer.extents:
-            first, last = max(block, before), min(stop, before + size)
+        for start, count in transfer.extents:
+            first, last = max(block, before), min(stop, before + count)
             if first < last:
-                yield layer, slice(first, last), slice(start + first - before, start + last - before)
-            before += size
+                yield Area(i, tensors, first, start + first - before, last - first)
+            before += count
 
 
 def _give_way() -> None:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from vllm.attention.backends import AttentionShape, get_backend
+from vllm.attention.backends import get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
-from vllm.model_executor.layers.ops import cpu_kernels
+from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
+from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
+from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.model_loader.load import load_model
+from vllm.model_executor.models.decoder import Build, attention_specs
+from vllm.model_executor.models.registry import decoder_spec
+from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.platforms import current_platform
+from vllm.platforms.devices import is_gpu
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
@@ -39,57 +46,68 @@ class Worker:
         self.platform = current_platform(config.device)
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.model.dtype)
-        self.backend = get_backend(config.attention_backend, self._attention_shape(), self.device)
-        compiled = isinstance(self.backend, CpuAttentionBackend)
-        if config.model.quantization is not None and not compiled:
-            raise StartupError(
-                f"--quantization {config.model.quantization} is of the compiled CPU kernels, which do not serve here "
-                f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
-            )
-        if self.device.type == "cpu":
+        self.spec = decoder_spec(config.model.hf_config, config.model.max_model_len)
+        try:
+            wishes = attention_specs(self.spec, self.tp, self.dtype)
+        except ValueError as error:
+            raise StartupError(f"{config.model.model} cannot be built: {error}.") from None
+        self.backend = get_backend(config.attention_backend, wishes, config.cache.block_size, self.device)
+        if not is_gpu(self.device):
             torch.set_num_threads(self.platform.num_threads())
         started = time.perf_counter()
         try:
-            self.model = load_model(config.model, self.tp, self.device)
+            build = self._build()
+            self.model = load_model(config.model, self.spec, build, self.device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
             ) from None
-        if compiled:
-            self.model.pack_for_cpu(int8=config.model.quantization is not None)
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
+        self._is_packed = isinstance(build.method, CpuPacked) or isinstance(self.backend, CpuAttentionBackend)
         self.runner: ModelRunner | None = None
         self.transfers: ExtentTransfers | None = None
         self._step_bytes = 0
         self._snapshots: list[SnapshotRecord] = []
 
-    def _attention_shape(self) -> AttentionShape:
-        model = self.config.model
-        return AttentionShape(
-            self.tp.divide(model.num_attention_heads, "attention heads"),
-            self.tp.divide(model.num_kv_heads, "KV heads"),
-            model.head_dim,
-            self.dtype,
-            self.config.cache.block_size,
-        )
+    def _build(self) -> Build:
+        """How the network is made: packed for the compiled CPU kernels where they serve, and where its sizes fit.
+
+        Raises:
+            StartupError: int8 was asked for, and they do not.
+        """
+        config = self.config
+        packs = config.attention_backend.upper() == "CPU" and cpu_kernels.library() is not None
+        int8 = config.model.quantization is not None
+        if int8 and not packs:
+            raise StartupError(
+                f"--quantization {config.model.quantization} is of the compiled CPU kernels, which do not serve here "
+                f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
+            )
+        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype)
+        if not packs:
+            return plain
+        misfit = misfit_of_sizes(self.spec, self.tp.world_size, self.dtype)
+        if misfit is not None:
+            if int8:
+                raise StartupError(f"--quantization {config.model.quantization} cannot serve this model: {misfit}.")
+            logger.warning("The compiled CPU kernels do not multiply by the weights of this model: %s.", misfit)
+            return plain
+        misfit = "it is split over ranks" if self.tp.world_size > 1 else CpuProgram.misfit(self.spec)
+        if misfit is not None:
+            logger.info("The layers of this model are computed one by one: %s.", misfit)
+        compiled = misfit is None and isinstance(self.backend, CpuAttentionBackend)
+        return replace(plain, method=CpuPacked(int8), compiled=compiled)
 
     @property
     def bytes_per_block(self) -> int:
-        model = self.config.model
-        return CacheEngine.bytes_per_block(
-            self.config.cache.block_size,
-            model.num_layers,
-            self.tp.divide(model.num_kv_heads, "KV heads"),
-            model.head_dim,
-            self.dtype.itemsize,
-        )
+        return CacheEngine.bytes_per_block(self.model.caches(), self.config.cache.block_size)
 
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
         available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
-        if self.device.type == "cuda":
+        if is_gpu(self.device):
             self._step_bytes = self._bytes_of_largest_step()
         return max(0, available - self._step_bytes)
 
@@ -120,14 +138,11 @@ class Worker:
     def _make_runner(self, num_blocks: int) -> ModelRunner:
         model, scheduler = self.config.model, self.config.scheduler
         kv = CacheEngine(
-            num_layers=model.num_layers,
+            layers=self.model.caches(),
             num_blocks=num_blocks,
             block_size=self.config.cache.block_size,
-            num_kv_heads=self.tp.divide(model.num_kv_heads, "KV heads"),
-            head_dim=model.head_dim,
             max_num_seqs=scheduler.max_num_seqs + PROMPT_ROWS,
             max_blocks_per_seq=-(-model.max_model_len // self.config.cache.block_size) + 1,
-            dtype=self.dtype,
             device=self.device,
         )
         return ModelRunner(
@@ -150,7 +165,7 @@ class Worker:
         except (MemoryError, RuntimeError) as error:
             raise self._too_large(needed, str(error).splitlines()[0]) from None
         self.transfers = self._open_tiers(self.runner.cache)
-        if self.device.type == "cuda" and not self.config.enforce_eager:
+        if is_gpu(self.device) and not self.config.enforce_eager:
             scheduler = self.config.scheduler
             try:
                 self.runner.capture_graphs(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
@@ -186,7 +201,7 @@ class Worker:
                 arithmetic=self._arithmetic(),
                 layout=self.backend.kv_layout,
                 block_size=self.config.cache.block_size,
-                block_bytes=self.bytes_per_block // (2 * model.num_layers),
+                block_bytes=kv.block_bytes(),
                 rank=self.tp.rank,
                 num_ranks=self.tp.world_size,
             )
@@ -198,7 +213,7 @@ class Worker:
         """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
         is measured at each start, and need not be the same one."""
         narrow = self.dtype != torch.float32 or self.config.model.quantization is not None
-        return str(cpu_kernels.arithmetic()) if narrow and isinstance(self.backend, CpuAttentionBackend) else ""
+        return str(cpu_kernels.arithmetic()) if narrow and self._is_packed else ""
 
     def snapshots(self) -> list[SnapshotRecord]:
         """What this rank has on disk, the last used first."""

@@ -14,7 +14,7 @@ USER = {"role": "user", "content": "Name a colour."}
 
 @pytest.fixture
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=120) as client:
         yield client
 
 

@@ -12,7 +12,7 @@ from .test_chat import stream
 
 @pytest.fixture
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=120) as client:
         yield client
 
 

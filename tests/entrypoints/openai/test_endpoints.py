@@ -6,22 +6,18 @@ import json
 import re
 import socket
 import time
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
-import psutil
 import pytest
-
-from vllm.platforms import CudaPlatform
 
 USER = {"role": "user", "content": "Write a very long story about a lighthouse."}
 
 
 @pytest.fixture
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=120) as client:
         yield client
 
 
@@ -59,15 +55,6 @@ def test_models(client, server):
     assert card["owned_by"] == "vllm"
     assert card["max_model_len"] == 2048
     assert client.get(f"/v1/models/{server.model}").json()["id"] == server.model
-
-
-@pytest.mark.skipif(CudaPlatform.is_available(), reason="GPUs compute with Triton")
-def test_no_process_of_a_cpu_server_has_loaded_triton(server):
-    process = psutil.Process(server.process.pid)
-    for each in (process, *process.children(recursive=True)):
-        maps = Path(f"/proc/{each.pid}/maps").read_text()
-        assert "libtorch" in maps
-        assert "libtriton" not in maps
 
 
 def test_health_ping_version_load(client):

@@ -21,6 +21,7 @@ from server_process import free_port
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.exceptions import StartupError
+from vllm.platforms import CudaPlatform
 
 LONG = {"prompt": "Once", "max_tokens": 1000, "ignore_eos": True}
 
@@ -41,18 +42,16 @@ def start(server_factory, tiny_model_dir):
         server.stop()
 
 
-def run(*args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """Runs `vllm` with arguments that must end it."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
 def engine_process(server) -> psutil.Process:
     children = psutil.Process(server.process.pid).children(recursive=True)
     return next(child for child in children if "vllm.engine.core_process" in " ".join(child.cmdline()))
 
 
 def test_version_and_help_end_at_once():
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
     assert run("--version").stdout.strip()[0].isdigit()
     assert "serve" in run("--help").stdout
     assert "HTTP server" in run("serve", "--help").stdout
@@ -70,8 +69,8 @@ def test_version_and_help_end_at_once():
         (["--ssl-keyfile", "/no/such/file"], "/no/such/file"),
     ],
 )
-def test_what_cannot_start_says_so_in_one_line(args, words):
-    done = run("serve", *args)
+def test_what_cannot_start_says_so_in_one_line(run_vllm, args, words):
+    done = run_vllm("serve", *args)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -79,12 +78,12 @@ def test_what_cannot_start_says_so_in_one_line(args, words):
     assert words in last
 
 
-def test_a_port_in_use_is_noticed_before_the_model_loads(tiny_model_dir):
+def test_a_port_in_use_is_noticed_before_the_model_loads(run_vllm, tiny_model_dir):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = run("serve", str(tiny_model_dir), "--host", "127.0.0.1", "--port", str(port))
+        done = run_vllm("serve", tiny_model_dir, "--host", "127.0.0.1", "--port", str(port))
     assert done.returncode == 1
     assert done.stderr.strip() == (
         f"error: Cannot listen on 127.0.0.1 port {port}: Address already in use. Choose another with --host and --port."
@@ -164,7 +163,7 @@ def test_flags_of_the_http_layer(start, tmp_path: Path):
     names = ["--served-model-name", "one", "two", "--fingerprint-mode", "custom", "--fingerprint-value", "hash"]
     server = start(*flags, *names, *rendering, "--allowed-origins", '["http://a"]', "--disable-fastapi-docs")
     assert "Warning" not in server.log_path.read_text()
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=60) as client:
         # A proxy may take the prefix off, or leave it.
         for prefix in ("", "/api"):
             models = client.get(f"{prefix}/v1/models", headers={"Origin": "http://b"})
@@ -200,7 +199,7 @@ def test_flags_of_the_http_layer(start, tmp_path: Path):
 def test_development_routes_open_in_development_mode(start):
     server = start("--max-model-len", "2048", env={"VLLM_SERVER_DEV_MODE": "1"})
     assert httpx.get(f"{server.url}/server_info", timeout=60).json()["vllm_config"]["model"]["max_model_len"] == 2048
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(verify=False, base_url=server.url, timeout=60) as client:
         chat = {
             "messages": [{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": "Hi. " * 40}]
         }
@@ -234,8 +233,26 @@ def test_development_routes_open_in_development_mode(start):
         assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
 
-def test_sigterm_lets_open_requests_end(start):
-    server = start()
+@pytest.fixture(scope="module")
+def cold_server(server_factory, tiny_model_dir):
+    """Started as users start one, so that its processes are what theirs are."""
+    return server_factory("--model", str(tiny_model_dir), "--num-gpu-blocks-override", "256", cold=True)
+
+
+@pytest.mark.skipif(CudaPlatform.is_available(), reason="GPUs compute with Triton")
+def test_no_process_of_a_cpu_server_has_loaded_triton(cold_server):
+    process = psutil.Process(cold_server.process.pid)
+    processes = (process, *process.children(recursive=True))
+    assert len(processes) > 1
+    for each in processes:
+        maps = Path(f"/proc/{each.pid}/maps").read_text()
+        assert "libtorch" in maps
+        assert "libtriton" not in maps
+
+
+def test_sigterm_lets_open_requests_end(cold_server):
+    """The last that its server does."""
+    server = cold_server
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=120)
         wait_until_running(server)
@@ -245,7 +262,7 @@ def test_sigterm_lets_open_requests_end(start):
 
 
 def test_a_second_signal_stops_at_once(start):
-    server = start("--shutdown-timeout", "600")
+    server = start("--shutdown-timeout", "600", cold=True)
     engine = engine_process(server)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         answer = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"max_tokens": 4000}, timeout=120)
@@ -261,7 +278,7 @@ def test_a_second_signal_stops_at_once(start):
 
 
 def test_when_the_engine_dies_requests_fail_and_it_is_started_again_as_often_as_allowed(start):
-    server = start("--engine-restarts", "1")
+    server = start("--engine-restarts", "1", cold=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         whole = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=60)
         streamed = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60)

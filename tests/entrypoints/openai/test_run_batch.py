@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +24,7 @@ def chat(text: str) -> dict[str, Any]:
     return {"messages": [SYSTEM, {"role": "user", "content": text}], "max_tokens": 4, "ignore_eos": True}
 
 
-def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", *map(str, args)]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-
-
-def test_a_file_is_answered_in_its_order_and_bad_lines_hurt_no_other(tmp_path, tiny_model_dir):
+def test_a_file_is_answered_in_its_order_and_bad_lines_hurt_no_other(run_vllm, tmp_path, tiny_model_dir):
     good = [
         line("chat-1", **chat("What do bears eat?")),
         line("chat-2", **chat("Where do bears sleep?")),
@@ -53,7 +45,7 @@ def test_a_file_is_answered_in_its_order_and_bad_lines_hurt_no_other(tmp_path, t
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join([good[0], "", *(text for text, _, _ in bad), *good[1:]]))  # no newline at the end
     flags = ("--max-model-len", "2048", "--num-gpu-blocks-override", "256", "--served-model-name", "bear")
-    done = command("-i", source, "-o", target, "--model", tiny_model_dir, *flags)
+    done = run_vllm("run-batch", "-i", source, "-o", target, "--model", tiny_model_dir, *flags)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(text) for text in target.read_text().splitlines()]
     assert len(answers) == len(good) + len(bad)
@@ -84,7 +76,7 @@ def test_a_file_is_answered_in_its_order_and_bad_lines_hurt_no_other(tmp_path, t
     ("source", "target"), [("none.jsonl", "out.jsonl"), ("in.jsonl", "no/out.jsonl"), ("in.jsonl",) * 2]
 )
 def test_files_that_cannot_be_used_are_told_before_the_model_loads(tmp_path, monkeypatch, source, target):
-    from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+    from vllm.entrypoints.args.parser import FlexibleArgumentParser
     from vllm.exceptions import StartupError
 
     (tmp_path / "in.jsonl").write_text(line("a", **chat("Hi")))

@@ -6,23 +6,22 @@ import contextlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import httpx
 import pytest
 
-from vllm.entrypoints.openai.api_server import _listen, bind_socket, unix_socket
+from vllm.entrypoints.http.listening import bind_socket, listen, unix_socket
 from vllm.exceptions import StartupError
 
 
-def test_a_unix_socket_in_place_of_a_port(tiny_model_dir, tmp_path):
+def test_a_unix_socket_in_place_of_a_port(nursery, tiny_model_dir, tmp_path):
     path = tmp_path / "api.sock"
     with socket.socket(socket.AF_UNIX) as left_behind:
         left_behind.bind(str(path))
     overrides = '{"max_position_embeddings": 77}'
     args = ["--uds", str(path), "--hf-overrides", overrides, "--num-gpu-blocks-override", "16"]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(tiny_model_dir), *args]
+    command = [*nursery.command("vllm.entrypoints.cli.main"), "serve", str(tiny_model_dir), *args]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         transport = httpx.HTTPTransport(uds=str(path))
@@ -98,10 +97,10 @@ def test_where_it_cannot_listen_is_named(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as deaf:  # Datagram sockets cannot listen.
         deaf.bind(path)
         with pytest.raises(StartupError, match=rf"^Cannot listen on --uds {path}: .*\. Choose another path\.$"):
-            _listen(deaf, path)
+            listen(deaf, path)
     with bind_socket("127.0.0.1", 0) as first, socket.socket() as second:
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         second.bind(first.getsockname())
         first.listen()
         with pytest.raises(StartupError, match=rf"127\.0\.0\.1 port {first.getsockname()[1]}: Address already in use"):
-            _listen(second, None)
+            listen(second, None)

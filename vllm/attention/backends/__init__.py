@@ -2,74 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
+from vllm.platforms.devices import is_gpu
 
 if TYPE_CHECKING:  # at run time, torch is the name of a module of this package here
     import torch
+
+    from vllm.attention.spec import AttentionSpec
 
 logger = init_logger(__name__)
 
 BACKENDS = ("TORCH", "CPU", "TRITON", "XFORMERS")
 
 
-class AttentionShape(NamedTuple):
-    """One rank's share of the attention heads, the dtype of q, K and V, and the slots of a block."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    block_size: int
-
-
-def get_backend(name: str, shape: AttentionShape, device: torch.device) -> AttentionBackend:
-    """Returns a backend by its `--attention-backend` name.
+def get_backend(name: str, specs: Sequence[AttentionSpec], block_size: int, device: torch.device) -> AttentionBackend:
+    """Returns a backend by its `--attention-backend` name; TORCH, with a warning, where CPU or TRITON cannot serve one
+    of the layers.
 
     Raises:
-        StartupError: there is no such backend, or it does not run on this device.
+        StartupError: there is no such backend, or it does not run on this device, or XFORMERS cannot serve a layer.
     """
-    if name.upper() == "TORCH":
+    name = name.upper()
+    if name not in BACKENDS:
+        raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")
+    if name == "TORCH":
         return TorchAttentionBackend()
-    if name.upper() == "CPU":
-        if device.type != "cpu":
-            raise StartupError("--attention-backend CPU computes on --device cpu; leave it out, or choose TORCH.")
-        from vllm.attention.backends.cpu import CpuAttentionBackend
-        from vllm.model_executor.layers.ops import cpu_kernels
-
-        misfit = cpu_kernels.misfit_of_attention(
-            shape.num_heads // shape.num_kv_heads, shape.head_dim, shape.block_size, shape.dtype
-        )
+    if name == "CPU" and is_gpu(device):
+        raise StartupError("--attention-backend CPU computes on --device cpu; leave it out, or choose TORCH.")
+    if name != "CPU" and not is_gpu(device):
+        raise StartupError(f"--attention-backend {name} needs a GPU; leave it out, or choose TORCH.")
+    if name == "XFORMERS":
+        return _xformers(specs, device)
+    backend = _triton(block_size, device) if name == "TRITON" else _cpu(block_size)
+    if backend is None:
+        return TorchAttentionBackend()
+    for spec in specs:
+        misfit = backend.misfit(spec)
         if misfit is not None:
-            logger.warning("The compiled CPU kernels do not serve this model (%s); torch computes instead.", misfit)
-        if misfit is not None or cpu_kernels.library() is None:
+            what = "Triton kernels" if name == "TRITON" else "compiled CPU kernels"
+            logger.warning("The %s do not serve this model (%s); torch computes its attention.", what, misfit)
             return TorchAttentionBackend()
-        return CpuAttentionBackend()
-    if name.upper() == "TRITON":
-        if device.type != "cuda":
-            raise StartupError("--attention-backend TRITON needs a GPU; leave it out, or choose TORCH.")
-        # Triton comes with CUDA builds of torch only.
-        from vllm.attention.backends.triton import TritonAttentionBackend
-
-        return TritonAttentionBackend(*shape[:4], device, shape.block_size)
-    if name.upper() == "XFORMERS":
-        return _xformers(shape, device)
-    raise StartupError(f"--attention-backend {name} is not known; choose from {', '.join(BACKENDS)}.")
+    return backend
 
 
-def _xformers(shape: AttentionShape, device: torch.device) -> AttentionBackend:
-    if device.type != "cuda":
-        raise StartupError("--attention-backend XFORMERS needs a GPU; leave it out, or choose TORCH.")
-    dtype = str(shape.dtype).removeprefix("torch.")
-    if shape.dtype.itemsize != 2:
-        raise StartupError(
-            f"--attention-backend XFORMERS computes in float16 or bfloat16, not {dtype}; choose another --dtype, or "
-            "leave the flag out."
-        )
+def _cpu(block_size: int) -> AttentionBackend | None:
+    from vllm.attention.backends.cpu import CpuAttentionBackend
+    from vllm.ops.cpu import kernels as cpu_kernels
+
+    return None if cpu_kernels.library() is None else CpuAttentionBackend(block_size)
+
+
+def _triton(block_size: int, device: torch.device) -> AttentionBackend:
+    # Triton comes with CUDA builds of torch only.
+    from vllm.attention.backends.triton import TritonAttentionBackend
+
+    return TritonAttentionBackend(device, block_size)
+
+
+def _xformers(specs: Sequence[AttentionSpec], device: torch.device) -> AttentionBackend:
+    for dtype in {spec.dtype for spec in specs}:
+        if dtype.itemsize != 2:
+            raise StartupError(
+                f"--attention-backend XFORMERS computes in float16 or bfloat16, not "
+                f"{str(dtype).removeprefix('torch.')}; choose another --dtype, or leave the flag out."
+            )
     try:
         from vllm.attention.backends.xformers import XFormersAttentionBackend
     except ImportError as error:
@@ -77,4 +79,9 @@ def _xformers(shape: AttentionShape, device: torch.device) -> AttentionBackend:
             f"--attention-backend XFORMERS needs the package xformers ({error}): pip install xformers, or leave the "
             "flag out."
         ) from None
-    return XFormersAttentionBackend(*shape[:4], device)
+    backend = XFormersAttentionBackend(device)
+    for spec in specs:
+        misfit = backend.misfit(spec)
+        if misfit is not None:
+            raise StartupError(f"--attention-backend XFORMERS cannot serve this model: {misfit}; leave the flag out.")
+    return backend

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from vllm.attention.metadata import AttentionMetadata
+from vllm.attention.spec import AttentionSpec
+from vllm.ops.attention.metadata import AttentionMetadata
+from vllm.ops.rope import QkNorm, Rope, rope_and_write
 
 
 class AttentionBackend(ABC):
     """Computes `softmax(scale · q Kᵀ) V` for a batch whose K and V lie in pinned extents and in own blocks.
 
     For every query token: all slots of the extents of its groups, and the own slots of its sequence up to and including
-    itself. Softmax statistics are float32, log-sum-exps natural.
+    itself, as far as the layer's window reaches. Softmax statistics are float32, log-sum-exps natural.
     """
 
     @property
@@ -26,48 +29,56 @@ class AttentionBackend(ABC):
         return "slots"
 
     @abstractmethod
-    def prepare(self, metadata: AttentionMetadata) -> Any:
-        """Derives, once a step, what `forward` needs for every layer."""
+    def misfit(self, spec: AttentionSpec) -> str | None:
+        """Why this backend cannot serve a layer that asks for `spec`, or None."""
 
     @abstractmethod
+    def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[Any]:
+        """Derives, once a step, what `attend` needs: a plan for each of the network's different specs, in order."""
+
     def rope_and_write(
         self,
         qkv: torch.Tensor,
         positions: torch.Tensor,
-        cos_sin: torch.Tensor,
+        rope: Rope | None,
+        qk_norm: QkNorm | None,
         slot_mapping: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         num_heads: int,
     ) -> torch.Tensor:
-        """Turns q and k by their positions, writes K and V into their slots, returns q.
+        """Normalises q and k, turns them by their positions, writes K and V into their slots, returns q.
 
         Args:
-            qkv: [T, (num_heads + 2 num_kv_heads) * head_dim].
+            qkv: [T, num_heads * D + KVH * D + KVH * DV]; may be overwritten.
             positions: int64 [T].
-            cos_sin: float32 [max_positions, head_dim]: cosines of the half-rotated pairs, then their sines.
+            rope: How queries and keys are turned; None: not at all.
+            qk_norm: How they are normalised before; None: not at all.
             slot_mapping: int64 [T].
-            k_cache, v_cache: [num_slots, num_kv_heads, head_dim].
+            k_cache, v_cache: [num_slots, KVH, D] and [num_slots, KVH, DV].
 
-        Returns [T, num_heads, head_dim].
+        Returns [T, num_heads, D].
         """
+        return rope_and_write(qkv, positions, rope, qk_norm, slot_mapping, k_cache, v_cache, num_heads)
 
     @abstractmethod
-    def forward(
+    def attend(
         self,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        scale: float,
+        spec: AttentionSpec,
         prepared: Any,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer; K and V of the query tokens are in the cache already.
 
         Args:
             q: [T, num_heads, head_dim].
-            k_cache, v_cache: [num_slots, num_kv_heads, head_dim].
-            scale: Factor of the scores.
-            prepared: What `prepare` returned.
+            k_cache, v_cache: [num_slots, num_kv_heads, head_dim or v_dim].
+            spec: What the layer asks for; `misfit` has nothing against it.
+            prepared: What `prepare` returned for this spec.
+            sinks: [num_heads], where the spec asks for them.
 
-        Returns [T, num_heads, head_dim] in the dtype of `q`.
+        Returns [T, num_heads, v_dim] in the dtype of `q`.
         """

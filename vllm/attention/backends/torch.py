@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.partial import attention_with_lse, merge
-from vllm.attention.ops.rotary import rope_and_write
+from vllm.attention.spec import AttentionSpec
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.partial import attention_with_lse, merge
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,40 @@ class SuffixBucket:
 
 
 @dataclass(frozen=True)
+class PrefixRead:
+    """Query tokens that read consecutive slots.
+
+    Attributes:
+        tokens: int64 [t].
+        first_slot, length: The slots.
+        hidden: Which of them lie before a token's window; bool [t, length]. None: none does. Each token sees the last.
+    """
+
+    tokens: torch.Tensor
+    first_slot: int
+    length: int
+    hidden: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PreparedBatch:
     buckets: list[SuffixBucket]
-    groups: list[PrefixGroup]
+    reads: list[PrefixRead]
 
 
 class TorchAttentionBackend(AttentionBackend):
-    """Prefix and suffix attention by library calls, merged by log-sum-exp.
+    """Prefix and suffix attention by library calls, merged by log-sum-exp; takes whatever a layer asks for.
 
     The query heads that share a KV head are rows of one matrix, so grouped-query attention needs no copy of K or V.
     """
 
-    def prepare(self, metadata: AttentionMetadata) -> PreparedBatch:
-        return PreparedBatch(self._buckets(metadata), metadata.groups)
+    def misfit(self, spec: AttentionSpec) -> str | None:
+        return None
+
+    def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[PreparedBatch]:
+        buckets = self._buckets(metadata)
+        reads = {window: self._reads(metadata, buckets, window) for window in {spec.window for spec in specs}}
+        return [PreparedBatch(buckets, reads[spec.window]) for spec in specs]
 
     def _buckets(self, metadata: AttentionMetadata) -> list[SuffixBucket]:
         members: dict[tuple[int, int], list[int]] = {}
@@ -72,32 +94,55 @@ class TorchAttentionBackend(AttentionBackend):
             )
         return buckets
 
-    def rope_and_write(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        num_heads: int,
-    ) -> torch.Tensor:
-        return rope_and_write(qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
+    def _reads(self, metadata: AttentionMetadata, buckets: list[SuffixBucket], window: int | None) -> list[PrefixRead]:
+        device = metadata.block_tables.device
+        tokens = [torch.arange(g.first_token, g.first_token + g.num_tokens, device=device) for g in metadata.groups]
+        if window is None:
+            return [PrefixRead(t, g.first_slot, g.length) for t, g in zip(tokens, metadata.groups, strict=True)]
+        # All that a token reads before its own tokens lies in its groups, so their lengths say where these begin.
+        positions = torch.zeros(sum(metadata.query_lens), dtype=torch.int64, device=device)
+        for bucket in buckets:
+            positions[bucket.tokens] = bucket.positions.flatten()
+        for of_group, group in zip(tokens, metadata.groups, strict=True):
+            positions[of_group] += group.length
+        return [
+            read
+            for of_group, group in zip(tokens, metadata.groups, strict=True)
+            if (read := self._window_read(of_group, group, positions[of_group] - window + 1)) is not None
+        ]
 
-    def forward(
+    @staticmethod
+    def _window_read(tokens: torch.Tensor, group: PrefixGroup, first_seen: torch.Tensor) -> PrefixRead | None:
+        """What tokens read of an extent, given the first position that each sees; None where that is nothing."""
+        sees = first_seen < group.position + group.length
+        if not bool(sees.any()):
+            return None
+        tokens, first_seen = tokens[sees], first_seen[sees]
+        skipped = max(0, int(first_seen.min()) - group.position)
+        keys = torch.arange(group.position + skipped, group.position + group.length, device=tokens.device)
+        hidden = keys < first_seen[:, None]
+        return PrefixRead(
+            tokens, group.first_slot + skipped, group.length - skipped, hidden if bool(hidden.any()) else None
+        )
+
+    def attend(
         self,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        scale: float,
+        spec: AttentionSpec,
         prepared: PreparedBatch,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        out = torch.empty((*q.shape[:2], spec.v_dim), dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         for bucket in prepared.buckets:
-            self._suffix(q, k_cache, v_cache, scale, bucket, out, lse)
-        for group in prepared.groups:
-            self._add_prefix(q, k_cache, v_cache, scale, group, out, lse)
+            self._suffix(q, k_cache, v_cache, spec, bucket, out, lse)
+        for read in prepared.reads:
+            self._add_prefix(q, k_cache, v_cache, spec, read, out, lse)
+        if sinks is not None:
+            # One more key, whose value is 0: the others keep their share of the exponentials.
+            out *= torch.sigmoid(lse - sinks.float()).unsqueeze(-1).to(out.dtype)
         return out
 
     @staticmethod
@@ -105,7 +150,7 @@ class TorchAttentionBackend(AttentionBackend):
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        scale: float,
+        spec: AttentionSpec,
         bucket: SuffixBucket,
         out: torch.Tensor,
         lse: torch.Tensor,
@@ -116,11 +161,14 @@ class TorchAttentionBackend(AttentionBackend):
         rows = q[bucket.tokens].view(b, m, num_kv_heads, g, d).transpose(1, 2).reshape(b, num_kv_heads, m * g, d)
         k = k_cache[bucket.slots].transpose(1, 2)
         v = v_cache[bucket.slots].transpose(1, 2)
-        hidden = torch.arange(n, device=q.device) > bucket.positions[..., None]
+        keys, last = torch.arange(n, device=q.device), bucket.positions[..., None]
+        hidden = keys > last
+        if spec.window is not None:
+            hidden |= keys <= last - spec.window
         mask = torch.zeros(b, m, n, dtype=q.dtype, device=q.device).masked_fill_(hidden, float("-inf"))
         mask = mask.repeat_interleave(g, dim=1).unsqueeze(1)
-        part, part_lse = attention_with_lse(rows, k, v, scale, mask)
-        out[bucket.tokens] = part.view(b, num_kv_heads, m, g, d).transpose(1, 2).reshape(b * m, -1, d)
+        part, part_lse = attention_with_lse(rows, k, v, spec.scale, mask, spec.softcap)
+        out[bucket.tokens] = part.view(b, num_kv_heads, m, g, -1).transpose(1, 2).reshape(b * m, -1, spec.v_dim)
         lse[bucket.tokens] = part_lse.view(b, num_kv_heads, m, g).transpose(1, 2).reshape(b * m, -1)
 
     @staticmethod
@@ -128,19 +176,24 @@ class TorchAttentionBackend(AttentionBackend):
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        scale: float,
-        group: PrefixGroup,
+        spec: AttentionSpec,
+        read: PrefixRead,
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        tokens = slice(group.first_token, group.first_token + group.num_tokens)
-        slots = slice(group.first_slot, group.first_slot + group.length)
-        t, (num_kv_heads, d) = group.num_tokens, k_cache.shape[1:]
+        if not read.length:
+            return
+        tokens, slots = read.tokens, slice(read.first_slot, read.first_slot + read.length)
+        t, (num_kv_heads, d) = len(tokens), k_cache.shape[1:]
         g = q.shape[1] // num_kv_heads
         rows = q[tokens].unflatten(1, (num_kv_heads, g)).transpose(0, 1).reshape(1, num_kv_heads, t * g, d)
         k = k_cache[slots].transpose(0, 1).unsqueeze(0)
         v = v_cache[slots].transpose(0, 1).unsqueeze(0)
-        part, part_lse = attention_with_lse(rows, k, v, scale)
-        part = part.view(num_kv_heads, t, g, d).transpose(0, 1).reshape(t, -1, d)
+        mask = None
+        if read.hidden is not None:
+            mask = torch.zeros(read.hidden.shape, dtype=q.dtype, device=q.device)
+            mask = mask.masked_fill_(read.hidden, float("-inf")).repeat_interleave(g, dim=0)
+        part, part_lse = attention_with_lse(rows, k, v, spec.scale, mask, spec.softcap)
+        part = part.view(num_kv_heads, t, g, -1).transpose(0, 1).reshape(t, -1, spec.v_dim)
         part_lse = part_lse.view(num_kv_heads, t, g).transpose(0, 1).reshape(t, -1)
         out[tokens], lse[tokens] = merge(part, part_lse, out[tokens], lse[tokens])

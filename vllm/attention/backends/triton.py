@@ -1,8 +1,8 @@
 """Attention by Triton kernels: dense over the pinned extents, paged over the own blocks, then a merge.
 
 A batch is described by work lists in device memory (see `plan_prefix`, `plan_suffix`). For a batch that is run once
-they are made by `TritonAttentionBackend.prepare`; for steps that are replayed as graphs `ReplayBuffers` owns them at
-fixed addresses, with all else that such a step reads, and refills them with one copy a step.
+they are made by `TritonAttention.prepare`; for steps that are replayed as graphs `ReplayBuffers` owns them at fixed
+addresses, with all else that such a step reads, and refills them with one copy a step.
 
 What reads a pinned extent for more than 64 query rows, measured on an H100 (TFLOP/s; 8 KV heads of 128, 4 query heads
 each, bfloat16; cuDNN and flash attention as torch 2.11 calls them):
@@ -25,29 +25,31 @@ the other, is one launch of it too, causal at its end, instead of prefix, suffix
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.triton_common import TileConfig
-from vllm.attention.ops.triton_merge import merge_partials
-from vllm.attention.ops.triton_prefix import PREFIX_FIELDS, group_array, plan_prefix, prefix_attention, prefix_tiles
-from vllm.attention.ops.triton_suffix import SUFFIX_FIELDS, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
-from vllm.host_staging import reserve, to_device
-from vllm.model_executor.layers.ops.triton_rope import rope_and_write
+from vllm.attention.spec import AttentionSpec
+from vllm.ops.attention.merge import merge_partials
+from vllm.ops.attention.metadata import AttentionMetadata
+from vllm.ops.attention.prefix import group_array, plan_prefix, prefix_attention, prefix_tiles
+from vllm.ops.attention.suffix import keep_from_merge, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
+from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.rope import QkNorm, Rope
+from vllm.ops.staging import to_device
+from vllm.ops.triton.rope import rope_and_write
+from vllm.platforms.devices import gpu_generation, num_multiprocessors
 
 # Query rows up to which a sequence is served by the small tiles of decode.
-_SMALL_ROWS = 16
+SMALL_ROWS = 16
 # Query rows up to which the kernel for Hopper does not read own blocks: its programs take 11 µs for their first tile,
 # and few fit beside the prefix kernel.
 _FEW_ROWS = 512
 # Parts × tokens up to which a batch that is run once may be split further than its chain of extents asks for.
 _WORKSPACE_TOKENS = 2048
-# Plans of pinned reads that are kept for steps with the same ones.
-_KEPT_PLANS = 32
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class PreparedBatch:
 
     Attributes:
         prefix, suffixes: Launches of the two kernels.
-        counts: Partial results of each token; int32 [T].
+        counts: Partial results of each token, -1 for those whose only one is the result; int32 [T].
         partial, lse: Workspace, float32 [P, T, H, D] and [P, T, H]; None where every token has one part, which is then
             written straight to the result.
+        merged: Tokens whose parts are merged; int32 [n]. None where every token is looked at.
         block_tables: int32 or int64 [rows, W].
         block_size: Slots in a block.
         causal: The query tokens are the last ones of the extent that `prefix` reads, and there is nothing else.
@@ -89,10 +92,11 @@ class PreparedBatch:
     block_tables: torch.Tensor
     block_size: int
     causal: bool = False
+    merged: torch.Tensor | None = None
 
 
-class TritonAttentionBackend(AttentionBackend):
-    """Attention of one rank's share of heads.
+class TritonAttention:
+    """Attention of heads of one shape.
 
     Args:
         num_heads, num_kv_heads, head_dim: This rank's share.
@@ -121,17 +125,16 @@ class TritonAttentionBackend(AttentionBackend):
         self.group_size = num_heads // num_kv_heads
         self.dtype = dtype
         self.device = device
-        # The planner needs a number of multiprocessors also where the interpreter takes the place of a GPU.
-        is_cuda = device.type == "cuda"
-        self.num_sms = torch.cuda.get_device_properties(device).multi_processor_count if is_cuda else 8
+        generation = gpu_generation(device)
+        self.num_sms = num_multiprocessors(device)
         if use_tma is None:
             suited = dtype.itemsize == 2 and head_dim & (head_dim - 1) == 0
-            use_tma = suited and is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
+            use_tma = suited and generation >= (9, 0)
         self.use_tma = use_tma
         self.use_gluon = False
-        if use_tma and is_cuda and torch.cuda.get_device_capability(device)[0] == 9:
+        if use_tma and generation[0] == 9:
             # Gluon comes with the Triton of torch's builds for such GPUs.
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             self.use_gluon = gluon_attention.takes(dtype, head_dim, block_size)
 
@@ -148,7 +151,7 @@ class TritonAttentionBackend(AttentionBackend):
 
     def _for_device(self, tiles: TileConfig) -> TileConfig:
         if self.use_gluon and tiles.block_m > 64:
-            from vllm.attention.ops import gluon_attention
+            from vllm.ops.attention import hopper as gluon_attention
 
             return gluon_attention.TILES
         return tiles
@@ -214,13 +217,18 @@ class TritonAttentionBackend(AttentionBackend):
         prefix_work, counts = self.plan_groups(groups, num_tokens, prefix_tiles, prefix_parts, unbounded)
         works: list[np.ndarray] = [prefix_work]
         tiles: list[TileConfig] = [prefix_tiles]
-        small = query_lens * self.group_size <= _SMALL_ROWS
+        small = query_lens * self.group_size <= SMALL_ROWS
         for chosen in (sequences[small], sequences[~small]):
             if len(chosen):
                 tiles.append(self.suffix_tiles(int(chosen[:, 1].max())))
                 works.append(self.plan_sequences(chosen, counts, tiles[-1], max_partials, unbounded))
+        num_parts = int(counts.max(initial=0))
+        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
+        if not single:
+            keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
-        flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works)]), self.device)
+        merged = np.flatnonzero(counts >= 0).astype(np.int32)
+        flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works), merged]), self.device)
         launches, offset = [], len(works) + num_tokens
         for i, (work, shape) in enumerate(zip(works, tiles, strict=True)):
             view = flat[offset : offset + work.size].view(work.shape)
@@ -229,8 +237,6 @@ class TritonAttentionBackend(AttentionBackend):
             # The kernel for Hopper sets up a program for many items; the others are started one for each.
             programs = min(items, self.programs(shape)) if self.use_gluon and shape.block_m > 64 else items
             launches.append(Launch(view, flat[i : i + 1], shape, programs))
-        num_parts = int(counts.max(initial=0))
-        single = num_parts == 1 and not len(prefix_work) and bool(counts.all())
         partial, lse = (None, None) if single else self.workspace(num_parts, num_tokens)
         return PreparedBatch(
             prefix=launches[0] if len(prefix_work) else None,
@@ -240,6 +246,7 @@ class TritonAttentionBackend(AttentionBackend):
             lse=lse,
             block_tables=metadata.block_tables,
             block_size=metadata.block_size,
+            merged=flat[offset:],
         )
 
     def _prepare_chunk(self, metadata: AttentionMetadata, first_slot: int) -> PreparedBatch | None:
@@ -263,19 +270,6 @@ class TritonAttentionBackend(AttentionBackend):
             causal=True,
         )
 
-    def rope_and_write(
-        self,
-        qkv: torch.Tensor,
-        positions: torch.Tensor,
-        cos_sin: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        num_heads: int,
-    ) -> torch.Tensor:
-        # Rows with a negative slot are the padding of a replayed batch; their K and V are dropped.
-        return rope_and_write(qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
-
     def forward(
         self,
         q: torch.Tensor,
@@ -284,6 +278,7 @@ class TritonAttentionBackend(AttentionBackend):
         scale: float,
         prepared: PreparedBatch,
     ) -> torch.Tensor:
+        """As `AttentionBackend.attend`."""
         out = torch.empty_like(q)
         partial, lse = prepared.partial, prepared.lse
         target = out.unsqueeze(0) if partial is None else partial
@@ -291,10 +286,10 @@ class TritonAttentionBackend(AttentionBackend):
             self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
         beside = prepared.prefix is not None
         for run in prepared.suffixes:
-            self._suffix(q, k_cache, v_cache, scale, run, target, lse, prepared, beside)
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside)
             beside = True
         if partial is not None and lse is not None:
-            merge_partials(partial, lse, prepared.counts, out)
+            merge_partials(partial, lse, prepared.counts, out, prepared.merged)
         return out
 
     def _prefix(
@@ -309,7 +304,7 @@ class TritonAttentionBackend(AttentionBackend):
         causal: bool,
     ) -> None:
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             programs = run.num_programs
             hopper_attention(q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, programs, causal=causal)
@@ -327,12 +322,13 @@ class TritonAttentionBackend(AttentionBackend):
         run: Launch,
         out: torch.Tensor,
         lse: torch.Tensor | None,
+        whole: torch.Tensor,
         prepared: PreparedBatch,
         beside: bool,
     ) -> None:
         tables, block_size = prepared.block_tables, prepared.block_size
         if self.use_gluon and run.tiles.block_m > 64:
-            from vllm.attention.ops.gluon_attention import hopper_attention
+            from vllm.ops.attention.hopper import hopper_attention
 
             hopper_attention(
                 q,
@@ -344,6 +340,7 @@ class TritonAttentionBackend(AttentionBackend):
                 out,
                 lse,
                 run.num_programs,
+                whole=whole,
                 block_tables=tables,
                 block_size=block_size,
                 causal=True,
@@ -363,8 +360,66 @@ class TritonAttentionBackend(AttentionBackend):
                 lse,
                 run.tiles,
                 run.num_programs,
+                whole,
                 beside,
             )
+
+
+class TritonAttentionBackend(AttentionBackend):
+    """Attention of a rank's layers.
+
+    Args:
+        device: Of q, K and V.
+        block_size: Slots in a block.
+    """
+
+    def __init__(self, device: torch.device, block_size: int) -> None:
+        self._device = device
+        self._block_size = block_size
+        self._by_shape: dict[tuple[int, int, int, torch.dtype], TritonAttention] = {}
+
+    def misfit(self, spec: AttentionSpec) -> str | None:
+        odd = f"head_dim {spec.head_dim} is odd" if spec.head_dim % 2 else None
+        return spec.beyond_plain() or odd
+
+    def of(self, spec: AttentionSpec) -> TritonAttention:
+        """What attends for a spec, the same for all specs of one shape."""
+        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
+        if shape not in self._by_shape:
+            self._by_shape[shape] = TritonAttention(*shape, self._device, self._block_size)
+        return self._by_shape[shape]
+
+    def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[PreparedBatch]:
+        plans: dict[TritonAttention, PreparedBatch] = {}
+        for attention in map(self.of, specs):
+            if attention not in plans:
+                plans[attention] = attention.prepare(metadata)
+        return [plans[self.of(spec)] for spec in specs]
+
+    def rope_and_write(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rope: Rope | None,
+        qk_norm: QkNorm | None,
+        slot_mapping: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        num_heads: int,
+    ) -> torch.Tensor:
+        # Rows with a negative slot are the padding of a replayed batch; their K and V are dropped.
+        return rope_and_write(qkv, positions, rope, qk_norm, slot_mapping, k_cache, v_cache, num_heads)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        spec: AttentionSpec,
+        prepared: PreparedBatch,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.of(spec).forward(q, k_cache, v_cache, spec.scale, prepared)
 
 
 def _depth(groups: np.ndarray, num_tokens: int) -> int:
@@ -375,156 +430,3 @@ def _depth(groups: np.ndarray, num_tokens: int) -> int:
     np.add.at(steps, groups[:, 0], 1)
     np.add.at(steps, groups[:, 0] + groups[:, 1], -1)
     return int(steps.cumsum().max())
-
-
-class ReplayBuffers:
-    """Fixed device memory of steps that are replayed: up to `max_tokens` query tokens, of which padding is a part.
-
-    A graph captured over `prepared(...)` is replayed after `fill(...)`, whatever groups and lengths come. All sizes
-    share the same memory, so only one of them is filled at a time. There are two kinds: decode steps, of one token a
-    sequence, and mixed steps, of sequences with any number of tokens.
-
-    Args:
-        backend: Whose `forward` is captured.
-        max_tokens: Most query tokens of a step, padding included.
-        block_tables: All rows of the KV cache's block tables; int32 or int64 [rows, W].
-        block_size: Slots in a block.
-
-    Attributes:
-        inputs: What `fill` was given of each query token; int64 [3, max_tokens].
-    """
-
-    # Extents that a sequence may read one after the other; system prompts nest no deeper, in no more pieces.
-    max_chain = 8
-
-    def __init__(
-        self, backend: TritonAttentionBackend, max_tokens: int, block_tables: torch.Tensor, block_size: int
-    ) -> None:
-        self.backend = backend
-        self.max_tokens = max_tokens
-        self._block_tables = block_tables
-        self._block_size = block_size
-        # A tile for every link of every chain, and as many more as all programs take in a few rounds.
-        extra = 16 * backend.num_sms
-        self._max_prefix_work = max_tokens * self.max_chain + extra
-        self._max_suffix_work = max_tokens + extra
-        suffix = self._max_suffix_work * SUFFIX_FIELDS
-        # Three int64 of each token take six places.
-        sizes = (6 * max_tokens, 3, max_tokens, self._max_prefix_work * PREFIX_FIELDS, suffix, suffix)
-        self._ends = np.cumsum(sizes).tolist()
-        self._plans: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
-        self._flat = torch.zeros(self._ends[-1], dtype=torch.int32, device=backend.device)
-        self.inputs = self._flat[: self._ends[0]].view(torch.int64).view(3, max_tokens)
-        most = max(self.max_partials(n) * n for n in range(1, max_tokens + 1))
-        self._partial, self._lse = backend.workspace(1, most)
-
-    def max_partials(self, tokens: int) -> int:
-        """Parts that a token of a step of this size may have: few tokens need many to fill the device."""
-        return min(64, max(self.max_chain + 2, 3072 // tokens))
-
-    def splits_alike(self, batch: int) -> bool:
-        """Whether decode batches of this size without prefixes are replayed with their rows split: few sequences do
-        not fill the device otherwise. Larger ones of like lengths are not split, and then need no merge."""
-        return 2 * batch * self.backend.num_kv_heads < self.backend.programs(self.backend.suffix_tiles(1))
-
-    def prepared(self, tokens: int, *, decode: bool, plain: bool) -> PreparedBatch:
-        """What `forward` launches for a step of this size, always the same.
-
-        Args:
-            plain: For steps that `fill` reports as plain: no prefix, and no merge unless `splits_alike(tokens)`.
-        """
-        backend, parts, e = self.backend, self.max_partials(tokens), self._ends
-        direct = plain and not self.splits_alike(tokens)
-        tiles = backend.prefix_tiles(tokens)
-        num_work = self._flat[e[0] : e[1]]
-        prefix = Launch(self._flat[e[2] : e[3]].view(-1, PREFIX_FIELDS), num_work[:1], tiles, backend.programs(tiles))
-        suffixes = []
-        for i, tiles in enumerate(self._suffix_tiles(tokens, decode)):
-            work = self._flat[e[3 + i] : e[4 + i]].view(-1, SUFFIX_FIELDS)
-            suffixes.append(Launch(work, num_work[1 + i : 2 + i], tiles, backend.programs(tiles)))
-        shape = (parts, tokens, backend.num_heads)
-        partial = self._partial.view(-1)[: parts * tokens * backend.num_heads * backend.head_dim]
-        return PreparedBatch(
-            prefix=None if plain else prefix,
-            suffixes=tuple(suffixes),
-            counts=self._flat[e[1] : e[1] + tokens],
-            partial=None if direct else partial.view(*shape, backend.head_dim),
-            lse=None if direct else self._lse.view(-1)[: parts * tokens * backend.num_heads].view(shape),
-            block_tables=self._block_tables,
-            block_size=self._block_size,
-        )
-
-    def _suffix_tiles(self, tokens: int, decode: bool) -> list[TileConfig]:
-        """Tiles of the sequences with few query rows; in a mixed step, then of the others."""
-        small = self.backend.suffix_tiles(1)
-        return [small] if decode else [small, self.backend.suffix_tiles(tokens)]
-
-    def _plan_groups(self, groups: list[PrefixGroup], tokens: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-        """As of the backend. From one decode step to the next groups are mostly the same, so plans are kept."""
-        key = (tokens, *groups)
-        found = self._plans.pop(key, None)
-        if found is None:
-            tiles = self.backend.prefix_tiles(tokens)
-            found = self.backend.plan_groups(group_array(groups), tokens, tiles, parts, self._max_prefix_work)
-            if len(self._plans) >= _KEPT_PLANS:
-                del self._plans[next(iter(self._plans))]
-        self._plans[key] = found
-        work, counts = found
-        return work, counts.copy()
-
-    def fill(
-        self, inputs: np.ndarray, sequences: np.ndarray, groups: list[PrefixGroup], *, decode: bool, plain: bool = True
-    ) -> bool:
-        """Plans a step and sends the plan to the device, with what else the step reads, in one copy on the current
-        stream.
-
-        Args:
-            inputs: Three numbers of each query token, for whoever captures; int64 [3, size that is replayed]. What is
-                beyond the sequences' query tokens is padding, whose attention is 0 (undefined in a plain step without
-                merge).
-            sequences: (first query token, query tokens, own tokens with the query tokens, row of the block tables) of
-                each sequence; int [n, 4].
-            groups: Reads of pinned extents.
-            plain: Let the step be replayed as a plain one if it is one.
-
-        Returns whether `prepared(tokens, plain=True)` may be replayed: no prefix, and every sequence has one part where
-        such steps are not merged.
-
-        Raises:
-            ValueError: a chain of extents is longer than `max_chain`.
-        """
-        tokens = inputs.shape[1]
-        backend, e, parts = self.backend, self._ends, self.max_partials(tokens)
-        prefix_work, counts = self._plan_groups(groups, tokens, parts - parts // 4)
-        tiles = self._suffix_tiles(tokens, decode)
-        context_lens = sequences[:, 2]
-        plain = plain and decode and not len(prefix_work) and len(sequences) > 0
-        direct = plain and not self.splits_alike(tokens)
-        if direct and (
-            self.splits_alike(len(sequences)) or len(sequences) * int(context_lens.max()) > 2 * int(context_lens.sum())
-        ):
-            plain = direct = False
-        if decode:
-            picked = [sequences]
-        else:
-            small = sequences[:, 1] * backend.group_size <= _SMALL_ROWS
-            picked = [sequences[small], sequences[~small]]
-        suffix_work = [
-            backend.plan_sequences(some, counts, shape, 1 if direct else parts, self._max_suffix_work)
-            for some, shape in zip(picked, tiles, strict=True)
-        ]
-        used = e[2] + prefix_work.size
-        for i, work in enumerate(suffix_work):
-            if len(work):
-                used = e[3 + i] + work.size
-        # What lies between the lists is sent as it is; nobody reads it.
-        flat, staged = reserve(used, np.int32, backend.device)
-        flat[: e[0]].view(np.int64).reshape(3, -1)[:, :tokens] = inputs
-        flat[e[0]] = len(prefix_work)
-        flat[e[1] : e[1] + tokens] = counts
-        flat[e[2] : e[2] + prefix_work.size] = prefix_work.ravel()
-        for i, work in enumerate(suffix_work):
-            flat[e[0] + 1 + i] = len(work)
-            flat[e[3 + i] : e[3 + i] + work.size] = work.ravel()
-        self._flat[:used].copy_(staged, non_blocking=True)
-        return plain

@@ -6,6 +6,7 @@ splits long extents and is captured into graphs) and needs nothing installed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from xformers.ops import fmha
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask, BlockDiagonalGappyKeysMask
 
 from vllm.attention.backends.base import AttentionBackend
-from vllm.attention.metadata import AttentionMetadata, PrefixGroup
-from vllm.attention.ops.partial import merge
-from vllm.exceptions import StartupError
-from vllm.host_staging import to_device
+from vllm.attention.spec import AttentionSpec
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.attention.partial import merge
+from vllm.ops.rope import QkNorm, Rope
+from vllm.ops.staging import to_device
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class PrefixRead:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """What `forward` calls for every layer.
+    """What `attend` calls for every layer.
 
     Attributes:
         own_slots: Slots of the own tokens, sequence by sequence; int64 [N].
@@ -56,29 +58,27 @@ class XFormersAttentionBackend(AttentionBackend):
     """Own blocks are gathered and read causally, extents are read where they lie.
 
     Args:
-        num_heads, num_kv_heads, head_dim: This rank's share.
-        dtype, device: Of q, K and V.
-
-    Raises:
-        StartupError: no operator of the installed xformers takes these.
+        device: Of q, K and V.
     """
 
-    def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
-        q = torch.zeros((16, num_heads, head_dim), dtype=dtype, device=device)
-        k = torch.zeros((16, num_kv_heads, head_dim), dtype=dtype, device=device)
+
+    def misfit(self, spec: AttentionSpec) -> str | None:
+        if spec.beyond_plain() is not None:
+            return spec.beyond_plain()
+        q = torch.zeros((16, spec.num_heads, spec.head_dim), dtype=spec.dtype, device=self.device)
+        k = torch.zeros((16, spec.num_kv_heads, spec.head_dim), dtype=spec.dtype, device=self.device)
         try:
             for mask in (self._causal([16], [16]), self._whole([16], [0, 16], [16])):
                 _partial(q, k, k, mask, 1.0)
         except NotImplementedError as error:
             reasons = [line.strip() for line in str(error).splitlines() if line.startswith("    ")]
-            raise StartupError(
-                f"--attention-backend XFORMERS: xformers {xformers_version} has no operator for {dtype} heads of "
-                f"{head_dim} on this GPU ({reasons[-1] if reasons else 'it does not say why'}); install a build for "
-                f"torch {torch.__version__}, or leave the flag out."
-            ) from None
+            return (
+                f"xformers {xformers_version} has no operator for {spec.dtype} heads of {spec.head_dim} on this GPU "
+                f"({reasons[-1] if reasons else 'it does not say why'}); install a build for torch {torch.__version__}"
+            )
+        return None
 
     def _causal(self, query_lens: list[int], context_lens: list[int]) -> BlockDiagonalCausalFromBottomRightMask:
         return BlockDiagonalCausalFromBottomRightMask.from_seqlens(query_lens, context_lens, device=self.device)
@@ -86,17 +86,18 @@ class XFormersAttentionBackend(AttentionBackend):
     def _whole(self, query_lens: list[int], starts: list[int], lengths: list[int]) -> BlockDiagonalGappyKeysMask:
         return BlockDiagonalGappyKeysMask.from_seqlens(query_lens, starts, lengths, device=self.device)
 
-    def prepare(self, metadata: AttentionMetadata) -> PreparedBatch:
+    def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[PreparedBatch]:
         lens = np.array(metadata.context_lens, np.int64)
         sequence = np.repeat(np.arange(len(lens)), lens)
         own = np.arange(len(sequence)) - np.repeat(lens.cumsum() - lens, lens)
         rows, columns = to_device(np.stack((sequence, own // metadata.block_size)), self.device)
         slots = metadata.block_tables[rows, columns] * metadata.block_size
-        return PreparedBatch(
+        plan = PreparedBatch(
             own_slots=slots + to_device(own % metadata.block_size, self.device),
             own_mask=self._causal(metadata.query_lens, metadata.context_lens),
             reads=[self._read(groups) for groups in _apart(metadata.groups)],
         )
+        return [plan] * len(specs)
 
     def _read(self, groups: list[PrefixGroup]) -> PrefixRead:
         tokens = np.concatenate([np.arange(g.first_token, g.first_token + g.num_tokens) for g in groups])
@@ -109,29 +110,31 @@ class XFormersAttentionBackend(AttentionBackend):
         self,
         qkv: torch.Tensor,
         positions: torch.Tensor,
-        cos_sin: torch.Tensor,
+        rope: Rope | None,
+        qk_norm: QkNorm | None,
         slot_mapping: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         num_heads: int,
     ) -> torch.Tensor:
-        from vllm.model_executor.layers.ops.triton_rope import rope_and_write
+        from vllm.ops.triton.rope import rope_and_write
 
-        return rope_and_write(qkv, positions, cos_sin, slot_mapping, k_cache, v_cache, num_heads)
+        return rope_and_write(qkv, positions, rope, qk_norm, slot_mapping, k_cache, v_cache, num_heads)
 
-    def forward(
+    def attend(
         self,
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        scale: float,
+        spec: AttentionSpec,
         prepared: PreparedBatch,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         slots = prepared.own_slots
-        out, lse = _partial(q, k_cache[slots], v_cache[slots], prepared.own_mask, scale)
+        out, lse = _partial(q, k_cache[slots], v_cache[slots], prepared.own_mask, spec.scale)
         for read in prepared.reads:
             tokens = read.tokens
-            part, part_lse = _partial(q[tokens], k_cache[: read.end], v_cache[: read.end], read.mask, scale)
+            part, part_lse = _partial(q[tokens], k_cache[: read.end], v_cache[: read.end], read.mask, spec.scale)
             out[tokens], lse[tokens] = merge(part, part_lse, out[tokens], lse[tokens])
         return out
 

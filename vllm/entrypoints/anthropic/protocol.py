@@ -1,13 +1,13 @@
 """Requests of the Anthropic API.
 
-Fields of type Any are checked by `messages`, by the chat path they are handed to, or are accepted without effect.
+Fields of type Any are checked by `request`, by the chat path they are handed to, or are accepted without effect.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from vllm.entrypoints.openai.protocol import ApiModel
+from vllm.entrypoints.http.api_model import ApiModel
 
 
 class CountTokensRequest(ApiModel):

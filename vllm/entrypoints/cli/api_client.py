@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.exceptions import StartupError
 
 _CONNECT_TIMEOUT_S = 10

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 
 USAGE = "{serve,throughput,latency} [options]"
 DESCRIPTION = "Measures a running server (serve), or the engine by itself (throughput, latency)."
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
-    from vllm.benchmarks import offline, serve
+    from vllm.benchmarks import serve
+    from vllm.entrypoints.cli import bench_offline as offline
 
     kinds = parser.add_subparsers(dest="kind", metavar="{serve,throughput,latency}", required=True)
     serve_parser = kinds.add_parser("serve", help="load on a running server, and how long its answers take")

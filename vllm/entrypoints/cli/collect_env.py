@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import psutil
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.platforms import CudaPlatform
 from vllm.version import __version__
 
 USAGE = ""
@@ -86,7 +87,7 @@ def _device() -> Iterator[tuple[str, object]]:
     import torch
 
     yield "CUDA of torch", torch.version.cuda
-    yield "CUDA usable", torch.cuda.is_available()
+    yield "CUDA usable", CudaPlatform.is_available()
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         yield f"GPU {i}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.entrypoints.cli.api_client import ApiClient, add_client_arguments, converse
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
 
 USAGE = "[options]"
 DESCRIPTION = "Has texts completed by a model of a running server; Ctrl-D ends it."

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.exceptions import StartupError
 from vllm.version import __version__
 

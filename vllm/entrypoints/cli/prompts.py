@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.entrypoints.cli.api_client import error_of
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
 from vllm.exceptions import StartupError
 
 USAGE = "{list,add,remove,stats} [options]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 
 USAGE = "-i FILE -o FILE [options]"
 DESCRIPTION = (

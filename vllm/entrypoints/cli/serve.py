@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.exceptions import StartupError
 
 USAGE = "[MODEL] [options]"
@@ -12,7 +12,7 @@ DESCRIPTION = "Serves a model over the OpenAI API. --help=listgroup names the gr
 
 
 def add_arguments(parser: FlexibleArgumentParser) -> None:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.args.cli_args import make_arg_parser
 
     parser.add_argument(
         "model_tag",

@@ -8,10 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
-import fcntl
 import gc
-import os
 import signal
 import socket
 import ssl
@@ -25,10 +22,11 @@ import uvloop
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.app import build_app
-from vllm.entrypoints.openai.cli_args import check_args, make_arg_parser
-from vllm.entrypoints.openai.prompts import PromptReader
+from vllm.entrypoints.args.cli_args import check_args, make_arg_parser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.entrypoints.assembly import build_app
+from vllm.entrypoints.chat.prompts import PromptReader
+from vllm.entrypoints.http.listening import listen, listening_socket
 from vllm.entrypoints.openai.system_prompt_files import preload, read_system_prompt_file
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
@@ -37,7 +35,6 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.entrypoints.openai.api_server")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_LISTEN_BACKLOG = 2048
 _GC_THRESHOLDS = (10_000, 10, 10)
 # How long the server goes on after the engine's death, so that open requests get their error and load balancers see
 # /health fail, instead of a connection that breaks.
@@ -85,108 +82,6 @@ def _stop_loading(sig: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + sig)
 
 
-@contextlib.contextmanager
-def listening_socket(args: argparse.Namespace) -> Generator[socket.socket, None, None]:
-    """The socket of `--uds`, or of `--host` and `--port`, bound; closed in the end, and its file removed."""
-    with bind_socket(args.host, args.port) if args.uds is None else unix_socket(args.uds) as sock:
-        yield sock
-
-
-@contextlib.contextmanager
-def unix_socket(path: str) -> Generator[socket.socket, None, None]:
-    """A socket bound to a path, where a server that is gone may have left one; closed in the end, and its file removed.
-
-    PATH.lock is locked meanwhile: before it listens, a live socket looks like one that was left behind.
-
-    Raises:
-        StartupError: another server has the path, or no socket can be made there.
-    """
-    with contextlib.ExitStack() as cleanup:
-        try:
-            _lock(f"{path}.lock", cleanup)
-            if Path(path).is_socket():
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                    if probe.connect_ex(path) == 0:
-                        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-                Path(path).unlink()
-            sock = cleanup.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            sock.bind(path)
-            cleanup.callback(_unlink_own, path, os.lstat(path))
-        except OSError as exc:
-            raise _cannot_listen(exc, uds=path) from None
-        yield sock
-
-
-def _lock(path: str, cleanup: contextlib.ExitStack) -> None:
-    """Makes and locks a file; `cleanup` removes it.
-
-    Raises:
-        OSError: EADDRINUSE if another process has locked it.
-    """
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before may have removed it in the meantime; then the lock is on a file that nobody else sees.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file), os.lstat(path)):
-                    cleanup.callback(os.close, file)
-                    cleanup.callback(_unlink_own, path, os.fstat(file))
-                    return
-        except BlockingIOError:
-            os.close(file)
-            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)) from None
-        except OSError:
-            os.close(file)
-            raise
-        os.close(file)
-
-
-def _unlink_own(path: str, made: os.stat_result) -> None:
-    """Removes a file unless another one has taken its place."""
-    with contextlib.suppress(OSError):
-        if os.path.samestat(os.lstat(path), made):
-            os.unlink(path)
-
-
-def bind_socket(host: str | None, port: int) -> socket.socket:
-    """A TCP socket bound to the address; it does not listen yet.
-
-    Raises:
-        StartupError: the address is in use, or is not one of this machine's.
-    """
-    host = host or "0.0.0.0"
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as exc:
-        raise StartupError(f"Cannot listen on {host}: {exc.strerror}.") from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.bind(address)
-    except OSError as exc:
-        sock.close()
-        raise _cannot_listen(exc, host, port) from None
-    return sock
-
-
-def _cannot_listen(exc: OSError, host: str = "", port: int = 0, *, uds: str | None = None) -> StartupError:
-    where, advice = f"{host} port {port}", "Choose another with --host and --port."
-    if uds is not None:
-        where, advice = f"--uds {uds}", "Choose another path."
-    return StartupError(f"Cannot listen on {where}: {exc.strerror or exc}. {advice}")
-
-
-def _listen(sock: socket.socket, uds: str | None) -> None:
-    try:
-        # Another server may have bound the port while the model loaded; only one can listen.
-        sock.listen(_LISTEN_BACKLOG)
-    except OSError as exc:
-        host, port = ("", 0) if uds is not None else sock.getsockname()[:2]
-        raise _cannot_listen(exc, host, port, uds=uds) from None
-
-
 async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Namespace) -> int:
     config = uvicorn.Config(
         build_app(engine, args),
@@ -204,7 +99,7 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
         config.load()
     except (OSError, ssl.SSLError) as exc:
         raise StartupError(f"The --ssl files cannot be used: {exc}.") from None
-    _listen(sock, args.uds)
+    listen(sock, args.uds)
     server = _Server(config)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     loop = asyncio.get_running_loop()

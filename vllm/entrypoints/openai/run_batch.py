@@ -22,16 +22,17 @@ from tqdm import tqdm
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.cli.parser import FlexibleArgumentParser
-from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES
-from vllm.entrypoints.openai.cli_args import check_args, make_arg_parser
-from vllm.entrypoints.openai.errors import ApiError, describe, error_body
-from vllm.entrypoints.openai.json_body import parse_json_object, parse_model, snippet
-from vllm.entrypoints.openai.protocol import ApiModel, ChatCompletionRequest, CompletionRequest, random_id
-from vllm.entrypoints.openai.responses_protocol import ResponsesRequest
-from vllm.entrypoints.openai.services import Services
-from vllm.entrypoints.openai.streaming import EventStream
+from vllm.entrypoints.args.cli_args import check_args, make_arg_parser
+from vllm.entrypoints.args.parser import FlexibleArgumentParser
+from vllm.entrypoints.assembly import Services
+from vllm.entrypoints.http.api_model import ApiModel, random_id
+from vllm.entrypoints.http.body_limits import MAX_BODY_BYTES
+from vllm.entrypoints.http.errors import ApiError, describe, error_body
+from vllm.entrypoints.http.json_body import parse_json_object, parse_model, snippet
+from vllm.entrypoints.http.streaming import EventStream
+from vllm.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
 from vllm.entrypoints.openai.system_prompt_files import preload, read_system_prompt_file
+from vllm.entrypoints.responses.protocol import ResponsesRequest
 from vllm.exceptions import EngineDeadError, StartupError, VLLMValidationError
 from vllm.logger import init_logger
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.openai.body_limits import MAX_BODY_BYTES
-from vllm.entrypoints.openai.errors import ApiError
-from vllm.entrypoints.openai.json_body import parse_json_object, parse_model
-from vllm.entrypoints.openai.prompts import PromptReader
+from vllm.entrypoints.chat.prompts import PromptReader
+from vllm.entrypoints.http.body_limits import MAX_BODY_BYTES
+from vllm.entrypoints.http.errors import ApiError
+from vllm.entrypoints.http.json_body import parse_json_object, parse_model
 from vllm.entrypoints.openai.protocol import SystemPromptRequest
-from vllm.entrypoints.openai.serving_system_prompts import ServingSystemPrompts
+from vllm.entrypoints.openai.system_prompts import ServingSystemPrompts
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
 

@@ -8,7 +8,9 @@ from torch.nn import functional
 
 from vllm.distributed.communication import all_gather_last_dim, all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
-from vllm.model_executor.layers.linear import copy_checked, linear
+from vllm.model_executor.layers.linear import copy_checked
+from vllm.ops.cpu import kernels as cpu_kernels
+from vllm.ops.linear import linear
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -22,7 +24,8 @@ class VocabParallelEmbedding(nn.Module):
         self.first = tp.rank * self.rows
         self.weight = nn.Parameter(torch.zeros(self.rows, hidden_size), requires_grad=False)
 
-    def load_shard(self, tensor: torch.Tensor) -> None:
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads this rank's rows; it has no parts."""
         if tensor.shape[0] != self.vocab_size:
             raise ValueError(f"the embedding has {tensor.shape[0]} rows, the vocabulary {self.vocab_size} tokens")
         mine = tensor[self.first : self.first + self.rows]
@@ -43,3 +46,46 @@ class VocabParallelEmbedding(nn.Module):
             return linear(hidden, self.weight[: self.vocab_size], None, out=out)
         scores = all_gather_last_dim(linear(hidden, self.weight, None), self.tp)[..., : self.vocab_size]
         return scores if out is None else out.copy_(scores)
+
+
+class OutputProjection(nn.Module):
+    """Hidden states → scores of the vocabulary: `cap(multiplier · x Wᵀ)`.
+
+    Args:
+        table: Holds W; shared with the embedding where the two are tied.
+        multiplier: Of the scores.
+        softcap: Scores s become `softcap · tanh(s / softcap)`; None: they stay as they are.
+    """
+
+    def __init__(self, table: VocabParallelEmbedding, multiplier: float, softcap: float | None) -> None:
+        super().__init__()
+        self.table = table
+        self.multiplier = multiplier
+        self.softcap = softcap
+        self.packed: cpu_kernels.PackedMatrix | None = None
+
+    def pack(self, int8: bool, keep: bool) -> None:
+        """Moves the weights into a packed copy for the compiled CPU kernels; the table's own stay if `keep`."""
+        self.packed = cpu_kernels.PackedMatrix(self.table.weight[: self.table.vocab_size], int8=int8)
+        if not keep:
+            self.table.weight.data = self.table.weight.new_empty(0)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """[R, hidden_size] → [R, vocab_size]; into `out`, contiguous, if it is given."""
+        if self.packed is None:
+            scores = self.table.logits(hidden, out)
+        else:
+            scores = cpu_kernels.linear(hidden.float().contiguous(), self.packed, cpu_kernels.arithmetic())
+            scores = scores if out is None else out.copy_(scores)
+        if self.multiplier != 1.0:
+            scores.mul_(self.multiplier)
+        if self.softcap is not None:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        return scores
+
+    def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden_size] → token id of the highest score, the first of equals; int64 [R]."""
+        # A cap and a positive factor leave the order of scores as it is.
+        if self.packed is not None and self.multiplier > 0:
+            return cpu_kernels.most_likely(hidden.float().contiguous(), self.packed, cpu_kernels.arithmetic())
+        return self.logits(hidden).float().argmax(dim=-1)

@@ -1,24 +1,28 @@
-"""Root-mean-square normalisation."""
+"""Norms of rows, with their weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
+
+from vllm.model_executor.layers.linear import copy_checked
+from vllm.ops.dispatch import row_norm
+from vllm.ops.norm import Norm
 
 
-class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x²) + eps) · weight`, statistics in float32 (Zhang and Sennrich, 2019)."""
+class RowNorm(nn.Module):
+    """A norm of rows of `size` numbers; see `vllm.ops.norm`."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, size: int, norm: Norm, has_bias: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size), requires_grad=False)
-        self.eps = eps
+        self.norm = norm
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(size), requires_grad=False) if has_bias else None
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `weight` or `bias` (`kind`); it has no parts."""
+        copy_checked(getattr(self, kind), tensor, kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda:
-            from vllm.model_executor.layers.ops import triton_norm
-
-            return triton_norm.rms_norm(x, self.weight, self.eps)
-        wide = functional.rms_norm(x.float(), self.weight.shape, eps=self.eps)
-        return wide.to(x.dtype) * self.weight
+        """[T, size] → [T, size]."""
+        return row_norm(x, self.weight, self.bias, self.norm)

@@ -1,80 +1,89 @@
 """Linear layers split over tensor-parallel ranks.
 
-A layer's `load_shard` takes a whole tensor of the checkpoint and keeps this rank's part of it.
+How a layer holds its weights and multiplies by them is its `LinearMethod`'s business. `load` takes a whole tensor of
+the checkpoint and keeps this rank's part of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
-from torch.nn import functional
 
 from vllm.distributed.communication import all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`x Wᵀ + b (+ residual)`: x [T, in_features], weight [out_features, in_features].
-
-    On a GPU the residual stream is added while the product is still in registers, rounded once. On an H100, bfloat16, a
-    product to 4,096 features and the norm behind it (µs): 8,192 rows of 4,096 features 428, of 14,336 1,431; with the
-    sum in the norm 460 and 1,457; 256 rows of 4,096 22.7 and 24.8; the same below 64 rows.
-
-    Args:
-        residual: [T, out_features], contiguous; is overwritten on a GPU.
-        out: [T, out_features], contiguous; where the result goes, if there is neither a bias nor a residual.
-    """
-    if out is not None and (bias is not None or residual is not None):
-        raise ValueError("a linear layer with a bias or a residual makes its own result")
-    if not x.is_cuda:
-        result = functional.linear(x, weight, bias)
-        if out is not None:
-            return out.copy_(result)
-        return result if residual is None else residual + result
-    if len(x) == 1 and weight.dtype.itemsize == 2:
-        from vllm.model_executor.layers.ops import triton_linear
-
-        if bias is not None:
-            residual = bias.unsqueeze(0).clone() if residual is None else residual.add_(bias)
-        return triton_linear.row_linear(x, weight, residual, out)
-    if out is not None:
-        return torch.mm(x, weight.t(), out=out)
-    if residual is None:
-        return functional.linear(x, weight, bias)
-    if bias is not None:
-        residual.add_(bias)
-    return residual.addmm_(x, weight.t())
+from vllm.model_executor.layers.quantization.base import LinearMethod
+from vllm.ops.cpu.kernels import PackedMatrix
 
 
 class LinearBase(nn.Module):
-    """`x Wᵀ + b`; weight [out_features, in_features] of this rank."""
+    """`x Wᵀ + b`; this rank's share of the weights.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallelGroup) -> None:
+    Args:
+        in_features, out_features: Of this rank.
+        has_bias: There is a bias; features that have none of their own have 0.
+        method: Holds and multiplies.
+
+    Attributes:
+        packed: The weights for the compiled CPU kernels, where they have been packed.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, has_bias: bool, tp: TensorParallelGroup, method: LinearMethod
+    ) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.method = method
+        self.in_features, self.out_features = in_features, out_features
+        for name, parameter in method.parameters(in_features, out_features).items():
+            self.register_parameter(name, parameter)
+        bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if has_bias else None
+        self.register_parameter("bias", bias)
+        self.packed: PackedMatrix | None = None
+
+    def finish(self) -> None:
+        """Brings the loaded weights into the form in which the device multiplies by them."""
+        self.method.finish(self)
 
 
 class MergedColumnParallelLinear(LinearBase):
     """Several linear layers over one input, computed as one and split by output rows (heads, channels).
 
     Args:
-        parts: Output features of each, before the split, by name.
+        parts: Output features of each, over all ranks, by name.
+        biased: Those with a bias.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, tp: TensorParallelGroup) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: Mapping[str, int],
+        biased: frozenset[str],
+        tp: TensorParallelGroup,
+        method: LinearMethod,
+    ) -> None:
+        self.whole_sizes = dict(parts)
         self.part_sizes = {name: tp.divide(size, name) for name, size in parts.items()}
-        super().__init__(in_features, sum(self.part_sizes.values()), bias, tp)
+        has_bias = not biased.isdisjoint(parts)
+        super().__init__(in_features, sum(self.part_sizes.values()), has_bias, tp, method)
 
-    def load_shard(self, part: str, kind: str, tensor: torch.Tensor) -> None:
-        """Loads the `weight` or `bias` (`kind`) of one part."""
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `weight` or `bias` (`kind`) of one part, or of several that the checkpoint has in one tensor."""
+        if len(parts) > 1:
+            whole = sum(self.whole_sizes[part] for part in parts)
+            if tensor.shape[0] != whole:
+                raise ValueError(f"{kind} has shape {tuple(tensor.shape)}, expected {whole} rows")
+            pieces = tensor.split([self.whole_sizes[part] for part in parts])
+        else:
+            pieces = (tensor,)
+        for part, piece in zip(parts, pieces, strict=True):
+            self._load_part(part, kind, piece)
+
+    def _load_part(self, part: str, kind: str, tensor: torch.Tensor) -> None:
         size = self.part_sizes[part]
         offset = 0
         for name, other in self.part_sizes.items():
@@ -85,26 +94,32 @@ class MergedColumnParallelLinear(LinearBase):
         copy_checked(getattr(self, kind)[offset : offset + size], source, f"{part}.{kind}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        """[T, in_features] → [T, features of all parts]."""
+        return self.method.apply(self, x)
 
 
 class RowParallelLinear(LinearBase):
     """A linear layer split by input columns; the ranks' results are summed, and the residual stream with them."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallelGroup) -> None:
-        super().__init__(tp.divide(in_features, "input features"), out_features, bias, tp)
+    def __init__(
+        self, in_features: int, out_features: int, has_bias: bool, tp: TensorParallelGroup, method: LinearMethod
+    ) -> None:
+        super().__init__(tp.divide(in_features, "input features"), out_features, has_bias, tp, method)
 
-    def load_shard(self, kind: str, tensor: torch.Tensor) -> None:
-        """Loads the `weight` or `bias` (`kind`)."""
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `weight` or `bias` (`kind`); it has no parts."""
         if kind == "weight":
-            tensor = shard(tensor, 1, self.weight.shape[1], self.tp, kind)
+            tensor = shard(tensor, 1, self.in_features, self.tp, kind)
+        elif self.tp.rank:
+            # The ranks' results are summed: only one of them adds the bias.
+            tensor = torch.zeros_like(tensor)
         copy_checked(getattr(self, kind), tensor, kind)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The residual stream [T, out_features] after this layer; the one before it may be overwritten."""
-        # Only one rank adds bias and residual, or the sum would hold them world_size times.
-        first = self.tp.rank == 0
-        out = linear(x, self.weight, self.bias if first else None, residual if first else None)
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The residual stream [T, out_features] after this layer, or the layer's result alone; the stream before it may
+        be overwritten."""
+        # Only one rank adds the residual, or the sum would hold it world_size times.
+        out = self.method.apply(self, x, residual if self.tp.rank == 0 else None)
         return all_reduce(out, self.tp)
 
 

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm.host_staging import to_device
-from vllm.model_executor.layers.ops import cpu_library, cpu_sampling, sampling
-from vllm.model_executor.layers.ops.sampling import LATER, NO_MASK
 from vllm.model_executor.layers.sampling_rows import SamplingRows
+from vllm.ops import sampling
+from vllm.ops.cpu import library as cpu_library
+from vllm.ops.cpu import sampling as cpu_sampling
+from vllm.ops.sampling import LATER, NO_MASK
+from vllm.ops.staging import to_device
+from vllm.platforms.devices import is_gpu
 from vllm.step import PositionLogprobs, SequenceStart
 
 if TYPE_CHECKING:
-    from vllm.model_executor.layers.ops.triton_sampling import DrawKernels
+    from vllm.ops.triton.sampling import DrawKernels
 
 PROMPT_LOGPROB_ROWS = 64
 """Prompt positions whose logits are in memory at a time."""
@@ -31,7 +34,7 @@ class LogprobTensors:
 
     Attributes:
         rows: Which row each position belongs to.
-        wants: Number of most likely tokens to report at each.
+        wants: Number of most likely tokens to report at each, equal for all positions of a row.
         table: float64 [P, 3 + 2 K], K the highest of `wants`: the token, its log-probability and rank, the most likely
             tokens and their log-probabilities, falling. float64 holds any token id.
     """
@@ -42,16 +45,19 @@ class LogprobTensors:
 
     def by_row(self, table: np.ndarray) -> dict[int, PositionLogprobs]:
         """The positions of each row, in order; `table` has been brought to the host."""
-        found: dict[int, PositionLogprobs] = {}
         top = (table.shape[1] - 3) // 2
-        tokens = np.concatenate((table[:, :1], table[:, 3 : 3 + top]), axis=1).astype(np.int64).tolist()
-        values = np.concatenate((table[:, 1:2], table[:, 3 + top :]), axis=1).tolist()
-        ranks = table[:, 2].astype(np.int64).tolist()
-        for row, k, ids, logprobs, rank in zip(self.rows, self.wants, tokens, values, ranks, strict=True):
-            entry = found.setdefault(row, PositionLogprobs([], [], []))
-            entry.token_ids.append(ids[: 1 + k])
-            entry.logprobs.append(logprobs[: 1 + k])
-            entry.ranks.append(rank)
+        tokens = np.concatenate((table[:, :1], table[:, 3 : 3 + top]), axis=1).astype(np.uint32)
+        values = np.concatenate((table[:, 1:2], table[:, 3 + top :]), axis=1)
+        ranks = table[:, 2].astype(np.uint32)
+        places: dict[int, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            places.setdefault(row, []).append(place)
+        found = {}
+        for row, own in places.items():
+            width = 1 + self.wants[own[0]]
+            found[row] = PositionLogprobs(
+                width, tokens[own, :width].tobytes(), values[own, :width].tobytes(), ranks[own].tobytes()
+            )
         return found
 
 
@@ -86,8 +92,8 @@ class Sampler:
         self.device = device
         self.rows = SamplingRows(max_num_seqs + 1, vocab_size, device)
         self.kernels: DrawKernels | None = None
-        if device.type == "cuda":
-            from vllm.model_executor.layers.ops.triton_sampling import DrawKernels
+        if is_gpu(device):
+            from vllm.ops.triton.sampling import DrawKernels
 
             self.kernels = DrawKernels(self.rows.tables, max(max_num_seqs, PROMPT_LOGPROB_ROWS))
 

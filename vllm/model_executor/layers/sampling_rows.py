@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm.host_staging import to_device, write
-from vllm.model_executor.layers.ops.sampling import Flag, FloatColumn, IntColumn, SamplingTables
+from vllm.ops.sampling import Flag, FloatColumn, IntColumn, SamplingTables
+from vllm.ops.staging import to_device, write
 from vllm.sampling_params import SamplingParams
 from vllm.step import SequenceStart
 

@@ -5,33 +5,30 @@ from __future__ import annotations
 import torch
 
 from vllm.config import ModelConfig
-from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.model_executor.model_loader import iterate_weights
-from vllm.model_executor.models import MODELS
-from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.base import CausalLM
+from vllm.model_executor.models.decoder import Build, Decoder
+from vllm.model_executor.models.spec import DecoderSpec
 from vllm.platforms import current_platform
 
 _DUMMY_STD = 0.02
 
 
-def load_model(config: ModelConfig, tp: TensorParallelGroup, device: torch.device) -> LlamaForCausalLM:
+def load_model(config: ModelConfig, spec: DecoderSpec, build: Build, device: torch.device) -> CausalLM:
     """Returns the network in `config.dtype` on `device`, ready to run.
 
     Raises:
-        StartupError: the architecture is not supported, or the checkpoint does not fit its configuration.
+        StartupError: the checkpoint does not fit its configuration, or the memory.
     """
-    architecture = (config.hf_config.architectures or ["?"])[0]
-    if architecture not in MODELS:
-        raise StartupError(f"{architecture} is not supported; supported architectures: {', '.join(MODELS)}.")
     before = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, config.dtype))
+    torch.set_default_dtype(build.dtype)
     try:
         with torch.device("meta"):
-            sketch = MODELS[architecture](config.hf_config, config.max_model_len, tp)
+            sketch = Decoder(spec, build)
         _check_memory(sketch, config, device)
         with torch.device(device):
-            model = MODELS[architecture](config.hf_config, config.max_model_len, tp)
+            model = Decoder(spec, build)
     except ValueError as error:
         raise StartupError(f"{config.model} cannot be built: {error}.") from None
     finally:
@@ -42,10 +39,11 @@ def load_model(config: ModelConfig, tp: TensorParallelGroup, device: torch.devic
             _fill_with_noise(model, config.seed or 0, device)
         else:
             model.load_weights(iterate_weights(config.model_path, config.load_format, config.hf_config))
+        model.finish()
     return model.eval()
 
 
-def _check_memory(sketch: LlamaForCausalLM, config: ModelConfig, device: torch.device) -> None:
+def _check_memory(sketch: CausalLM, config: ModelConfig, device: torch.device) -> None:
     """Refuses weights that do not fit before they are read: a CPU would hand out the memory and be killed for it."""
     needed = sum(p.numel() * p.element_size() for p in sketch.parameters())
     left = current_platform(device.type).available_memory_bytes()
@@ -56,11 +54,11 @@ def _check_memory(sketch: LlamaForCausalLM, config: ModelConfig, device: torch.d
         )
 
 
-def _fill_with_noise(model: LlamaForCausalLM, seed: int, device: torch.device) -> None:
-    """Random weights of a usual scale, made on the device: matrices normal, norms one."""
+def _fill_with_noise(model: CausalLM, seed: int, device: torch.device) -> None:
+    """Random weights of a usual scale, made on the device: matrices normal, norms one, biases zero."""
     generator = torch.Generator(device=device).manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.normal_(0.0, _DUMMY_STD, generator=generator)

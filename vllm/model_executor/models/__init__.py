@@ -1,5 +1,2 @@
-"""Networks by architecture name."""
-
-from vllm.model_executor.models.llama import LlamaForCausalLM
-
-MODELS: dict[str, type[LlamaForCausalLM]] = {"LlamaForCausalLM": LlamaForCausalLM}
+"""Networks: `decoder` computes what a `DecoderSpec` says; each family has a file that makes one from its
+configuration."""

@@ -1,0 +1,70 @@
+"""Reasoning parsers: where reasoning ends and content begins, however the text is split."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm.entrypoints.chat.reasoning_parsers import REASONING_PARSERS, ReasoningParser
+
+BOTH = list(REASONING_PARSERS)
+
+CASES = [
+    ("I think.\n</think>\n\nYes.", "I think.\n", "\n\nYes."),
+    ("<think>I think.</think>Yes.", "I think.", "Yes."),
+    ("\n<think>\nHm</think>", "\nHm", ""),
+    ("never ends", "never ends", ""),
+    ("a <think> b </think> c </think> d", "a <think> b ", " c </think> d"),
+    ("", "", ""),
+    ("<thi", "<thi", ""),
+    ("x</thin", "x</thin", ""),
+]
+
+
+def split(parser: ReasoningParser, pieces: list[str]) -> tuple[str, str]:
+    parts = [*(parser.feed(piece) for piece in pieces), parser.finish()]
+    return "".join(p[0] for p in parts), "".join(p[1] for p in parts)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize(("text", "reasoning", "content"), CASES)
+def test_reasoning_ends_at_its_mark(name: str, text: str, reasoning: str, content: str) -> None:
+    make = REASONING_PARSERS[name]
+    assert split(make(ended=False), [text]) == (reasoning, content)
+    for cut in range(len(text)):
+        assert split(make(ended=False), [text[:cut], text[cut:]]) == (reasoning, content)
+    assert split(make(ended=False), list(text)) == (reasoning, content)
+
+
+@given(parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "a", " ", "\n"]), max_size=12))
+@settings(max_examples=200, deadline=None)
+def test_every_split_gives_the_same(parts: list[str]) -> None:
+    make = REASONING_PARSERS["qwen3"]
+    text = "".join(parts)
+    whole = split(make(ended=False), [text])
+    assert split(make(ended=False), list(text)) == whole
+    assert split(make(ended=False), parts) == whole
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_all_is_content_once_the_prompt_ended_the_reasoning(name: str) -> None:
+    make = REASONING_PARSERS[name]
+    assert make.ended_in("<user>Hi<assistant><think>\n\n</think>\n\n", None, {})
+    assert not make.ended_in("<user>Hi</think><assistant><think>\n", None, {})
+    assert not make.ended_in("<user>Hi<assistant>", None, {})
+    assert split(make(ended=True), ["a <think> b"]) == ("", "a <think> b")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_message_that_is_continued_says_whether_it_was_thinking(name: str) -> None:
+    make = REASONING_PARSERS[name]
+    assert make.ended_in("", "The answer is", {})
+    assert make.ended_in("", "<think>Hm</think>The answer is", {})
+    assert not make.ended_in("", "<think>Hm", {})
+
+
+def test_qwen3_thinks_unless_the_template_was_told_not_to() -> None:
+    assert REASONING_PARSERS["qwen3"].ended_in("<assistant>", None, {"enable_thinking": False})
+    assert not REASONING_PARSERS["qwen3"].ended_in("<assistant>", None, {"enable_thinking": True})
+    assert not REASONING_PARSERS["deepseek_r1"].ended_in("<assistant>", None, {"enable_thinking": False})

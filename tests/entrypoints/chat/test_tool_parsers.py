@@ -1,0 +1,280 @@
+"""Tool parsers: what they find in outputs of their formats, however the text is split."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Text
+from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, ToolParser
+from vllm.entrypoints.chat.tool_parsers.forced import NamedToolParser, RequiredToolParser
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer"},
+        "units": {"enum": ["C", "F"]},
+        "more": {"type": "object"},
+        "maybe": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+        "exact": {"type": ["boolean", "null"]},
+    },
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now"}},
+]
+
+Calls = list[tuple[str, Any]]
+CITY = {"city": 'Rome "</tool_call>" {[\\ é\n', "days": 2}
+CITY_JSON = json.dumps(CITY, ensure_ascii=False)
+V3 = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
+
+
+def v3(name: str, arguments: str) -> str:
+    return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
+
+
+# Parser, output, content, calls; arguments are compared as values where the output has them as JSON.
+CASES: list[tuple[str, str, str, Calls]] = [
+    ("hermes", "Hello, world. ", "Hello, world. ", []),
+    (
+        "hermes",
+        f'I look.\n<tool_call>\n{{"name": "weather", "arguments": {CITY_JSON}}}\n</tool_call>\n'
+        '<tool_call>{"arguments": {}, "name": "now"}</tool_call>\n',
+        "I look.",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("hermes", '<tool_call>{"name": "now"}</tool_call>', "", [("now", {})]),
+    ("hermes", '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}', "", [("now", {"a": 1})]),
+    ("hermes", '<tool_call>{"id": [1, {"name": 2}], "name": "now", "arguments": {}}', "", [("now", {})]),
+    ("hermes", "<tool_call>nonsense</tool_call> x", "<tool_call>nonsense</tool_call> x", []),
+    ("hermes", '<tool_call>{"nome": 1}', '<tool_call>{"nome": 1}', []),
+    ("hermes", "a < b and <tool_cal", "a < b and <tool_cal", []),
+    (
+        "hermes",
+        '<tool_call>{"name": "now", "arguments": {}}\n<tool_call>{"name": "now", "parameters": {"a": 1}}</tool_call>',
+        "",
+        [("now", {}), ("now", {"a": 1})],
+    ),
+    ("llama3_json", f'{{"name": "weather", "parameters": {CITY_JSON}}}', "", [("weather", CITY)]),
+    (
+        "llama3_json",
+        '<|python_tag|>{"name": "now", "parameters": {}}; {"name": "now", "arguments": {"a": [1]}}',
+        "",
+        [("now", {}), ("now", {"a": [1]})],
+    ),
+    ("llama3_json", ' {"type": "function", "name": "now", "parameters": {}}', "", [("now", {})]),
+    ("llama3_json", '{"name": "Ann", "age": 31}', '{"name": "Ann", "age": 31}', []),
+    ("llama3_json", '{"answer": 3} is it', '{"answer": 3} is it', []),
+    ("llama3_json", "Plain text {", "Plain text {", []),
+    ("llama3_json", '{"name": "now", "parameters": {}} so.', "so.", [("now", {})]),
+    ("llama3_json", '{"name": "now"', '{"name": "now"', []),
+    (
+        "mistral",
+        f'Look: [TOOL_CALLS] [{{"name": "weather", "arguments": {CITY_JSON}}}, {{"name": "now", "arguments": {{}}}}]',
+        "Look:",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("mistral", f"[TOOL_CALLS]weather{CITY_JSON}[TOOL_CALLS]now{{}}", "", [("weather", CITY), ("now", {})]),
+    ("mistral", '[TOOL_CALLS]weather[ARGS]{"days": 1}', "", [("weather", {"days": 1})]),
+    ("mistral", "[TOOL_CALLS]now[CALL_ID]abc123xyz[ARGS]{}", "", [("now", {})]),
+    ("mistral", '[TOOL_CALLS]{"name": "now", "arguments": {}}', "", [("now", {})]),
+    ("mistral", "No [TOOL] here", "No [TOOL] here", []),
+    (
+        "pythonic",
+        "[weather(city='It\\'s, [here]', days=-2, more={'a': [True, None]}), now()]",
+        "",
+        [("weather", {"city": "It's, [here]", "days": -2, "more": {"a": [True, None]}}), ("now", {})],
+    ),
+    ("pythonic", "<|python_start|>[a.b(x=true)]<|python_end|>", "", [("a.b", {"x": True})]),
+    ("pythonic", "[1, 2] are numbers", "[1, 2] are numbers", []),
+    ("pythonic", "[see(the) footnote]", "[see(the) footnote]", []),
+    ("pythonic", "Plain [now()]", "Plain [now()]", []),
+    ("pythonic", "[now(", "[now(", []),
+    (
+        "qwen3_coder",
+        "I look.\n<tool_call>\n<function=weather>\n<parameter=city>\nRome\n\"</parameter\n</parameter>\n"
+        "<parameter=days>\n2\n</parameter>\n<parameter=units>C</parameter>\n<parameter=more>{\"a\": 1}</parameter>\n"
+        "<parameter=maybe>null</parameter><parameter=exact>True</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "I look.",
+        [
+            (
+                "weather",
+                {"city": 'Rome\n"</parameter', "days": 2, "units": "C", "more": {"a": 1}, "maybe": None, "exact": True},
+            ),
+            ("now", {}),
+        ],
+    ),
+    ("qwen3_coder", "<function=weather><parameter=city>R</parameter></function>", "", [("weather", {"city": "R"})]),
+    (
+        "qwen3_coder",
+        "<tool_call><function=weather><parameter=city>a\n<parameter=days>7</function></tool_call>",
+        "",
+        [("weather", {"city": "a", "days": 7})],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call><function=weather><parameter=city>null</parameter><parameter=days>x</parameter></function>",
+        "",
+        [("weather", {"city": None, "days": "x"})],
+    ),
+    ("qwen3_coder", "<function=weather><parameter=city></parameter></function>", "", [("weather", {"city": ""})]),
+    ("qwen3_coder", "1 <function 2", "1 <function 2", []),
+    (
+        "deepseek_v3",
+        "Hi" + V3.format(v3("weather", CITY_JSON) + "\n" + v3("now", "{}")),
+        "Hi",
+        [("weather", CITY), ("now", {})],
+    ),
+    (
+        "deepseek_v3",
+        V3.format("<｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>" * 2),
+        "",
+        [("now", {}), ("now", {})],
+    ),
+    ("deepseek_v3", "Only <｜text｜>", "Only <｜text｜>", []),
+]  # fmt: skip
+
+
+def found(events: list[PartEvent]) -> tuple[str, list[tuple[str, str]]]:
+    """Content and calls (name, arguments) of all events; checks that calls begin and end, one after the other."""
+    content, calls, ids, is_open = "", [], [], False
+    for event in events:
+        match event:
+            case Text(text):
+                assert text and not is_open
+                content += text
+            case CallBegun(index, call_id, name):
+                assert index == len(calls) and call_id and not is_open
+                is_open = True
+                ids.append(call_id)
+                calls.append((name, ""))
+            case CallArguments(index, text):
+                assert index == len(calls) - 1 and text and is_open
+                calls[index] = (calls[index][0], calls[index][1] + text)
+            case CallEnded(index):
+                assert index == len(calls) - 1 and is_open
+                is_open = False
+    assert not is_open
+    assert len(set(ids)) == len(ids)
+    return content, calls
+
+
+def at_once(parser: ToolParser, text: str) -> tuple[str, list[tuple[str, str]]]:
+    return found([*parser.feed(text), *parser.finish()])
+
+
+def in_pieces(parser: ToolParser, text: str, cuts: list[int]) -> tuple[str, list[tuple[str, str]]]:
+    ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    events = [event for a, b in pairwise(ends) for event in parser.feed(text[a:b])]
+    return found([*events, *parser.finish()])
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
+def test_calls_and_content_are_found(name: str, text: str, content: str, calls: Calls) -> None:
+    said, made = at_once(TOOL_PARSERS[name](TOOLS), text)
+    assert said == content
+    assert [(n, json.loads(arguments)) for n, arguments in made] == calls
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
+def test_every_split_in_two_and_every_letter_alone_give_the_same(
+    name: str, text: str, content: str, calls: Calls
+) -> None:
+    whole = at_once(TOOL_PARSERS[name](TOOLS), text)
+    for cut in range(len(text)):
+        assert in_pieces(TOOL_PARSERS[name](TOOLS), text, [cut]) == whole, text[:cut]
+    assert in_pieces(TOOL_PARSERS[name](TOOLS), text, list(range(len(text)))) == whole
+
+
+# Pieces of all formats in any order: most outputs made of them are malformed in some way.
+MARKS = sorted(
+    {
+        *("<tool_call>", "</tool_call>", "<function=weather>", "</function>", "<parameter=city>", "<parameter=days>"),
+        *("</parameter>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<|python_start|>", "null"),
+        *(
+            "<｜tool▁calls▁begin｜>",
+            "<｜tool▁calls▁end｜>",
+            "<｜tool▁call▁begin｜>",
+            "<｜tool▁call▁end｜>",
+            "<｜tool▁sep｜>",
+        ),
+        *(
+            '{"name": ',
+            '"now"',
+            ', "arguments": ',
+            ', "parameters": ',
+            '{"a": "b',
+            '"}',
+            "}",
+            "{",
+            "[",
+            "]",
+            "now(",
+            ")",
+        ),
+        *("a=1", "'", '"', ",", ";", "\n", " ", "\\", "x", "é", ":", "```", "json", "<", "</"),
+    }
+)
+
+
+@pytest.mark.parametrize("name", TOOL_PARSERS)
+@settings(max_examples=300, deadline=None)
+@given(parts=st.lists(st.sampled_from(MARKS), max_size=16), cuts=st.lists(st.integers(0, 160), max_size=12))
+def test_malformed_outputs_give_the_same_however_they_are_split(name: str, parts: list[str], cuts: list[int]) -> None:
+    text = "".join(parts)
+    whole = at_once(TOOL_PARSERS[name](TOOLS), text)
+    assert in_pieces(TOOL_PARSERS[name](TOOLS), text, cuts) == whole
+    assert in_pieces(TOOL_PARSERS[name](TOOLS), text, list(range(len(text)))) == whole
+
+
+@pytest.mark.parametrize("name", TOOL_PARSERS)
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet="ab \n.,'é<|", max_size=40))
+def test_text_without_calls_comes_back_as_it_is(name: str, text: str) -> None:
+    assert at_once(TOOL_PARSERS[name](TOOLS), text) == (text, [])
+
+
+def test_arguments_are_handed_on_while_they_come() -> None:
+    for name, start, end in [
+        ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "', '"}}</tool_call>'),
+        ("llama3_json", '{"name": "weather", "parameters": {"city": "', '"}}'),
+        ("mistral", '[TOOL_CALLS]weather{"city": "', '"}'),
+        ("qwen3_coder", "<tool_call><function=weather><parameter=city>", "</parameter></function></tool_call>"),
+        ("deepseek_v3", V3[:21] + '<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "', '"}\n```'),
+    ]:
+        parser = TOOL_PARSERS[name](TOOLS)
+        fed = [parser.feed(start), *[parser.feed("word ") for _ in range(50)], parser.feed(end), parser.finish()]
+        pieces = [event.text for events in fed for event in events if isinstance(event, CallArguments)]
+        assert len(pieces) > 45, name
+        assert json.loads("".join(pieces)) == {"city": "word " * 50}
+
+
+def test_mistral_ids_have_nine_letters_or_digits() -> None:
+    begun, _ = TOOL_PARSERS["mistral"](TOOLS).feed("[TOOL_CALLS]now{}")
+    assert isinstance(begun, CallBegun)
+    assert len(begun.id) == 9
+    assert begun.id.isalnum()
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "calls"),
+    [
+        (lambda: NamedToolParser(TOOLS, "weather"), '{"city": "Rome"}', [("weather", '{"city": "Rome"}')]),
+        (
+            lambda: RequiredToolParser(TOOLS),
+            '[{"name": "weather", "parameters": {"days": 1}}, {"name": "now", "parameters": {}}]',
+            [("weather", '{"days": 1}'), ("now", "{}")],
+        ),
+    ],
+)
+def test_forced_calls(make: Any, text: str, calls: list[tuple[str, str]]) -> None:
+    assert at_once(make(), text) == ("", calls)
+    assert in_pieces(make(), text, list(range(len(text)))) == ("", calls)

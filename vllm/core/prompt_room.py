@@ -1,0 +1,197 @@
+"""Where system prompts lie in the KV cache, and which of them would give way to another one.
+
+The room decides with numbers and changes no state of a prompt but its place. `PromptLife` carries out what it decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Several
+from itertools import accumulate
+
+from vllm.core.demand import Demand
+from vllm.core.pin_policy import Claim, claim_of, giving_way, leaving_host, worth_now
+from vllm.core.pinned_prompt import MAX_CHAIN, MAX_DEPTH, Outcome, PinClass, PinnedPrompt, PromptState, prompt_id
+from vllm.core.prompt_registry import PromptRegistry
+from vllm.core.prompt_tiers import PromptTiers
+from vllm.core.wants import Want
+from vllm.kv_cache.extents import Extent, PinnedBlockPool
+from vllm.token_ids import TokenIds
+
+
+class PromptRoom:
+    """Owns the extents of prompts, and the blocks that are promised to prompts without a place.
+
+    Args:
+        blocks: The pinned part of the KV cache; its budget is the pool's.
+        block_size: Tokens in a block.
+        min_tokens: Shortest prompt that is pinned.
+        on_release: Called with an extent whose pin has ended, so that its blocks become schedulable again.
+
+    Attributes:
+        pinned_tokens: Tokens in extents, on probation or not.
+        probation_tokens: Those of them that are on probation.
+    """
+
+    def __init__(
+        self,
+        blocks: PinnedBlockPool,
+        block_size: int,
+        min_tokens: int,
+        on_release: Callable[[Extent], None],
+        registry: PromptRegistry,
+        demand: Demand,
+        tiers: PromptTiers,
+    ) -> None:
+        self.blocks = blocks
+        self.block_size = block_size
+        self.pinned_tokens = 0
+        self.probation_tokens = 0
+        self._min_tokens = min_tokens
+        self._on_release = on_release
+        self._registry = registry
+        self._demand = demand
+        self._tiers = tiers
+        self._promised_blocks = 0
+
+    # Budget ----------------------------------------------------------------------------------------------------
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """Blocks that hold so many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    @property
+    def taken_blocks(self) -> int:
+        """Blocks that are pinned or promised."""
+        return self.blocks.pinned_blocks + self._promised_blocks
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether more than half of the budget is taken, so that prompts may soon have to leave the device."""
+        return 2 * self.taken_blocks > self.blocks.budget_blocks
+
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a prompt of so many blocks finds room besides all that is promised, and displaces nothing."""
+        return self.blocks.fits(self._promised_blocks + num_blocks)
+
+    def promise(self, num_blocks: int) -> None:
+        """Counts blocks for a prompt that waits for its place; a negative number ends such a promise."""
+        self._promised_blocks += num_blocks
+
+    def refusal(
+        self, token_ids: TokenIds, want: Want, num_blocks: int, keep: Several[PinnedPrompt] = ()
+    ) -> Outcome | None:
+        """Why a prompt that needs `num_blocks` cannot be pinned; None if it can.
+
+        Args:
+            keep: Prompts that must not give way to it.
+        """
+        if len(token_ids) < self._min_tokens:
+            return Outcome.TOO_SHORT
+        missing = self.taken_blocks + num_blocks - self.blocks.budget_blocks
+        if missing <= 0:
+            return None
+        if num_blocks > self.blocks.budget_blocks:
+            return Outcome.OVER_BUDGET
+        claim, value = Claim.NEW, 0.0
+        if want.pin == PinClass.HARD:
+            claim = Claim.HARD
+        elif self._demand.is_reused(token_ids, want):
+            claim = Claim.REUSED
+            value = self._demand.worth_of_newcomer(prompt_id(token_ids, want.scope))
+        returns = self._has_host_room(num_blocks, claim != Claim.NEW, value)
+        for prompt in self._giving_way(claim, want.pin, value, returns, keep):
+            missing -= prompt.num_blocks
+            if missing <= 0:
+                return None
+        return Outcome.OVER_BUDGET
+
+    # Who gives way ---------------------------------------------------------------------------------------------
+
+    def going_for(self, prompt: PinnedPrompt) -> Iterator[PinnedPrompt]:
+        """Prompts that give way to `prompt`, in the order in which they leave the device. Its parents stay."""
+        value = self._demand.worth_of(prompt)
+        returns = self._tiers.is_on_host(prompt) or self._has_host_room(
+            prompt.num_blocks, not prompt.on_probation, value
+        )
+        parents, above = [], prompt.parent
+        while above is not None:
+            parents.append(above)
+            above = above.parent
+        return self._giving_way(claim_of(prompt), prompt.pin, value, returns, parents)
+
+    def least_on_probation(self) -> PinnedPrompt | None:
+        """The prompt on probation that leaves the device first; None if none may leave."""
+        return next(self._giving_way(Claim.NEW, PinClass.SOFT, 0.0, False), None)
+
+    def leaving_host_for(self, prompt: PinnedPrompt) -> Iterator[PinnedPrompt]:
+        """Prompts whose images leave the host tier for that of `prompt`, in the order in which they go."""
+        return self._leaving_host(not prompt.on_probation, worth_now(prompt, self._demand.num_requests))
+
+    def _giving_way(
+        self, claim: Claim, pin: PinClass, value: float, may_leave_again: bool, keep: Iterable[PinnedPrompt] = ()
+    ) -> Iterator[PinnedPrompt]:
+        prompts, now = self._registry.prompts(), self._demand.num_requests
+        return giving_way(prompts, claim, pin, value, may_leave_again, now, self._tiers.is_on_host, keep)
+
+    def _leaving_host(self, is_reused: bool, value: float) -> Iterator[PinnedPrompt]:
+        return leaving_host(self._tiers.idle_owners(), is_reused, value, self._demand.num_requests)
+
+    def _has_host_room(self, num_blocks: int, is_reused: bool, value: float) -> bool:
+        """Whether the host tier has room for a prompt, or would make some."""
+        if num_blocks > self._tiers.host.budget_blocks:
+            return False
+        if self._tiers.has_room(num_blocks):
+            return True
+        going = self._leaving_host(is_reused, value)
+        return any(num_blocks <= total for total in accumulate(p.num_blocks for p in going))
+
+    # Places ----------------------------------------------------------------------------------------------------
+
+    def find(self, prompt: PinnedPrompt) -> tuple[Extent, ...] | None:
+        """Free extents for a prompt, as few as possible; None when there is no room now."""
+        above = len(prompt.parent.prefix) if prompt.parent is not None else 0
+        # A chain of extents has a limit. One extent is left for each prompt that may continue this one.
+        most = MAX_CHAIN - above - (MAX_DEPTH - prompt.depth)
+        return self.blocks.find_room(prompt.num_blocks, most)
+
+    def give(self, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
+        """Pins `extents` for a prompt."""
+        self.blocks.pin(prompt.id, extents)
+        prompt.place(extents)
+        self._count_tokens(prompt, prompt.num_own_tokens)
+
+    def take_back(self, prompt: PinnedPrompt) -> None:
+        """Releases the extents of a prompt, if it has any."""
+        if not prompt.extents:
+            return
+        for extent in self.blocks.unpin(prompt.id):
+            self._on_release(extent)
+        self._count_tokens(prompt, -prompt.num_own_tokens)
+        prompt.leave()
+
+    def end_probation(self, prompt: PinnedPrompt) -> None:
+        """Pins a prompt that was on probation."""
+        prompt.on_probation = False
+        self.probation_tokens -= prompt.num_own_tokens if prompt.extents else 0
+
+    def _count_tokens(self, prompt: PinnedPrompt, num_tokens: int) -> None:
+        self.pinned_tokens += num_tokens
+        self.probation_tokens += num_tokens if prompt.on_probation else 0
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when extents, promises and counts do not fit the prompts."""
+        self.blocks.check_integrity()
+        prompts = self._registry.prompts()
+        placed = [p for p in prompts if p.extents]
+        extents = {p.id: p.extents for p in placed}
+        assert extents == self.blocks.extents, (extents, self.blocks.extents)
+        assert self._promised_blocks == sum(p.num_blocks for p in prompts if p.state == PromptState.PENDING)
+        assert self.pinned_tokens == sum(p.num_own_tokens for p in placed)
+        assert self.probation_tokens == sum(p.num_own_tokens for p in placed if p.on_probation)
+        for p in prompts:
+            assert p.num_blocks == self.blocks_of(p.num_own_tokens), p
+            assert not p.extents or p.parent is None or p.parent.extents, (p, p.parent)
+        for p in placed:
+            assert sum(e.num_tokens for e in p.prefix) == p.num_tokens, p.prefix
+            assert len(p.prefix) <= MAX_CHAIN

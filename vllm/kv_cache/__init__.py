@@ -1,0 +1,1 @@
+"""What the layers of a network keep between steps, and where it lies."""

@@ -1,1 +1,0 @@
-"""Fused Triton kernels of the layers, each beside its torch reference."""

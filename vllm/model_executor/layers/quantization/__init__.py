@@ -1,0 +1,1 @@
+"""How linear layers hold their weights, a file each."""

@@ -1,0 +1,305 @@
+"""One network for every decoder that `DecoderSpec` can say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm.attention.layer import Attention, ForwardContext
+from vllm.attention.spec import AttentionSpec
+from vllm.distributed.parallel_state import TensorParallelGroup
+from vllm.exceptions import StartupError
+from vllm.kv_cache.spec import LayerCache
+from vllm.model_executor.cpu_program import CpuProgram
+from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
+from vllm.model_executor.layers.layernorm import RowNorm
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization.base import LinearMethod
+from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.models.base import CausalLM
+from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
+from vllm.model_executor.models.weight_map import Weight, weight_map
+from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
+from vllm.ops.dispatch import activate
+from vllm.ops.rope import QkNorm
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a network is made on this rank.
+
+    Attributes:
+        tp: Its place among the tensor-parallel ranks.
+        method: How linear layers hold their weights.
+        max_positions: Longest sequence.
+        dtype: Of weights and activations.
+        compiled: `finish` hands the layers over to the compiled CPU program; `method` packs for it, and
+            `CpuProgram.misfit` has nothing against it.
+    """
+
+    tp: TensorParallelGroup
+    method: LinearMethod
+    max_positions: int
+    dtype: torch.dtype
+    compiled: bool = False
+
+
+def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.dtype) -> AttentionSpec:
+    """What a mixer asks of attention on one rank.
+
+    Raises:
+        ValueError: its heads cannot be split over the ranks.
+    """
+    return AttentionSpec(
+        num_heads=tp.divide(mixer.num_heads, "attention heads"),
+        num_kv_heads=tp.divide(mixer.num_kv_heads, "KV heads"),
+        head_dim=mixer.head_dim,
+        v_dim=mixer.head_dim,
+        scale=mixer.scale,
+        dtype=dtype,
+        window=mixer.window,
+        softcap=mixer.softcap,
+        sinks=mixer.sinks,
+    )
+
+
+def attention_specs(spec: DecoderSpec, tp: TensorParallelGroup, dtype: torch.dtype) -> list[AttentionSpec]:
+    """What the layers of a network ask of attention, each different wish once."""
+    return list(dict.fromkeys(attention_spec(layer.mixer, tp, dtype) for layer in spec.layers))
+
+
+class AttentionBlock(nn.Module):
+    """Projections around attention.
+
+    Args:
+        spec: What it computes.
+        layer_index: Which K/V tensors are its own.
+        wish: Its spec of attention on this rank.
+        plan: Place of `wish` among the network's different ones.
+        rotary: Its table, which other layers use too.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionMixer,
+        hidden_size: int,
+        layer_index: int,
+        wish: AttentionSpec,
+        plan: int,
+        rotary: RotaryEmbedding | None,
+        build: Build,
+    ) -> None:
+        super().__init__()
+        q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        parts = {"q": q_size, "k": kv_size, "v": kv_size}
+        self.qkv = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, build.method)
+        self.o = RowParallelLinear(q_size, hidden_size, "o" in spec.biases, build.tp, build.method)
+        self.attention = Attention(layer_index, wish, plan)
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm is not None:
+            if spec.qk_norm_over_all and build.tp.world_size > 1:
+                raise ValueError("its norms over all query heads cannot be split over tensor-parallel ranks")
+            of_all = spec.qk_norm_over_all
+            self.q_norm = RowNorm(q_size if of_all else spec.head_dim, spec.qk_norm)
+            self.k_norm = RowNorm(kv_size if of_all else spec.head_dim, spec.qk_norm)
+        # In a tuple, so that the table is no part of each layer that uses it.
+        self._rotary = (rotary,)
+
+    def attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The packed output of `qkv` → what `o` takes; writes K and V."""
+        rotary = self._rotary[0]
+        return self.attention(qkv, None if rotary is None else rotary.rope(), self._qk_norm(), context)
+
+    def write(self, qkv: torch.Tensor, context: ForwardContext) -> None:
+        """Only writes K and V."""
+        rotary = self._rotary[0]
+        self.attention.write(qkv, None if rotary is None else rotary.rope(), self._qk_norm(), context)
+
+    def _qk_norm(self) -> QkNorm | None:
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return QkNorm(self.q_norm.norm, self.q_norm.weight, self.k_norm.weight)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, spec: MLP, hidden_size: int, build: Build) -> None:
+        super().__init__()
+        self.activation, self.gated = spec.activation, spec.gated
+        parts = {"gate": spec.size, "up": spec.size} if spec.gated else {"up": spec.size}
+        self.gate_up = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, build.method)
+        self.down = RowParallelLinear(spec.size, hidden_size, "down" in spec.biases, build.tp, build.method)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        """What `down` takes."""
+        return activate(self.gate_up(x), self.activation, self.gated)
+
+
+class Join(nn.Module):
+    """Adds what a block makes to the residual stream: `residual + multiplier · norm(linear(x))`."""
+
+    def __init__(self, norm: RowNorm | None, multiplier: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.multiplier = multiplier
+        self._in_linear = norm is None and multiplier == 1.0
+
+    def forward(self, linear: RowParallelLinear, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
+        if self._in_linear:
+            return linear(x, residual)
+        out = linear(x)
+        return torch.add(residual, out if self.norm is None else self.norm(out), alpha=self.multiplier)
+
+
+class DecoderLayer(nn.Module):
+    """One layer; see `spec` for what it computes."""
+
+    def __init__(self, spec: LayerSpec, hidden_size: int, mixer: AttentionBlock, build: Build) -> None:
+        super().__init__()
+        norms = spec.norms
+
+        def norm(wanted: bool) -> RowNorm | None:
+            return RowNorm(hidden_size, norms.norm, norms.has_bias) if wanted else None
+
+        self.parallel = spec.parallel
+        self.mixer = mixer
+        self.ffn = FeedForward(spec.ffn, hidden_size, build)
+        self.pre_mixer = norm(norms.pre_mixer) or nn.Identity()
+        self.after_mixer = Join(norm(norms.post_mixer), spec.residual_multiplier)
+        self.pre_ffn = norm(norms.pre_ffn and not spec.parallel) or nn.Identity()
+        self.after_ffn = Join(norm(norms.post_ffn), spec.residual_multiplier)
+
+    def forward(self, residual: torch.Tensor, context: ForwardContext, wanted: torch.Tensor | None) -> torch.Tensor:
+        """Returns the residual stream of the wanted tokens or (None) of all; the one before it may be overwritten."""
+        mixer, ffn = self.mixer, self.ffn
+        normed = self.pre_mixer(residual)
+        qkv = mixer.qkv(normed)
+        if wanted is not None and not len(wanted):
+            mixer.write(qkv, context)
+            return residual[:0]
+        x = mixer.attend(qkv, context)
+        if wanted is not None:
+            x, residual, normed = x[wanted], residual[wanted], normed[wanted]
+        residual = self.after_mixer(mixer.o, x, residual)
+        before_ffn = normed if self.parallel else self.pre_ffn(residual)
+        return self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
+
+
+class Decoder(CausalLM):
+    """Token ids → hidden states → logits.
+
+    Args:
+        spec: What it computes.
+        build: How it is made on this rank.
+
+    Raises:
+        ValueError: it cannot be split over the ranks.
+    """
+
+    def __init__(self, spec: DecoderSpec, build: Build) -> None:
+        super().__init__()
+        tp = build.tp
+        self.spec = spec
+        self.build = build
+        self.hidden_size = spec.hidden_size
+        self.dtype = build.dtype
+        self.attention_specs = attention_specs(spec, tp, build.dtype)
+        ropes = list(dict.fromkeys(layer.mixer.rope for layer in spec.layers if layer.mixer.rope is not None))
+        tables = {
+            rope: RotaryEmbedding(rope.frequencies, rope.factor, rope.interleaved, build.max_positions)
+            for rope in ropes
+        }
+        self.rotaries: Sequence[RotaryEmbedding] = nn.ModuleList(tables.values())  # type: ignore[assignment]
+        self.embedding = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        layers = []
+        for i, layer in enumerate(spec.layers):
+            wish = attention_spec(layer.mixer, tp, build.dtype)
+            rotary = None if layer.mixer.rope is None else tables[layer.mixer.rope]
+            plan = self.attention_specs.index(wish)
+            mixer = AttentionBlock(layer.mixer, spec.hidden_size, i, wish, plan, rotary, build)
+            layers.append(DecoderLayer(layer, spec.hidden_size, mixer, build))
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
+        self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
+        table = self.embedding if spec.tied else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap)
+        self.program: CpuProgram | None = None
+        self._embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
+
+    def caches(self) -> list[LayerCache]:
+        return [layer.mixer.attention.cache for layer in self.layers]
+
+    def layer_kinds(self) -> list[int]:
+        first = {layer: i for i, layer in reversed(list(enumerate(self.spec.layers)))}
+        return sorted(first.values())
+
+    @contextmanager
+    def only_layers(self, indexes: Sequence[int]) -> Iterator[None]:
+        layers = self.layers
+        self.layers = nn.ModuleList(layers[i] for i in indexes)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            self.layers = layers
+
+    def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        residual = self.embedding(token_ids)
+        if self._embedding_multiplier != 1.0:
+            residual.mul_(self._embedding_multiplier)
+        if self.program is not None:
+            return self.program.forward(residual, context)
+        last = len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            residual = layer(residual, context, context.wanted if i == last else None)
+        return self.norm(residual)
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.head.logits(hidden, out)
+
+    def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.head.most_likely(hidden)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        rows = weight_map(self.spec)
+        names: CheckpointNames = self.spec.names
+        missing = set(rows)
+        for name, tensor in weights:
+            if name.endswith(names.ignored) or (self.spec.tied and name == f"{names.head}.weight"):
+                continue
+            if name not in missing:
+                what = "twice" if name in rows else "that this architecture does not know"
+                raise StartupError(f"The checkpoint has a tensor {name!r} {what}.")
+            try:
+                self._load(rows[name], tensor)
+            except ValueError as error:
+                raise StartupError(f"The checkpoint's {name} does not fit its configuration: {error}.") from None
+            missing.discard(name)
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            raise StartupError(f"The checkpoint lacks {len(missing)} tensors, among them {some}.")
+
+    def _load(self, weight: Weight, tensor: torch.Tensor) -> None:
+        module = self.get_submodule(weight.module)
+        module.load(weight.parts, weight.kind, tensor)  # type: ignore[operator]
+
+    def finish(self) -> None:
+        if self.build.compiled:
+            self.program = CpuProgram(self)
+        else:
+            for module in self.modules():
+                if isinstance(module, LinearBase):
+                    module.finish()
+        method = self.build.method
+        if isinstance(method, CpuPacked) and self.build.tp.world_size == 1:
+            self.head.pack(method.int8, keep=self.spec.tied)
+
+    def compiled_steps(
+        self, rows: SequenceRows, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]
+    ) -> CompiledSteps | None:
+        if self.program is None or self.head.packed is None:
+            return None
+        return self.program.steps(self.head.packed, self.embedding.weight, rows, k_caches, v_caches)

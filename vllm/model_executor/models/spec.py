@@ -1,0 +1,161 @@
+"""A decoder as data: what `decoder.py` builds, the CPU program is lowered from, and trials take one layer of each kind
+of.
+
+A layer computes, with m its residual multiplier and missing norms left out:
+
+    sequential   x += m · post_mixer(mixer(pre_mixer(x)));  x += m · post_ffn(ffn(pre_ffn(x)))
+    parallel     n = pre_mixer(x);  x += m · (mixer(n) + ffn(n))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vllm.ops.activation import Activation
+from vllm.ops.norm import Norm
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary positions (Su et al., 2021).
+
+    Attributes:
+        frequencies: Angular frequency of each pair of dimensions, in radians a token; R/2 of them turn the first R
+            dimensions of a head.
+        factor: Of cosines and sines ("attention factor" of YaRN and LongRoPE).
+        interleaved: Dimension 2i turns with 2i + 1; otherwise i with i + R/2.
+    """
+
+    frequencies: tuple[float, ...]
+    factor: float = 1.0
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionMixer:
+    """Attention over the KV cache.
+
+    Attributes:
+        num_heads, num_kv_heads, head_dim: Over all ranks.
+        scale: Factor of the scores.
+        rope: None: positions are not encoded.
+        window, softcap, sinks: As of `AttentionSpec`.
+        qk_norm: Norm of queries and keys, ahead of their positions.
+        qk_norm_over_all: It is over all heads as one row, not over each.
+        biases: Which of `q`, `k`, `v`, `o` have one.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeSpec | None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    qk_norm: Norm | None = None
+    qk_norm_over_all: bool = False
+    biases: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Two or three matrices: `down(activation(gate(x)) · up(x))`, or `down(activation(up(x)))` without a gate.
+
+    Attributes:
+        size: Of the middle, over all ranks.
+        biases: Which of `gate`, `up`, `down` have one.
+    """
+
+    size: int
+    activation: Activation
+    gated: bool = True
+    biases: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class LayerNorms:
+    """Norms of a layer; see the formulas above. All are of one kind.
+
+    Attributes:
+        norm: Kind and numbers.
+        has_bias: Each has a bias beside its weight.
+    """
+
+    norm: Norm
+    pre_mixer: bool = True
+    post_mixer: bool = False
+    pre_ffn: bool = True
+    post_ffn: bool = False
+    has_bias: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer; equal ones are of one kind."""
+
+    mixer: AttentionMixer
+    ffn: MLP
+    norms: LayerNorms
+    parallel: bool = False
+    residual_multiplier: float = 1.0
+
+
+LAYER_NAMES: Mapping[str, str] = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "sinks": "self_attn.sinks",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "pre_mixer": "input_layernorm",
+    "pre_ffn": "post_attention_layernorm",
+}
+"""Part of a layer → its name in most checkpoints, behind `layers.<i>.`. `qkv` and `gate_up`, where a checkpoint has
+them, stand for all of their parts in one tensor."""
+
+
+@dataclass(frozen=True)
+class CheckpointNames:
+    """What a checkpoint calls its tensors, without `.weight` and `.bias`.
+
+    Attributes:
+        layers: Ahead of a layer's index.
+        parts: As `LAYER_NAMES`.
+        ignored: Ends of names of tensors that follow from the configuration.
+    """
+
+    embedding: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    parts: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A whole network.
+
+    Attributes:
+        tied: The output projection is the embedding table.
+        embedding_multiplier: Of the embeddings, rounded to their dtype.
+        logits_multiplier: Of the logits.
+        logits_softcap: Logits l become `softcap · tanh(l / softcap)`, after the multiplier.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    final_norm: Norm
+    tied: bool
+    final_norm_bias: bool = False
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
+    names: CheckpointNames = field(default_factory=CheckpointNames)

@@ -1,0 +1,29 @@
+"""Operations that layers call, each by the fastest kernel of the device that its input lies on."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm.ops import activation as plain_activation
+from vllm.ops import norm as plain_norm
+from vllm.ops.activation import Activation
+from vllm.ops.norm import Norm
+from vllm.platforms.devices import on_gpu
+
+
+def row_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm) -> torch.Tensor:
+    """`ops.norm.normalise` of rows [T, N]."""
+    if on_gpu(x):
+        from vllm.ops.triton import norm as kernels
+
+        return kernels.row_norm(x, weight, bias, norm)
+    return plain_norm.normalise(x, weight, bias, norm)
+
+
+def activate(x: torch.Tensor, activation: Activation, gated: bool) -> torch.Tensor:
+    """`ops.activation.activate`."""
+    if on_gpu(x):
+        from vllm.ops.triton import activation as kernels
+
+        return kernels.activate(x, activation, gated)
+    return plain_activation.activate(x, activation, gated)
