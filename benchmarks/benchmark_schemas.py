@@ -2,7 +2,7 @@
 """How many JSON schemas are served, what they let through, and what compiling them costs.
 
 Suites are folders of JSON files, which this repository does not hold. A file is one of
-    a list of {"schema", "tests": [{"data", "valid"}]}     as the JSON-Schema-Test-Suite has them (its tests/draft2020-12)
+    a list of {"schema", "tests": [{"data", "valid"}]}     as the JSON-Schema-Test-Suite has them
     {"schema", "tests"}                                    as JSONSchemaBench has them
     a schema alone                                         which is compiled only
 
@@ -277,7 +277,15 @@ def main() -> None:
     _ = vocabulary.for_llguidance, vocabulary.for_xgrammar
     sys.setrecursionlimit(20_000)
     rows = [run(name, folder, vocabulary, tokenizer, args.backend) for name, folder in args.suite]
-    head = ["suite", "schemas", "served", "refused", "valid rejected (closed, format)", "invalid accepted", "ms p50 / p95 / max"]
+    head = [
+        "suite",
+        "schemas",
+        "served",
+        "refused",
+        "valid rejected (closed, format)",
+        "invalid accepted",
+        "ms p50 / p95 / max",
+    ]
     say(f"\n{tokenizer.vocab_size} tokens, backend {args.backend}\n")
     table = [
         [

@@ -1,4 +1,4 @@
-"""Grammars tried on whole texts, with a vocabulary of bytes: a text is allowed if all its bytes are, and then the end."""
+"""Grammars tried on whole texts with a vocabulary of bytes: a text is allowed if its bytes and then the end are."""
 
 from __future__ import annotations
 

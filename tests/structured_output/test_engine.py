@@ -176,7 +176,7 @@ def test_the_outputs_of_a_request_share_what_matching_may_cost() -> None:
     cost.charge(0.0, 20)
     assert not cost.is_too_much
     vocabulary = Vocabulary([bytes([i]) for i in range(256)], 256, [0])
-    grammar = GuidanceGrammar('start: /[ab]{5}/', vocabulary)
+    grammar = GuidanceGrammar("start: /[ab]{5}/", vocabulary)
     first, second = (TokenMatcher(grammar, cost=cost) for _ in range(2))
     masks = np.zeros((2, 8), np.int32)
     first.fill(masks, 0)

@@ -15,7 +15,21 @@ from vllm.entrypoints.chat.tool_parsers.forced import required_form
 from vllm.sampling_params import StructuredOutputsParams
 
 # Letters whose numbers run into the digits behind them, where a grammar's text is read twice.
-KNOWN = ["größe", "année", "поле1", "字段1", "🙂a", "é1 ", "ÿ0", "Àf", "\u0080a", "\u00a0b", "\u2028c", "\ufeffd", "\U0010fffd9"]
+KNOWN = [
+    "größe",
+    "année",
+    "поле1",
+    "字段1",
+    "🙂a",
+    "é1 ",
+    "ÿ0",
+    "Àf",
+    "\u0080a",
+    "\u00a0b",
+    "\u2028c",
+    "\ufeffd",
+    "\U0010fffd9",
+]
 
 
 def random_texts(seed: int, count: int) -> list[str]:
@@ -66,7 +80,7 @@ def choice(text: str) -> tuple[dict[str, Any], str]:
 
 
 def lark(text: str) -> tuple[dict[str, Any], str]:
-    return {"grammar": f"start: {json.dumps(text, ensure_ascii=False)} \"1\"\n"}, f"{text}1"
+    return {"grammar": f'start: {json.dumps(text, ensure_ascii=False)} "1"\n'}, f"{text}1"
 
 
 def gbnf(text: str) -> tuple[dict[str, Any], str]:

@@ -29,7 +29,11 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     # anyOf, allOf and oneOf beside others.
     ({"anyOf": [{"minimum": 5}, {"maximum": 1}], "type": "integer"}, [5, 1], [3, "a"]),
     (
-        {"type": "object", "properties": {"a": INTEGER, "b": INTEGER}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {
+            "type": "object",
+            "properties": {"a": INTEGER, "b": INTEGER},
+            "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+        },
         [{"a": 1}, {"b": 1}, {"a": 1, "b": 2}],
         [{}, {"a": "x"}, {"a": 1, "c": 2}],
     ),
@@ -63,7 +67,11 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
         [{"a": 1, "c": 1}, {"b": 1, "c": 1}, {"a": 1, "b": 1, "c": 1}],
         [{"a": 1}, {}, {"c": 1}],
     ),
-    ({"type": "object", "properties": {"a": {}, "b": {}}, "maxProperties": 1, **OPEN}, [{"a": 1}, {"z": 1}], [{"a": 1, "b": 1}]),
+    (
+        {"type": "object", "properties": {"a": {}, "b": {}}, "maxProperties": 1, **OPEN},
+        [{"a": 1}, {"z": 1}],
+        [{"a": 1, "b": 1}],
+    ),
     # Keywords of one type say nothing of others.
     ({"pattern": "^a"}, ["ab", 1, None, [], {}], ["ba"]),
     ({"format": "date"}, ["2024-02-29", 1, {}], ["2023-02-29", "today"]),
@@ -74,7 +82,11 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ({"type": "string", "pattern": "^a+$", "minLength": 2, "maxLength": 3}, ["aa", "aaa"], ["a", "aaaa"]),
     ({"type": "string", "format": "email", "maxLength": 8}, ["a@b.de"], ["abcdef@b.de", "a"]),
     # References to anywhere.
-    ({"properties": {"a": INTEGER, "b": {"$ref": "#/properties/a"}}, "type": "object"}, [{"a": 1, "b": 2}], [{"b": "x"}]),
+    (
+        {"properties": {"a": INTEGER, "b": {"$ref": "#/properties/a"}}, "type": "object"},
+        [{"a": 1, "b": 2}],
+        [{"b": "x"}],
+    ),
     ({"$ref": "#here", "$defs": {"x": {"$anchor": "here", "type": "integer"}}}, [1], ["a"]),
     ({"$ref": "#/$defs/a~1b%25", "$defs": {"a/b%": STRING}}, ["x"], [1]),
     (
@@ -94,14 +106,28 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
         [{"ab": 6}, {"ab": 2.5}, {"ac": "x"}, {"z": 1}],
     ),
     ({"type": "object", "propertyNames": {"pattern": "^[a-c]+$"}}, [{"abc": 1}, {}], [{"x": 1}]),
-    ({"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": INTEGER}, [{"a": 1, "b": 2}], [{"c": 1}, {"a": "x"}]),
+    (
+        {"type": "object", "propertyNames": {"enum": ["a", "b"]}, "additionalProperties": INTEGER},
+        [{"a": 1, "b": 2}],
+        [{"c": 1}, {"a": "x"}],
+    ),
     ({"type": "object", "propertyNames": {"maxLength": 2}}, [{"ab": 1}], [{"abc": 1}]),
     # A name is what it reads as, not how it is written.
-    ({"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": STRING}, [{"a": 1, "b": "x"}], [{"a": "x"}]),
+    (
+        {"type": "object", "properties": {"a": {"const": 1}}, "additionalProperties": STRING},
+        [{"a": 1, "b": "x"}],
+        [{"a": "x"}],
+    ),
     # Conditions.
     (
-        {"type": "object", "properties": {"k": {"enum": ["x", "y"]}, "n": {}}, "required": ["k"],
-         "if": {"properties": {"k": {"const": "x"}}}, "then": {"required": ["n"]}, "else": {"properties": {"n": False}}},
+        {
+            "type": "object",
+            "properties": {"k": {"enum": ["x", "y"]}, "n": {}},
+            "required": ["k"],
+            "if": {"properties": {"k": {"const": "x"}}},
+            "then": {"required": ["n"]},
+            "else": {"properties": {"n": False}},
+        },
         [{"k": "x", "n": 1}, {"k": "y"}],
         [{"k": "x"}, {"k": "y", "n": 1}],
     ),
@@ -120,7 +146,12 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ({"type": "integer", "not": {"const": 5}}, [4, 6, 50], [5]),
     # What nothing has looked at.
     (
-        {"type": "object", "allOf": [{"properties": {"a": INTEGER}}], "properties": {"b": INTEGER}, "unevaluatedProperties": False},
+        {
+            "type": "object",
+            "allOf": [{"properties": {"a": INTEGER}}],
+            "properties": {"b": INTEGER},
+            "unevaluatedProperties": False,
+        },
         [{"b": 1, "a": 1}, {}],
         [{"c": 1}, {"a": "x"}],
     ),
@@ -130,14 +161,27 @@ KEPT: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ({"type": "array", "items": [INTEGER], "additionalItems": STRING}, [[1, "a", "b"]], [[1, 2]]),
     ({"type": "array", "contains": {"const": 1}}, [[1], [2, 1, 3], ["a", 2, 1]], [[], [2, 3]]),
     ({"type": "array", "contains": {"const": 1}, "maxContains": 1, "items": INTEGER}, [[1, 2], [3, 1]], [[1, 1], [2]]),
-    ({"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b", "c"]}}, [[], ["b", "a"], ["c", "a", "b"]], [["a", "a"]]),
+    (
+        {"type": "array", "uniqueItems": True, "items": {"enum": ["a", "b", "c"]}},
+        [[], ["b", "a"], ["c", "a", "b"]],
+        [["a", "a"]],
+    ),
     ({"type": "object", "properties": {"a": False, "b": {}}}, [{"b": 1}, {}], [{"a": 1}]),
     ({"type": "object", "properties": {"a": False}, **OPEN}, [{"b": 1}], [{"a": 1}]),
     # Numbers.
     ({"type": "number", "multipleOf": 0.25}, [0.75, 3, -1.75], [0.3]),
     ({"type": "integer", "multipleOf": 3, "exclusiveMinimum": 3}, [6, 9], [3, 7]),
     ({"type": "integer", "minimum": 0.5, "maximum": 2.5}, [1, 2], [0, 3]),
-    ({"type": "number", "minimum": 1, "exclusiveMinimum": True, "$schema": "http://json-schema.org/draft-04/schema#"}, [1.5], [1]),
+    (
+        {
+            "type": "number",
+            "minimum": 1,
+            "exclusiveMinimum": True,
+            "$schema": "http://json-schema.org/draft-04/schema#",
+        },
+        [1.5],
+        [1],
+    ),
     ({"type": "integer", "format": "uint8"}, [0, 255], [-1, 256]),
     ({"type": "array", "maxItems": 2.0}, [[1, 2]], [[1, 2, 3]]),
 ]

@@ -191,8 +191,8 @@ class EngineArgs:
         )
         add(
             "structured_outputs_config",
-            'As a JSON object: {"backend": ...}, which engine JSON schemas are kept by: auto (llguidance, and xgrammar for '
-            "what it does not take), guidance or xgrammar.",
+            'As a JSON object: {"backend": ...}, which engine keeps JSON schemas: auto (llguidance, and xgrammar for '
+            "what that does not take), guidance or xgrammar.",
             type=_json_object,
         )
         add = adder("KV cache")

@@ -34,8 +34,8 @@ def constraint_source(params: StructuredOutputsParams) -> bytes:
     """The JSON text that says all there is to a constraint; equal constraints have equal texts.
 
     It holds `format`, a format of structural tags (or of type "lark" or "compact_json", which the compiler turns into
-    one), `after`, the text that ends what comes unconstrained before it, or null, and `enforces_all`: whether a schema is
-    refused that cannot be kept in every point.
+    one), `after`, the text that ends what comes unconstrained before it, or null, and `enforces_all`: whether a schema
+    is refused that cannot be kept in every point.
 
     Raises:
         VLLMValidationError: naming the field at fault and what is allowed.

@@ -24,8 +24,8 @@ from vllm.structured_output.vocabulary import Vocabulary
 # like the one in the schema.
 _ESCAPES = {"json_allowed_escapes": 'nrbtf\\"'}
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-# Any tokens may spell a text that the grammar leaves no choice in, as in xgrammar; otherwise llguidance asks for those of
-# the tokenizer, which a vocabulary does not know.
+# Any tokens may spell a text that the grammar leaves no choice in, as in xgrammar; otherwise llguidance asks for those
+# of the tokenizer, which a vocabulary does not know.
 _FREE_TOKENS = '%llguidance {"no_forcing": true}\n'
 # Characters that JSON text has only as \u, or that llguidance leaves out of its strings.
 _NEEDS_ESCAPE = re.compile("[\x00-\x07\x0b\x0e-\x1f\x7f]")

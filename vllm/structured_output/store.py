@@ -20,8 +20,8 @@ _MOST_BYTES = 64 * 2**20
 class ConstraintStore:
     """Brings constraints into the form that is matched, in a thread, so that steps go on meanwhile.
 
-    The vocabulary is read, and the engines are imported, with the first one. The least recently used are forgotten; outputs
-    that follow them keep them.
+    The vocabulary is read, and the engines are imported, with the first one. The least recently used are forgotten;
+    outputs that follow them keep them.
     """
 
     def __init__(self, config: ModelConfig) -> None:

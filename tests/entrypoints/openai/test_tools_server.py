@@ -284,6 +284,16 @@ def test_a_schema_that_cannot_be_enforced_is_refused_where_it_is_relied_on(sdk):
         assert arguments.replace(" ", "").replace("\n", "").startswith(('{"tags":["a"', '{"tags":["b"'))
 
 
+def test_letters_come_out_as_the_schema_writes_them(sdk):
+    schema = {"type": "object", "properties": {"größe": {"enum": ["année", "字段1"]}}, "required": ["größe"]}
+    form = {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}
+    assert json.loads(ask(sdk, response_format=form)["content"])["größe"] in ("année", "字段1")
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        ((_, arguments),) = ask(sdk, tools=tools, tool_choice=choice, parallel_tool_calls=False)["calls"]
+        assert json.loads(arguments)["größe"] in ("année", "字段1")
+
+
 def test_allowed_token_ids_and_a_form_both_hold(url: str) -> None:
     def ids(text: str) -> list[int]:
         body = {"prompt": text, "add_special_tokens": False}

@@ -425,7 +425,9 @@ class Expander:
             if name == "null":
                 union["null"] = []
             elif name == "boolean":
-                union["boolean"] = [Boolean(allowed=frozenset((False, True)) - set(given))] if len(set(given)) < 2 else []
+                union["boolean"] = (
+                    [Boolean(allowed=frozenset((False, True)) - set(given))] if len(set(given)) < 2 else []
+                )
             elif name == "string":
                 union["string"] = [String(excluded=frozenset(given))]
             elif name == "number":

@@ -12,9 +12,7 @@ import orjson
 _SHORT_MONTHS = r"(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
 _LONG_MONTHS = r"(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])"
 _LEAP_YEAR = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)"
-_DATE = (
-    rf"(?:[0-9]{{4}}-(?:{_LONG_MONTHS}|{_SHORT_MONTHS}|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
-)
+_DATE = rf"(?:[0-9]{{4}}-(?:{_LONG_MONTHS}|{_SHORT_MONTHS}|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
 _FRACTION = r"(?:\.[0-9]+)?"
 _OFFSET = r"(?:[Zz]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 # A leap second comes at the end of a day in UTC only.
@@ -44,7 +42,9 @@ def _ipv6() -> str:
 _PCT = r"%[0-9A-Fa-f]{2}"
 _PCHAR = rf"(?:[A-Za-z0-9\-._~!$&'()*+,;=:@]|{_PCT})"
 _SEGMENT_NO_COLON = rf"(?:[A-Za-z0-9\-._~!$&'()*+,;=@]|{_PCT})+"
-_HOST = rf"(?:\[(?:{_ipv6()}|[vV][0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|{_PCT})*)"
+_HOST = (
+    rf"(?:\[(?:{_ipv6()}|[vV][0-9A-Fa-f]+\.[A-Za-z0-9\-._~!$&'()*+,;=:]+)\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|{_PCT})*)"
+)
 _AUTHORITY = rf"(?:(?:[A-Za-z0-9\-._~!$&'()*+,;=:]|{_PCT})*@)?{_HOST}(?::[0-9]*)?"
 _TAIL = rf"(?:\?(?:{_PCHAR}|[/?])*)?(?:#(?:{_PCHAR}|[/?])*)?"
 _PATH = rf"(?:/{_PCHAR}*)*"
@@ -90,7 +90,7 @@ def integer_bounds(name: str) -> tuple[int, int] | None:
 
 
 def all_but(texts: Iterable[str]) -> str:
-    """A regular expression of all texts other than these, without look-arounds: it leaves their common tree somewhere."""
+    """A regular expression, without look-arounds, of all texts but these: those that leave their common tree."""
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
@@ -139,8 +139,8 @@ class StringTester:
         class Bytes:
             eos_token_id = 256
             bos_token_id = None
-            tokens = [bytes([i]) for i in range(256)] + [b"\xff<end>"]
-            special_token_ids = [256]
+            tokens = (*(bytes([i]) for i in range(256)), b"\xff<end>")
+            special_token_ids = (256,)
 
             def __call__(self, text: bytes) -> list[int]:
                 return list(text)
