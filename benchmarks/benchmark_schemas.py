@@ -179,7 +179,7 @@ def judge(
         return {"error": "is too large when compiled"}
     bitmask = np.empty((1, -(-vocabulary.size // 32)), np.int32)
     TokenMatcher(compiled.grammar).fill(bitmask, 0)
-    found = {"ms": (time.process_time() - started) * 1000, "engine": compiled.engine, "accepted": []}
+    found: dict[str, Any] = {"ms": (time.process_time() - started) * 1000, "engine": compiled.engine, "accepted": []}
     order = names_of(schema)
     for test in tests:
         text = json.dumps(in_order(test["data"], order), ensure_ascii=False)

@@ -383,7 +383,7 @@ class EngineArgs:
             raise StartupError(
                 f"--structured-outputs-config.backend must be auto, guidance or xgrammar, got {backend!r:.64}."
             )
-        return backend  # type: ignore[no-any-return]
+        return backend
 
     def _max_logprobs(self, vocab_size: int) -> int:
         return vocab_size if self.max_logprobs < 0 else min(self.max_logprobs, vocab_size)
