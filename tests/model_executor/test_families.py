@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -46,6 +47,7 @@ DENSE = {
     "shared_intermediate_size": 80,
 }
 GROWING = {"type": "yarn", "llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 0.5}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 MIXED_HEADS = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 9,
@@ -95,12 +97,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Gemma4ForCausalLM", {**MIXED_HEADS, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
 ]
 IDS = [f"{architecture.removesuffix('ForCausalLM')} {changes}" for architecture, changes in CASES]
+CHUNKS = (5, 1, 16, 15)
 TOKENS = [(7 * i * i + 3) % 50 for i in range(37)]
 
 
 def make_reference(architecture: str, changes: dict[str, Any]) -> PreTrainedModel:
     """transformers' network, every weight random, norms and biases included."""
-    values = COMMON | {"model_type": ARCHITECTURES[architecture], "architectures": [architecture]} | changes
+    values = (
+        COMMON | {"model_type": ARCHITECTURES[architecture], "architectures": [architecture]} | copy.deepcopy(changes)
+    )
     config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config._attn_implementation = "eager"  # the only one that caps scores
@@ -141,8 +146,25 @@ def test_logits_are_those_of_transformers(architecture: str, changes: dict[str, 
         model.load_weights(checkpoint(reference).items())
         model.finish()
     backend = get_backend("CPU" if packed else "TORCH", model.attention_specs, 16, torch.device("cpu"))
+    # By causality, the first rows are also those of prompts shorter than every window.
     found = logits_of(model, TOKENS, backend, block=16)
     torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
+    found = logits_of(model, TOKENS, backend, block=16, chunks=CHUNKS)
+    torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
+
+
+def test_sequences_within_the_trained_length_are_turned_by_the_short_frequencies() -> None:
+    changes = {"hidden_size": 64, "partial_rotary_factor": 0.75, "rope_scaling": LONG, **GREW}
+    reference, prompt = make_reference("Phi3ForCausalLM", changes), TOKENS[:16]
+    with torch.inference_mode():
+        want = reference(torch.tensor([prompt])).logits[0]
+    model = make_decoder(config_of(reference), max_positions=16)
+    with torch.no_grad():
+        model.load_weights(checkpoint(reference).items())
+        model.finish()
+    torch.testing.assert_close(logits_of(model, prompt), want, atol=1e-3, rtol=2e-4)
+    longer = make_decoder(config_of(reference), max_positions=17)
+    assert longer.spec.layers[0].mixer.rope != model.spec.layers[0].mixer.rope
 
 
 def test_every_family_has_a_case() -> None:
@@ -157,17 +179,92 @@ def test_every_family_has_a_case() -> None:
         ("Qwen3ForCausalLM", {"layer_types": ["full_attention", "linear_attention", "x"]}, "layer_types 'linear_atten"),
         ("Gemma3ForCausalLM", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0; supported: None"),
         ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("Starcoder2ForCausalLM", {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'; supported: silu"),
+        ("Starcoder2ForCausalLM", {"norm_type": "rms_norm"}, "norm_type 'rms_norm'; supported: 'layer_norm'"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+            "'spiral'; supported: def",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {**YARN, "mrope_section": [2]}},
+            "RoPE parameters mrope_section; supp",
+        ),
+        ("MistralForCausalLM", {"rope_parameters": {**YARN, **GROWING}}, "RoPE parameters llama_4_scaling_beta; supp"),
+        (
+            "InternLM3ForCausalLM",
+            {"rope_parameters": DYNAMIC},
+            "'dynamic' beyond 32 tokens; supported: --max-model-len",
+        ),
+        ("Olmo2ForCausalLM", {"clip_qkv": 8.0}, "clip_qkv 8.0; supported: None"),
+        ("Cohere2ForCausalLM", {"use_parallel_block": False}, "use_parallel_block False; supported: True"),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, r"no_rope_layers \[1, 0\]; supported: 1 \(turned\) or 0"),
+        ("Gemma4ForCausalLM", {"hidden_size_per_layer_input": 256}, "hidden_size_per_layer_input 256; supported: 0"),
+        (
+            "Gemma4ForCausalLM",
+            {"use_bidirectional_attention": "all"},
+            "use_bidirectional_attention 'all'; supported: N",
+        ),
     ],
 )
 def test_values_that_are_not_understood_are_refused(architecture: str, changes: dict[str, Any], why: str) -> None:
     values = COMMON | {"model_type": ARCHITECTURES[architecture], "architectures": [architecture]}
-    config = hf_config_of(values)
+    config = hf_config_of(values | (MIXED_HEADS if architecture == "Gemma4ForCausalLM" else {}))
     for name, value in changes.items():
         setattr(config, name, value)
     with pytest.raises(StartupError, match=why) as error:
         decoder_spec(config, 64)
     assert f"model type '{ARCHITECTURES[architecture]}'" in str(error.value)
     assert "docs/models.md" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"num_local_experts": 8}, "num_local_experts 8; supported: 0"),
+        ({"layer_types": ["mamba", "attention", "mamba"]}, "layer_types 'linear_attention'; supported: full_attention"),
+        ({"position_embedding_type": "alibi"}, "position_embedding_type 'alibi'; supported: 'rope'"),
+    ],
+)
+def test_granite_4_is_served_where_it_is_dense(changes: dict[str, Any], why: str) -> None:
+    names = {"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"]}
+    with pytest.raises(StartupError, match=why):
+        decoder_spec(hf_config_of(COMMON | names | DENSE | changes), 64)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "older", "newer"),
+    [
+        (
+            "LlamaForCausalLM",
+            {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "bfloat16"},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}, "dtype": "bfloat16"},
+        ),
+        (
+            "GlmForCausalLM",
+            {"rope_theta": 500.0, "partial_rotary_factor": 0.25},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.25}},
+        ),
+        (
+            "Gemma3ForCausalLM",
+            {"rope_theta": 500.0, "rope_local_base_freq": 90.0, "sliding_window_pattern": 2, "sliding_window": 9}
+            | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            MIXED_WINDOWS
+            | {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 90.0},
+                    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0},
+                }
+            },
+        ),
+    ],
+)
+def test_configurations_of_older_checkpoints(architecture: str, older: dict[str, Any], newer: dict[str, Any]) -> None:
+    values = COMMON | {"model_type": ARCHITECTURES[architecture], "architectures": [architecture]}
+    configs = [hf_config_of(values | copy.deepcopy(changes)) for changes in (older, newer)]
+    assert decoder_spec(configs[0], 64) == decoder_spec(configs[1], 64) != decoder_spec(hf_config_of(values), 64)
+    assert configs[0].dtype == configs[1].dtype
 
 
 def test_an_architecture_that_is_not_supported() -> None:

@@ -141,7 +141,8 @@ def _check_architecture(source: str, values: dict[str, Any]) -> None:
     if not architectures or any(ARCHITECTURES.get(name) != model_type for name in architectures):
         found = ", ".join(map(str, architectures)) or "no architecture"
         raise StartupError(
-            f"{source} holds {found} of model type {model_type!r}; supported architectures: {', '.join(ARCHITECTURES)}."
+            f"{source} holds {found} of model type {model_type!r}; supported architectures: "
+            f"{', '.join(ARCHITECTURES)}. docs/models.md says what is served of each."
         )
 
 
@@ -150,7 +151,7 @@ def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[st
     text, changes = values.get("text_config"), overrides.get("text_config")
     if isinstance(text, dict) and isinstance(changes, dict):
         overrides = {**overrides, "text_config": text | changes}
-    return values | overrides
+    return {**values, **overrides}
 
 
 def _text_part(source: str, values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +167,8 @@ def _text_part(source: str, values: dict[str, Any], overrides: Mapping[str, Any]
     model_type = text.get("model_type", known[0])
     if model_type not in known:
         raise StartupError(
-            f"{source} holds a language model (text_config) of model type {model_type!r}; supported: {', '.join(known)}."
+            f"{source} holds a language model (text_config) of model type {model_type!r}; supported: "
+            f"{', '.join(known)}."
         )
     whole = {name: values[name] for name in _OF_THE_WHOLE if values.get(name) is not None}
     mine = {name: value for name, value in overrides.items() if name not in ("text_config", "model_type")}

@@ -1,5 +1,5 @@
-"""Command R (Cohere, 2024): one layer norm ahead of attention and MLP side by side, interleaved positions, scaled logits;
-Command R+ also has a layer norm of each query and key head, with weights of its own.
+"""Command R (Cohere, 2024): one layer norm ahead of attention and MLP side by side, interleaved positions, scaled
+logits; Command R+ also has a layer norm of each query and key head, with weights of its own.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def refused(config: PretrainedConfig, what: str, allowed: str) -> StartupError:
         allowed: What is.
     """
     return StartupError(
-        f"The model (model type {config.model_type!r}) has {what}; supported: {allowed}. See docs/models.md for what is "
-        "served of each architecture."
+        f"The model (model type {config.model_type!r}) has {what}; supported: {allowed}. See docs/models.md for what "
+        "is served of each architecture."
     )
 
 
