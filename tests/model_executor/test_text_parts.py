@@ -47,9 +47,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def make_reference(case: str, **more: Any) -> PreTrainedModel:
+def make_reference(case: str, text_changes: dict[str, Any] | None = None, **more: Any) -> PreTrainedModel:
     architecture, text, rest = CASES[case]
-    whole = {"text_config": TEXT | text, "vision_config": dict(VISION), "image_token_id": 49, "image_token_index": 49}
+    whole = {"text_config": TEXT | text | (text_changes or {}), "vision_config": dict(VISION), "image_token_id": 49, "image_token_index": 49}
     config = CONFIG_MAPPING[ARCHITECTURES[architecture]].from_dict(
         whole | {"model_type": ARCHITECTURES[architecture], "architectures": [architecture]} | rest | more
     )
