@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PretrainedConfig
 
@@ -46,22 +48,36 @@ def make_decoder(
 
 
 def logits_of(
-    model: Decoder, token_ids: list[int], backend: AttentionBackend | None = None, block: int = BLOCK
+    model: Decoder,
+    token_ids: list[int],
+    backend: AttentionBackend | None = None,
+    block: int = BLOCK,
+    chunks: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Logits at every position of one sequence, over a KV cache of its own."""
+    """Logits at every position of one sequence, over a KV cache of its own.
+
+    Args:
+        chunks: Tokens of each step; None: all in one.
+    """
     backend = backend or TorchAttentionBackend()
     blocks = list(reversed(range(-(-len(token_ids) // block))))
-    positions = torch.arange(len(token_ids))
-    slots = torch.tensor(blocks)[positions // block] * block + positions % block
     rows = [(cache.k, cache.v) for cache in model.caches()]
-    metadata = AttentionMetadata(slots, torch.tensor([blocks]), [len(token_ids)], [len(token_ids)], [], block)
-    context = ForwardContext(
-        backend=backend,
-        prepared=backend.prepare(metadata, model.attention_specs),
-        positions=positions,
-        slot_mapping=slots,
-        k_caches=[torch.zeros(len(blocks) * block, k.num_heads, k.dim, dtype=k.dtype) for k, _ in rows],
-        v_caches=[torch.zeros(len(blocks) * block, v.num_heads, v.dim, dtype=v.dtype) for _, v in rows],
-    )
-    with torch.inference_mode():
-        return model.logits(model(torch.tensor(token_ids), context))
+    k_caches = [torch.zeros(len(blocks) * block, k.num_heads, k.dim, dtype=k.dtype) for k, _ in rows]
+    v_caches = [torch.zeros(len(blocks) * block, v.num_heads, v.dim, dtype=v.dtype) for _, v in rows]
+    logits, first = [], 0
+    for size in chunks or [len(token_ids)]:
+        positions = torch.arange(first, first + size)
+        slots = torch.tensor(blocks)[positions // block] * block + positions % block
+        metadata = AttentionMetadata(slots, torch.tensor([blocks]), [size], [first + size], [], block)
+        context = ForwardContext(
+            backend=backend,
+            prepared=backend.prepare(metadata, model.attention_specs),
+            positions=positions,
+            slot_mapping=slots,
+            k_caches=k_caches,
+            v_caches=v_caches,
+        )
+        with torch.inference_mode():
+            logits.append(model.logits(model(torch.tensor(token_ids[first : first + size]), context)).clone())
+        first += size
+    return torch.cat(logits)

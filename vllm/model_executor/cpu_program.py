@@ -121,6 +121,8 @@ def _misfit_of_layer(layer: LayerSpec) -> str | None:
         return "its positions are not those of whole heads turned by halves"
     if mixer.qk_norm is not None:
         return "it normalises queries and keys"
+    if mixer.v_norm is not None or mixer.query_growth is not None or layer.has_scalar:
+        return "it normalises values, or scales queries by position or its layers' outputs"
     if mixer.window is not None or mixer.softcap is not None or mixer.sinks:
         return "its attention has a window, a cap or sinks"
     if mixer.scale != mixer.head_dim**-0.5:
