@@ -127,7 +127,8 @@ def prefix_case(
     programs = num_sms() * tiles.programs_per_sm
     parts = min(64, max(12, 1024 // batch))
     index = np.arange(groups)
-    table = np.stack((index * per_group, np.full(groups, per_group), index * length, np.full(groups, length)), axis=1)
+    table = np.zeros((groups, 5), np.int64)
+    table[:, 0], table[:, 1], table[:, 2], table[:, 3] = index * per_group, per_group, index * length, length
     work, counts = plan_prefix(
         table,
         batch,
@@ -350,7 +351,7 @@ def check() -> None:
 def _check_prefix(
     dtype: torch.dtype, heads: int, kv_heads: int, dim: int, length: int, tokens: int, tiles: TileConfig, compare: bool
 ) -> float:
-    groups = np.array([[0, tokens, 3, length], [tokens, 2, 3 + length, 16]])
+    groups = np.array([[0, tokens, 3, length, 0], [tokens, 2, 3 + length, 16, 0]])
     programs = num_sms() * tiles.programs_per_sm
     work, _ = plan_prefix(
         groups,

@@ -300,7 +300,7 @@ def test_prefix_plan_covers_every_key_once(seed: int) -> None:
     )
     assert work.dtype == counts.dtype == np.int32 and counts.max() <= max_partials
     seen: dict[int, list[tuple[int, int, int, int]]] = {t: [] for t in range(num_tokens)}
-    for first, n, slot, begin, end, split in work.tolist():
+    for first, n, slot, begin, end, _, split in work.tolist():
         assert 0 < n * share <= tiles.block_m and 0 <= begin < end and begin % tiles.block_n == 0
         for token in range(first, first + n):
             seen[token].append((split, slot, begin, end))
@@ -321,7 +321,7 @@ def test_prefix_plan_fills_the_device() -> None:
     def items(tokens: int, length: int, tiles: TileConfig) -> int:
         programs = 132 * tiles.programs_per_sm
         work, _ = plan_prefix(
-            np.array([[0, tokens, 0, length]]),
+            np.array([[0, tokens, 0, length, 0]]),
             tokens,
             group_size=4,
             num_kv_heads=8,
@@ -345,7 +345,7 @@ def test_prefix_plan_fills_the_device() -> None:
 def test_plans_are_refused_when_they_do_not_fit() -> None:
     tiles = TileConfig(16, 64, 4, 2, 2)
     common = {"group_size": 4, "num_kv_heads": 2, "tiles": tiles, "num_programs": 8}
-    groups = np.array([[0, 4, 0, 64], [0, 4, 64, 64], [0, 4, 128, 64]])
+    groups = np.array([[0, 4, 0, 64, 0], [0, 4, 64, 64, 64], [0, 4, 128, 64, 128]])
     with pytest.raises(ValueError, match="a chain of 3 extents; at most 2"):
         plan_prefix(groups, 4, max_partials=2, max_work=100, **common)
     with pytest.raises(ValueError, match="need 3 work items, not 2"):
@@ -359,7 +359,7 @@ def test_plans_are_refused_when_they_do_not_fit() -> None:
 
 def test_plans_of_256_sequences_are_made_in_a_fraction_of_a_step() -> None:
     tiles = TileConfig(128, 128, 8, 2, 1)
-    groups = np.stack((np.arange(8) * 32, np.full(8, 32), np.arange(8) * 8192, np.full(8, 8192)), axis=1)
+    groups = np.stack((np.arange(8) * 32, np.full(8, 32), np.arange(8) * 8192, np.full(8, 8192), np.zeros(8, int)), 1)
     common = {"group_size": 4, "num_kv_heads": 8, "num_programs": 132, "max_work": 4000}
     contexts = np.random.default_rng(0).integers(1, 2000, 256)
     ones, index = np.ones(256, np.int64), np.arange(256)

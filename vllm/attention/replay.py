@@ -31,6 +31,8 @@ class ReplayBuffers:
         max_tokens: Most query tokens of a step, padding included.
         block_tables: All rows of the KV cache's block tables; int32 or int64 [rows, W].
         block_size: Slots in a block.
+        beside: Buffers of other layers with heads of the same shape; they share the memory of partial results, which
+            are used up before another layer begins.
 
     Attributes:
         inputs: What `fill` was given of each query token; int64 [3, max_tokens].
@@ -40,7 +42,12 @@ class ReplayBuffers:
     max_chain = 8
 
     def __init__(
-        self, attention: TritonAttention, max_tokens: int, block_tables: torch.Tensor, block_size: int
+        self,
+        attention: TritonAttention,
+        max_tokens: int,
+        block_tables: torch.Tensor,
+        block_size: int,
+        beside: ReplayBuffers | None = None,
     ) -> None:
         self.attention = attention
         self.max_tokens = max_tokens
@@ -51,14 +58,18 @@ class ReplayBuffers:
         self._max_prefix_work = max_tokens * self.max_chain + extra
         self._max_suffix_work = max_tokens + extra
         suffix = self._max_suffix_work * SUFFIX_FIELDS
-        # Three int64 of each token take six places.
-        sizes = (6 * max_tokens, 3, max_tokens, self._max_prefix_work * PREFIX_FIELDS, suffix, suffix)
-        self._ends = np.cumsum(sizes).tolist()
-        self._plans: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
+        # Three int64 of each token take six places. The fourth list is `first_seen`.
+        windowed = 0 if attention.window is None else max_tokens
+        prefix = self._max_prefix_work * PREFIX_FIELDS
+        self._ends = np.cumsum((6 * max_tokens, 3, max_tokens, windowed, prefix, suffix, suffix)).tolist()
+        self._plans: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]] = {}
         self._flat = torch.zeros(self._ends[-1], dtype=torch.int32, device=attention.device)
         self.inputs = self._flat[: self._ends[0]].view(torch.int64).view(3, max_tokens)
-        most = max(self.max_partials(n) * n for n in range(1, max_tokens + 1))
-        self._partial, self._lse = attention.workspace(1, most)
+        if beside is None:
+            most = max(self.max_partials(n) * n for n in range(1, max_tokens + 1))
+            self._partial, self._lse = attention.workspace(1, most)
+        else:
+            self._partial, self._lse = beside._partial, beside._lse
 
     def max_partials(self, tokens: int) -> int:
         """Parts that a token of a step of this size may have: few tokens need many to fill the device."""
@@ -79,10 +90,10 @@ class ReplayBuffers:
         direct = plain and not self.splits_alike(tokens)
         tiles = attention.prefix_tiles(tokens)
         num_work = self._flat[e[0] : e[1]]
-        prefix = Launch(self._flat[e[2] : e[3]].view(-1, PREFIX_FIELDS), num_work[:1], tiles, attention.programs(tiles))
+        prefix = Launch(self._flat[e[3] : e[4]].view(-1, PREFIX_FIELDS), num_work[:1], tiles, attention.programs(tiles))
         suffixes = []
         for i, tiles in enumerate(self._suffix_tiles(tokens, decode)):
-            work = self._flat[e[3 + i] : e[4 + i]].view(-1, SUFFIX_FIELDS)
+            work = self._flat[e[4 + i] : e[5 + i]].view(-1, SUFFIX_FIELDS)
             suffixes.append(Launch(work, num_work[1 + i : 2 + i], tiles, attention.programs(tiles)))
         shape = (parts, tokens, attention.num_heads)
         partial = self._partial.view(-1)[: parts * tokens * attention.num_heads * attention.head_dim]
@@ -94,6 +105,7 @@ class ReplayBuffers:
             lse=None if direct else self._lse.view(-1)[: parts * tokens * attention.num_heads].view(shape),
             block_tables=self._block_tables,
             block_size=self._block_size,
+            first_seen=None if attention.window is None else self._flat[e[2] : e[2] + tokens],
         )
 
     def _suffix_tiles(self, tokens: int, decode: bool) -> list[TileConfig]:
@@ -101,13 +113,14 @@ class ReplayBuffers:
         small = self.attention.suffix_tiles(1)
         return [small] if decode else [small, self.attention.suffix_tiles(tokens)]
 
-    def _plan_groups(self, groups: list[PrefixGroup], tokens: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    def _plan_groups(
+        self, groups: np.ndarray, tokens: int, tiles: TileConfig, parts: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As of the attention. From one decode step to the next groups are mostly the same, so plans are kept."""
-        key = (tokens, *groups)
+        key = (tokens, groups.tobytes())
         found = self._plans.pop(key, None)
         if found is None:
-            tiles = self.attention.prefix_tiles(tokens)
-            found = self.attention.plan_groups(group_array(groups), tokens, tiles, parts, self._max_prefix_work)
+            found = self.attention.plan_groups(groups, tokens, tiles, parts, self._max_prefix_work)
             if len(self._plans) >= _KEPT_PLANS:
                 del self._plans[next(iter(self._plans))]
         self._plans[key] = found
@@ -137,9 +150,11 @@ class ReplayBuffers:
         """
         tokens = inputs.shape[1]
         attention, e, parts = self.attention, self._ends, self.max_partials(tokens)
-        prefix_work, counts = self._plan_groups(groups, tokens, parts - parts // 4)
+        prefix_tiles = attention.prefix_tiles(tokens)
+        seen_groups, first_seen = attention.in_sight(sequences, group_array(groups), tokens, prefix_tiles)
+        prefix_work, counts = self._plan_groups(seen_groups, tokens, prefix_tiles, parts - parts // 4)
         tiles = self._suffix_tiles(tokens, decode)
-        context_lens = sequences[:, 2]
+        context_lens = sequences[:, 2] if attention.window is None else np.minimum(sequences[:, 2], attention.window)
         plain = plain and decode and not len(prefix_work) and len(sequences) > 0
         direct = plain and not self.splits_alike(tokens)
         if direct and (
@@ -157,25 +172,27 @@ class ReplayBuffers:
         ]
         if not direct:
             keep_from_merge(suffix_work, counts)
-        used = e[2] + prefix_work.size
+        used = e[3] + prefix_work.size
         for i, work in enumerate(suffix_work):
             if len(work):
-                used = e[3 + i] + work.size
+                used = e[4 + i] + work.size
         # What lies between the lists is sent as it is; nobody reads it.
         flat, staged = reserve(used, np.int32, attention.device)
         flat[: e[0]].view(np.int64).reshape(3, -1)[:, :tokens] = inputs
         flat[e[0]] = len(prefix_work)
         flat[e[1] : e[1] + tokens] = counts
-        flat[e[2] : e[2] + prefix_work.size] = prefix_work.ravel()
+        if first_seen is not None:
+            flat[e[2] : e[2] + tokens] = first_seen
+        flat[e[3] : e[3] + prefix_work.size] = prefix_work.ravel()
         for i, work in enumerate(suffix_work):
             flat[e[0] + 1 + i] = len(work)
-            flat[e[3 + i] : e[3 + i] + work.size] = work.ravel()
+            flat[e[4 + i] : e[4 + i] + work.size] = work.ravel()
         self._flat[:used].copy_(staged, non_blocking=True)
         return plain
 
 
 class ReplayPlans:
-    """The plans of all layers of a network, for steps that are replayed: `ReplayBuffers` for each shape of heads.
+    """The plans of all layers of a network, for steps that are replayed: `ReplayBuffers` for each kind of plan.
 
     Args:
         backend: Serves the layers.
@@ -195,10 +212,12 @@ class ReplayPlans:
         block_size: int,
     ) -> None:
         self._of_specs = [backend.of(spec) for spec in specs]
-        self._buffers = {
-            attention: ReplayBuffers(attention, max_tokens, block_tables, block_size)
-            for attention in dict.fromkeys(self._of_specs)
-        }
+        self._buffers: dict[TritonAttention, ReplayBuffers] = {}
+        of_shape: dict[tuple[int, int], ReplayBuffers] = {}
+        for attention in dict.fromkeys(self._of_specs):
+            shape = (attention.num_heads, attention.head_dim)
+            buffers = ReplayBuffers(attention, max_tokens, block_tables, block_size, of_shape.get(shape))
+            self._buffers[attention] = of_shape[shape] = buffers
         self.inputs = next(iter(self._buffers.values())).inputs
 
     def prepared(self, tokens: int, *, decode: bool, plain: bool) -> list[PreparedBatch]:

@@ -21,6 +21,9 @@ So the Gluon kernel does it where it runs. Own blocks are read beside it; a prom
     Triton, 64 rows of 64 keys           14.0         76.0         176.0         115.8             143.7
 From 256 tokens on Gluon is faster, by up to 30 %. A chunk of a system prompt's own prefill, whose keys lie one after
 the other, is one launch of it too, causal at its end, instead of prefix, suffix and merge.
+
+Layers with a window, capped scores or sinks take the Triton kernels throughout. A window changes what is planned, so
+layers of one network may have different plans; of a window's layer only what some query sees is planned and read.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from vllm.ops.attention.metadata import AttentionMetadata
 from vllm.ops.attention.prefix import group_array, plan_prefix, prefix_attention, prefix_tiles
 from vllm.ops.attention.suffix import keep_from_merge, plan_chunk, plan_suffix, suffix_attention, suffix_tiles
 from vllm.ops.attention.tiles import TileConfig
+from vllm.ops.attention.window import cut_where_parts_change, first_positions, within_window
 from vllm.ops.rope import QkNorm, Rope
 from vllm.ops.staging import to_device
 from vllm.ops.triton.rope import rope_and_write
@@ -79,6 +83,7 @@ class PreparedBatch:
         partial, lse: Workspace, float32 [P, T, H, D] and [P, T, H]; None where every token has one part, which is then
             written straight to the result.
         merged: Tokens whose parts are merged; int32 [n]. None where every token is looked at.
+        first_seen: First position that each token sees, for a layer with a window; int32 [T].
         block_tables: int32 or int64 [rows, W].
         block_size: Slots in a block.
         causal: The query tokens are the last ones of the extent that `prefix` reads, and there is nothing else.
@@ -93,10 +98,11 @@ class PreparedBatch:
     block_size: int
     causal: bool = False
     merged: torch.Tensor | None = None
+    first_seen: torch.Tensor | None = None
 
 
 class TritonAttention:
-    """Attention of heads of one shape.
+    """Attention of layers that are planned for alike.
 
     Args:
         num_heads, num_kv_heads, head_dim: This rank's share.
@@ -104,6 +110,8 @@ class TritonAttention:
         block_size: Slots in a block.
         use_tma: Load pinned K and V through tensor descriptors; None does so where it can be done (5 to 8 % faster on
             an H100): 16-bit rows of a power of two, Hopper or newer.
+        window: As of `AttentionSpec`.
+        capped_or_sinks: The layers cap their scores or have sinks.
 
     Attributes:
         use_gluon: Tiles of more than 64 rows are done by the kernel written for Hopper.
@@ -118,6 +126,9 @@ class TritonAttention:
         device: torch.device,
         block_size: int = 16,
         use_tma: bool | None = None,
+        *,
+        window: int | None = None,
+        capped_or_sinks: bool = False,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -125,6 +136,7 @@ class TritonAttention:
         self.group_size = num_heads // num_kv_heads
         self.dtype = dtype
         self.device = device
+        self.window = window
         generation = gpu_generation(device)
         self.num_sms = num_multiprocessors(device)
         if use_tma is None:
@@ -132,7 +144,7 @@ class TritonAttention:
             use_tma = suited and generation >= (9, 0)
         self.use_tma = use_tma
         self.use_gluon = False
-        if use_tma and generation[0] == 9:
+        if use_tma and generation[0] == 9 and window is None and not capped_or_sinks:
             # Gluon comes with the Triton of torch's builds for such GPUs.
             from vllm.ops.attention import hopper as gluon_attention
 
@@ -166,9 +178,25 @@ class TritonAttention:
         partial = torch.empty((*shape, self.head_dim), dtype=torch.float32, device=self.device)
         return partial, torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def in_sight(
+        self, sequences: np.ndarray, groups: np.ndarray, num_tokens: int, tiles: TileConfig
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The groups as far as the window reaches, and the first position that each token sees; None without a window.
+
+        Args:
+            sequences: As for `plan_sequences`.
+            groups: See `group_array`.
+            tiles: That the groups will be planned for.
+        """
+        if self.window is None:
+            return groups, None
+        first_seen = first_positions(sequences, groups, num_tokens, self.window)
+        return within_window(groups, first_seen, tiles.tokens(self.group_size), tiles.block_n), first_seen
+
     def plan_groups(
         self, groups: np.ndarray, num_tokens: int, tiles: TileConfig, max_partials: int, max_work: int
     ) -> tuple[np.ndarray, np.ndarray]:
+        """`plan_prefix` of the groups that are `in_sight`."""
         return plan_prefix(
             groups,
             num_tokens,
@@ -184,6 +212,8 @@ class TritonAttention:
         self, sequences: np.ndarray, counts: np.ndarray, tiles: TileConfig, max_partials: int, max_work: int
     ) -> np.ndarray:
         """`plan_suffix` of sequences given as rows of (first_token, query_len, context_len, table_row)."""
+        if self.window is not None:
+            sequences = cut_where_parts_change(sequences, counts)
         return plan_suffix(
             sequences[:, 0],
             sequences[:, 1],
@@ -196,6 +226,7 @@ class TritonAttention:
             num_programs=self.programs(tiles),
             max_partials=max_partials,
             max_work=max_work,
+            window=self.window,
         )
 
     def prepare(self, metadata: AttentionMetadata) -> PreparedBatch:
@@ -214,6 +245,7 @@ class TritonAttention:
         # Own blocks keep a quarter of the parts, at least one.
         prefix_parts = max(depth, max_partials - max(1, max_partials // 4))
         unbounded = 2**31 - 1
+        groups, first_seen = self.in_sight(sequences, groups, num_tokens, prefix_tiles)
         prefix_work, counts = self.plan_groups(groups, num_tokens, prefix_tiles, prefix_parts, unbounded)
         works: list[np.ndarray] = [prefix_work]
         tiles: list[TileConfig] = [prefix_tiles]
@@ -228,7 +260,10 @@ class TritonAttention:
             keep_from_merge(works[1:], counts)
         sizes = np.array([len(w) for w in works], np.int32)
         merged = np.flatnonzero(counts >= 0).astype(np.int32)
-        flat = to_device(np.concatenate([sizes, counts, *(w.ravel() for w in works), merged]), self.device)
+        lists = [sizes, counts, *(w.ravel() for w in works), merged]
+        if first_seen is not None:
+            lists.append(first_seen)
+        flat = to_device(np.concatenate(lists), self.device)
         launches, offset = [], len(works) + num_tokens
         for i, (work, shape) in enumerate(zip(works, tiles, strict=True)):
             view = flat[offset : offset + work.size].view(work.shape)
@@ -246,7 +281,8 @@ class TritonAttention:
             lse=lse,
             block_tables=metadata.block_tables,
             block_size=metadata.block_size,
-            merged=flat[offset:],
+            merged=flat[offset : offset + len(merged)],
+            first_seen=None if first_seen is None else flat[offset + len(merged) :],
         )
 
     def _prepare_chunk(self, metadata: AttentionMetadata, first_slot: int) -> PreparedBatch | None:
@@ -277,19 +313,21 @@ class TritonAttention:
         v_cache: torch.Tensor,
         scale: float,
         prepared: PreparedBatch,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `AttentionBackend.attend`."""
         out = torch.empty_like(q)
         partial, lse = prepared.partial, prepared.lse
         target = out.unsqueeze(0) if partial is None else partial
         if prepared.prefix is not None:
-            self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared.causal)
+            self._prefix(q, k_cache, v_cache, scale, prepared.prefix, target, lse, prepared, softcap)
         beside = prepared.prefix is not None
         for run in prepared.suffixes:
-            self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside)
+            self._suffix(q, k_cache, v_cache, scale, run, target, lse, out, prepared, beside, softcap, sinks)
             beside = True
         if partial is not None and lse is not None:
-            merge_partials(partial, lse, prepared.counts, out, prepared.merged)
+            merge_partials(partial, lse, prepared.counts, out, prepared.merged, sinks)
         return out
 
     def _prefix(
@@ -301,16 +339,29 @@ class TritonAttention:
         run: Launch,
         out: torch.Tensor,
         lse: torch.Tensor | None,
-        causal: bool,
+        prepared: PreparedBatch,
+        softcap: float | None,
     ) -> None:
         if self.use_gluon and run.tiles.block_m > 64:
             from vllm.ops.attention.hopper import hopper_attention
 
-            programs = run.num_programs
+            programs, causal = run.num_programs, prepared.causal
             hopper_attention(q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, programs, causal=causal)
         elif lse is not None:
             prefix_attention(
-                q, k_cache, v_cache, scale, run.work, run.num_work, out, lse, run.tiles, run.num_programs, self.use_tma
+                q,
+                k_cache,
+                v_cache,
+                scale,
+                run.work,
+                run.num_work,
+                out,
+                lse,
+                run.tiles,
+                run.num_programs,
+                self.use_tma,
+                first_seen=prepared.first_seen,
+                softcap=softcap,
             )
 
     def _suffix(
@@ -325,6 +376,8 @@ class TritonAttention:
         whole: torch.Tensor,
         prepared: PreparedBatch,
         beside: bool,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         tables, block_size = prepared.block_tables, prepared.block_size
         if self.use_gluon and run.tiles.block_m > 64:
@@ -362,6 +415,9 @@ class TritonAttention:
                 run.num_programs,
                 whole,
                 beside,
+                window=self.window,
+                softcap=softcap,
+                sinks=sinks,
             )
 
 
@@ -376,18 +432,23 @@ class TritonAttentionBackend(AttentionBackend):
     def __init__(self, device: torch.device, block_size: int) -> None:
         self._device = device
         self._block_size = block_size
-        self._by_shape: dict[tuple[int, int, int, torch.dtype], TritonAttention] = {}
+        self._by_plan: dict[tuple, TritonAttention] = {}
 
     def misfit(self, spec: AttentionSpec) -> str | None:
-        odd = f"head_dim {spec.head_dim} is odd" if spec.head_dim % 2 else None
-        return spec.beyond_plain() or odd
+        if spec.v_dim != spec.head_dim:
+            return f"values of {spec.v_dim} beside keys of {spec.head_dim}"
+        return f"head_dim {spec.head_dim} is odd" if spec.head_dim % 2 else None
 
     def of(self, spec: AttentionSpec) -> TritonAttention:
-        """What attends for a spec, the same for all specs of one shape."""
+        """What attends for a spec, the same for all specs that are planned for alike."""
         shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.dtype)
-        if shape not in self._by_shape:
-            self._by_shape[shape] = TritonAttention(*shape, self._device, self._block_size)
-        return self._by_shape[shape]
+        capped_or_sinks = spec.softcap is not None or spec.sinks
+        key = (*shape, spec.window, capped_or_sinks)
+        if key not in self._by_plan:
+            self._by_plan[key] = TritonAttention(
+                *shape, self._device, self._block_size, window=spec.window, capped_or_sinks=capped_or_sinks
+            )
+        return self._by_plan[key]
 
     def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[PreparedBatch]:
         plans: dict[TritonAttention, PreparedBatch] = {}
@@ -419,7 +480,7 @@ class TritonAttentionBackend(AttentionBackend):
         prepared: PreparedBatch,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.of(spec).forward(q, k_cache, v_cache, spec.scale, prepared)
+        return self.of(spec).forward(q, k_cache, v_cache, spec.scale, prepared, spec.softcap, sinks)
 
 
 def _depth(groups: np.ndarray, num_tokens: int) -> int:

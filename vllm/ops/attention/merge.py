@@ -1,7 +1,8 @@
 """Attention of each row from its partial results, by log-sum-exp.
 
 With parts p of a row, m = max lse_p and w_p = exp(lse_p - m):  out = Σ w_p out_p / Σ w_p, all in float32. A part with
-lse -inf is empty; a row without parts, or with empty ones only, is 0.
+lse -inf is empty; a row without parts, or with empty ones only, is 0. A sink is one more part, of value 0, whose lse is
+the sink.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -25,6 +26,7 @@ def _merge_kernel(
     lse_ptr,
     counts_ptr,
     tokens_ptr,
+    sinks_ptr,
     out_ptr,
     num_tokens,
     log2e,
@@ -33,6 +35,7 @@ def _merge_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
     LISTED: tl.constexpr,
+    SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     follow(PDL)
@@ -49,6 +52,9 @@ def _merge_kernel(
     parts = tl.arange(0, BLOCK_P)
     peak = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
+    if SINKS:
+        peak = tl.load(sinks_ptr + head, mask=valid, other=0.0).to(tl.float32) * log2e
+        total += 1.0
     acc = tl.zeros([BLOCK], tl.float32)
     for first in range(0, count, BLOCK_P):
         part = first + parts
@@ -74,6 +80,7 @@ def merge_partials(
     counts: torch.Tensor,
     out: torch.Tensor,
     tokens: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Combines the first counts[t] parts of every token.
 
@@ -83,6 +90,7 @@ def merge_partials(
         counts: Parts of each token, or -1 for those whose result is in `out` already; int32 [T].
         out: [T, H, D], contiguous; the others are written.
         tokens: Those that are not in `out` already, where they are known: fewer programs; int32 [n].
+        sinks: A part more of each head; [H], contiguous.
     """
     num_parts, num_tokens, num_heads, head_dim = partial.shape
     num_merged = num_tokens if tokens is None else len(tokens)
@@ -100,6 +108,7 @@ def merge_partials(
         lse,
         counts,
         counts if tokens is None else tokens,
+        lse if sinks is None else sinks,
         out,
         num_tokens,
         LOG2E,
@@ -108,14 +117,24 @@ def merge_partials(
         BLOCK_P=block_p,
         BLOCK=block,
         LISTED=tokens is not None,
+        SINKS=sinks is not None,
         num_warps=4,
     )
 
 
-def merge_partials_reference(partial: torch.Tensor, lse: torch.Tensor, counts: torch.Tensor, out: torch.Tensor) -> None:
+def merge_partials_reference(
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    counts: torch.Tensor,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+) -> None:
     """`merge_partials` in float64, token by token."""
     for token, count in enumerate(counts.tolist()):
         if count < 0:
             continue
-        weights = lse[:count, token].double().softmax(dim=0).nan_to_num(0.0)
+        parts = lse[:count, token].double()
+        if sinks is not None:
+            parts = torch.cat((parts, sinks.double().unsqueeze(0)))
+        weights = parts.softmax(dim=0).nan_to_num(0.0)[:count]
         out[token] = (weights.unsqueeze(-1) * partial[:count, token].double()).sum(dim=0).to(out.dtype)

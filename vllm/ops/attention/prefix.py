@@ -3,7 +3,8 @@
 For row tile M of a group with extent X and keys [begin, end) of X:
     out[split, M] = softmax(scale · q_M Kᵀ) V,   lse[split, M] = log Σ exp(scale · q_M Kᵀ)   over the keys [begin, end)
 The parts of a row are combined by `merge_partials`. K and V of an extent are read once for each tile of rows; tiles of
-one split run side by side, so that the device memory sees them once.
+one split run side by side, so that the device memory sees them once. With a window a row sees the keys of an item from
+a position of its own on, which may be behind all of them; its part is empty then.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -20,18 +21,18 @@ import triton.language as tl
 
 from vllm.ops.attention.metadata import PrefixGroup
 from vllm.ops.attention.tiles import (
-    LOG2E,
     TileConfig,
     attend,
     head_shape,
     load_tile,
     row_offsets,
+    score_factors,
     store_partial,
 )
 from vllm.ops.launch import follow, launch
 
-# first_token, num_tokens, first_slot, begin, end (keys of the extent), split
-PREFIX_FIELDS = 6
+# first_token, num_tokens, first_slot, begin, end (keys of the extent), position (of the token in the first slot), split
+PREFIX_FIELDS = 7
 # Cost of starting and finishing an item, in steps of block_n keys, in the choice of splits.
 _ITEM_OVERHEAD = 3
 # Splits are not made shorter than this many keys.
@@ -55,9 +56,11 @@ def prefix_tiles(max_rows: int, head_dim: int, dtype: torch.dtype) -> TileConfig
 
 
 def group_array(groups: list[PrefixGroup]) -> np.ndarray:
-    """int64 [n, 4]: first_token, num_tokens, first_slot, length; groups without tokens or keys left out."""
-    rows = [(g.first_token, g.num_tokens, g.first_slot, g.length) for g in groups if g.num_tokens and g.length]
-    return np.array(rows, np.int64).reshape(-1, 4)
+    """int64 [n, 5]: first_token, num_tokens, first_slot, length, position; groups without tokens or keys left out."""
+    rows = [
+        (g.first_token, g.num_tokens, g.first_slot, g.length, g.position) for g in groups if g.num_tokens and g.length
+    ]
+    return np.array(rows, np.int64).reshape(-1, 5)
 
 
 def plan_prefix(
@@ -74,8 +77,8 @@ def plan_prefix(
     """Cuts the groups into work items: row tiles × splits of the extent, about equal and enough for all programs.
 
     Args:
-        groups: See `group_array`. A token may be in several groups (a chain of extents): its parts get consecutive
-            split indexes.
+        groups: See `group_array`; for a layer with a window, what `within_window` leaves. A token may be in several
+            groups (a chain of extents): its parts get consecutive split indexes.
         num_tokens: Tokens of the batch.
         group_size: Query heads of a KV head, at most `tiles.block_m`.
         num_programs: Programs that run at once.
@@ -89,7 +92,7 @@ def plan_prefix(
     """
     if not len(groups):
         return np.empty((0, PREFIX_FIELDS), np.int32), np.zeros(num_tokens, np.int32)
-    first_token, tokens, first_slot, length = groups.T
+    first_token, tokens, first_slot, length, position = groups.T
     depth = _coverage(first_token, tokens, np.ones_like(tokens), num_tokens).max()
     if depth > max_partials:
         raise ValueError(f"a token reads a chain of {depth} extents; at most {max_partials} fit the workspace")
@@ -104,6 +107,7 @@ def plan_prefix(
         chosen, base = _cut_into_runs(first_token, tokens, splits, num_tokens)
         owner, first_token, tokens = chosen
         first_slot, length, splits, per_split = first_slot[owner], length[owner], splits[owner], per_split[owner]
+        position = position[owner]
         num_tiles = -(-tokens // tiles.tokens(group_size))
     per_tile = -(-tokens // num_tiles)
     items = num_tiles * splits
@@ -120,7 +124,8 @@ def plan_prefix(
     work[:, 2] = first_slot[run]
     work[:, 3] = begin
     work[:, 4] = np.minimum(begin + per_split[run] * tiles.block_n, length[run])
-    work[:, 5] = base[run] + split
+    work[:, 5] = position[run]
+    work[:, 6] = base[run] + split
     return work, counts.astype(np.int32)
 
 
@@ -180,7 +185,10 @@ def _cut_into_runs(
 
 # Lists are slices of a larger array and sizes change from batch to batch: nothing may depend on their alignment, or the
 # kernel would be compiled again in the middle of serving.
-@triton.jit(do_not_specialize=["split_stride"], do_not_specialize_on_alignment=["work_ptr", "num_work_ptr"])
+@triton.jit(
+    do_not_specialize=["split_stride"],
+    do_not_specialize_on_alignment=["work_ptr", "num_work_ptr", "first_seen_ptr"],
+)
 def _prefix_kernel(
     q_ptr,
     k_ptr,
@@ -191,8 +199,10 @@ def _prefix_kernel(
     num_work_ptr,
     out_ptr,
     lse_ptr,
+    first_seen_ptr,
     split_stride,
     scale_log2,
+    cap_log2,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     D: tl.constexpr,
@@ -201,12 +211,15 @@ def _prefix_kernel(
     BLOCK_D: tl.constexpr,
     FIELDS: tl.constexpr,
     USE_TMA: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     follow(PDL)
     G: tl.constexpr = NUM_HEADS // NUM_KV_HEADS
     SLOT: tl.constexpr = NUM_KV_HEADS * D
     keys = tl.arange(0, BLOCK_N)
+    rows = tl.arange(0, BLOCK_M)
     key_offset = keys * SLOT
     total_items = tl.load(num_work_ptr) * NUM_KV_HEADS
     for item in range(tl.program_id(0), total_items, tl.num_programs(0)):
@@ -217,14 +230,32 @@ def _prefix_kernel(
         first_slot = tl.load(fields + 2)
         begin = tl.load(fields + 3)
         end = tl.load(fields + 4)
-        split = tl.load(fields + 5)
+        split = tl.load(fields + 6)
         rows_at = row_offsets(first_token, kv_head, NUM_HEADS, G, BLOCK_M)
-        q = load_tile(q_ptr, rows_at * D, tl.arange(0, BLOCK_M) < num_rows, True, D, BLOCK_D)
+        q = load_tile(q_ptr, rows_at * D, rows < num_rows, True, D, BLOCK_D)
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         full_end = begin + (end - begin) // BLOCK_N * BLOCK_N
-        for n in range(begin, full_end, BLOCK_N):
+        # Keys from here on are seen by every row.
+        seen_from = begin
+        first_seen = tl.zeros([BLOCK_M], tl.int32)
+        if WINDOWED:
+            first_seen = tl.load(first_seen_ptr + first_token + rows // G, mask=rows < num_rows, other=0)
+            first_seen -= tl.load(fields + 5)
+            hidden = tl.maximum(tl.max(tl.where(rows < num_rows, first_seen, begin), 0) - begin, 0)
+            seen_from = tl.minimum(begin + tl.cdiv(hidden, BLOCK_N) * BLOCK_N, full_end)
+            for n in range(begin, seen_from, BLOCK_N):
+                if USE_TMA:
+                    k = k_desc.load([first_slot + n, kv_head * D])
+                    v = v_desc.load([first_slot + n, kv_head * D])
+                else:
+                    start = (first_slot + n).to(tl.int64) * SLOT + kv_head * D
+                    k = load_tile(k_ptr + start, key_offset, keys < BLOCK_N, False, D, BLOCK_D)
+                    v = load_tile(v_ptr + start, key_offset, keys < BLOCK_N, False, D, BLOCK_D)
+                keep = (n + keys)[None, :] >= first_seen[:, None]
+                peak, total, acc = attend(q, k, v, peak, total, acc, keep, scale_log2, cap_log2, True, CAPPED)
+        for n in range(seen_from, full_end, BLOCK_N):
             if USE_TMA:
                 k = k_desc.load([first_slot + n, kv_head * D])
                 v = v_desc.load([first_slot + n, kv_head * D])
@@ -232,14 +263,18 @@ def _prefix_kernel(
                 start = (first_slot + n).to(tl.int64) * SLOT + kv_head * D
                 k = load_tile(k_ptr + start, key_offset, keys < BLOCK_N, False, D, BLOCK_D)
                 v = load_tile(v_ptr + start, key_offset, keys < BLOCK_N, False, D, BLOCK_D)
-            peak, total, acc = attend(q, k, v, peak, total, acc, keys[None, :] < BLOCK_N, scale_log2, False)
+            whole = keys[None, :] < BLOCK_N
+            peak, total, acc = attend(q, k, v, peak, total, acc, whole, scale_log2, cap_log2, False, CAPPED)
         if full_end < end:
             # The slots behind the extent belong to others; they are neither read nor weighted.
             inside = keys < end - full_end
             tail = (first_slot + full_end).to(tl.int64) * SLOT + kv_head * D
             k = load_tile(k_ptr + tail, key_offset, inside, True, D, BLOCK_D)
             v = load_tile(v_ptr + tail, key_offset, inside, True, D, BLOCK_D)
-            peak, total, acc = attend(q, k, v, peak, total, acc, inside[None, :], scale_log2, True)
+            keep = inside[None, :]
+            if WINDOWED:
+                keep &= (full_end + keys)[None, :] >= first_seen[:, None]
+            peak, total, acc = attend(q, k, v, peak, total, acc, keep, scale_log2, cap_log2, True, CAPPED)
         store_partial(
             out_ptr,
             lse_ptr,
@@ -251,7 +286,9 @@ def _prefix_kernel(
             peak,
             total,
             acc,
+            peak,
             True,
+            False,
             D,
             BLOCK_M,
             BLOCK_D,
@@ -270,6 +307,9 @@ def prefix_attention(
     tiles: TileConfig,
     num_programs: int,
     use_tma: bool = False,
+    *,
+    first_seen: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Does the items of a work list and writes the partial results at their split indexes.
 
@@ -283,8 +323,11 @@ def prefix_attention(
         lse: float32 [P, T, H]; their natural log-sum-exps.
         num_programs: Size of the grid, free of the number of items.
         use_tma: Load K and V through tensor descriptors (head_dim a power of two, Hopper or newer).
+        first_seen: First position that each token sees (see `first_positions`); int32 [T]. None: they see all.
+        softcap: As of `AttentionSpec`.
     """
     num_heads, num_kv_heads, head_dim = head_shape(q, k_cache, v_cache)
+    scale_log2, cap_log2 = score_factors(scale, softcap)
     k_desc: Any = k_cache
     v_desc: Any = v_cache
     if use_tma:
@@ -305,8 +348,10 @@ def prefix_attention(
         num_work,
         out,
         lse,
+        work if first_seen is None else first_seen,
         out.shape[1] * num_heads,
-        scale * LOG2E,
+        scale_log2,
+        cap_log2,
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         D=head_dim,
@@ -315,6 +360,8 @@ def prefix_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         FIELDS=PREFIX_FIELDS,
         USE_TMA=use_tma,
+        WINDOWED=first_seen is not None,
+        CAPPED=softcap is not None,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -328,12 +375,21 @@ def prefix_attention_reference(
     work: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    *,
+    first_seen: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """`prefix_attention` in float64, item by item; every row of `work` counts."""
     share = q.shape[1] // k_cache.shape[1]
-    for first_token, num_tokens, first_slot, begin, end, split in work.tolist():
+    for first_token, num_tokens, first_slot, begin, end, position, split in work.tolist():
         tokens, slots = slice(first_token, first_token + num_tokens), slice(first_slot + begin, first_slot + end)
         k, v = (x[slots].double().repeat_interleave(share, dim=1) for x in (k_cache, v_cache))
         scores = torch.einsum("thd,nhd->thn", q[tokens].double(), k) * scale
-        out[split, tokens] = torch.einsum("thn,nhd->thd", scores.softmax(dim=-1), v).to(out.dtype)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if first_seen is not None:
+            keys = torch.arange(position + begin, position + end, device=q.device)
+            scores.masked_fill_((keys < first_seen[tokens, None])[:, None, :], float("-inf"))
+        # A row that sees no key of the item has NaN weights; its part is empty.
+        out[split, tokens] = torch.einsum("thn,nhd->thd", scores.softmax(dim=-1).nan_to_num(0.0), v).to(out.dtype)
         lse[split, tokens] = scores.logsumexp(dim=-1).float()

@@ -1,8 +1,9 @@
 """Causal attention over the sequences' own blocks: paged keys, decode and prefill by one kernel.
 
 For query token i (of m) of a sequence with n own tokens, keys are the own slots 0 … n-m+i, found through its block
-table. An item is a tile of a sequence's query tokens × a range of its keys; parts of a row are combined by
-`merge_partials`. Decode steps use tiles of 16 rows (one token's query heads), prefill larger ones.
+table; with a window, the last ones of these. An item is a tile of a sequence's query tokens × a range of its keys;
+parts of a row are combined by `merge_partials`. Decode steps use tiles of 16 rows (one token's query heads), prefill
+larger ones.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -23,8 +24,10 @@ from vllm.ops.attention.tiles import (
     head_shape,
     load_tile,
     row_offsets,
+    score_factors,
     store_partial,
 )
+from vllm.ops.attention.window import members
 from vllm.ops.launch import follow_or_pass, launch, meet
 
 # first_token, num_tokens, table_row, begin, end (own keys), position (own position of the first query token), split
@@ -63,6 +66,7 @@ def plan_suffix(
     num_programs: int,
     max_partials: int,
     max_work: int,
+    window: int | None = None,
 ) -> np.ndarray:
     """Cuts sequences into work items: tiles of query tokens × ranges of keys, longest first unless all fit at once.
 
@@ -75,6 +79,7 @@ def plan_suffix(
         group_size, num_kv_heads, tiles, num_programs: As for `plan_prefix`.
         max_partials: Most parts of a token.
         max_work: Most items.
+        window: As of `AttentionSpec`; what no query token of an item sees is left out of it.
 
     Returns work, int32 [n, SUFFIX_FIELDS].
 
@@ -97,7 +102,8 @@ def plan_suffix(
         start = (np.arange(len(seq)) - (num_tiles.cumsum() - num_tiles)[seq]) * per_tile
         token, tokens, position = token[seq] + start, np.minimum(tokens[seq] - start, per_tile), position[seq] + start
         rows, num_keys = rows[seq], position + tokens
-    num_blocks = -(-num_keys // tiles.block_n)
+    first_key = np.zeros_like(position) if window is None else np.maximum(position - (window - 1), 0)
+    num_blocks = -(-(num_keys - first_key) // tiles.block_n)
     base = counts[token]
     left = max_partials - base
     if left.min() < 1:
@@ -115,18 +121,18 @@ def plan_suffix(
         num_items = int(splits.sum())
         if num_items > max_work:
             splits, num_items = None, len(token)
-    members = token if tokens.max() == 1 else _members(token, tokens)
+    of_items = token if tokens.max() == 1 else members(token, tokens)
     work = np.empty((num_items, SUFFIX_FIELDS), np.int32)
     if splits is None:
-        counts[members] += 1
-        work[:, 3], work[:, 4], work[:, 6] = 0, num_keys, base
+        counts[of_items] += 1
+        work[:, 3], work[:, 4], work[:, 6] = first_key, num_keys, base
     else:
-        counts[members] += np.repeat(splits, tokens).astype(counts.dtype)
+        counts[of_items] += np.repeat(splits, tokens).astype(counts.dtype)
         tile = np.repeat(np.arange(len(splits)), splits)
         split = np.arange(num_items) - (splits.cumsum() - splits)[tile]
         length = per_split[tile] * tiles.block_n
         token, tokens, rows, position = token[tile], tokens[tile], rows[tile], position[tile]
-        work[:, 3] = split * length
+        work[:, 3] = first_key[tile] + split * length
         work[:, 4] = np.minimum(work[:, 3] + length, num_keys[tile])
         work[:, 6] = base[tile] + split
     work[:, 0], work[:, 1], work[:, 2], work[:, 5] = token, tokens, rows, position
@@ -167,9 +173,24 @@ def keep_from_merge(works: Iterable[np.ndarray], counts: np.ndarray) -> None:
     counts[alone] = -1
 
 
-def _members(first: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """All tokens of the ranges, range by range."""
-    return np.repeat(first - (size.cumsum() - size), size) + np.arange(size.sum())
+@triton.jit
+def _masked_step(
+    q, k_ptr, v_ptr, table, kv_head, n, end, last_seen, peak, total, acc, scale_log2, cap_log2,
+    NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Own keys n … n+BLOCK_N-1 that lie before `end` and that a row sees: up to `last_seen` [M], within the WINDOW."""
+    keys = tl.arange(0, BLOCK_N)
+    own = n + keys
+    inside = own < end
+    block = tl.load(table + own // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+    at = (block * BLOCK_SIZE + own % BLOCK_SIZE) * (NUM_KV_HEADS * D) + kv_head * D
+    k = load_tile(k_ptr, at, inside, True, D, BLOCK_D)
+    v = load_tile(v_ptr, at, inside, True, D, BLOCK_D)
+    keep = inside[None, :] & (own[None, :] <= last_seen[:, None])
+    if WINDOW > 0:
+        keep &= own[None, :] > (last_seen - WINDOW)[:, None]
+    return attend(q, k, v, peak, total, acc, keep, scale_log2, cap_log2, True, CAPPED)
 
 
 # As for the prefix kernel: nothing that changes from batch to batch may have the kernel compiled again.
@@ -188,8 +209,11 @@ def _suffix_kernel(
     out_ptr,
     lse_ptr,
     whole_ptr,
+    sinks_ptr,
     split_stride,
     scale_log2,
+    cap_log2,
+    log2e,
     beside,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
@@ -200,6 +224,9 @@ def _suffix_kernel(
     BLOCK_D: tl.constexpr,
     FIELDS: tl.constexpr,
     WITH_LSE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     follow_or_pass(beside, PDL)
@@ -224,28 +251,38 @@ def _suffix_kernel(
         peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        # Keys up to the first query token's own are seen by every row.
-        seen_by_all = tl.maximum(tl.minimum(end, position + 1) - begin, 0)
-        full_end = begin + seen_by_all // BLOCK_N * BLOCK_N
+        last_seen = position + rows // G
+        # Keys from the window of the last query token on are seen by every row, up to the first query token's own.
+        seen_from = begin
+        if WINDOW > 0 and BLOCK_M > 16:
+            hidden = tl.maximum(tl.minimum(position + num_rows // G - WINDOW, end) - begin, 0)
+            seen_from = begin + tl.cdiv(hidden, BLOCK_N) * BLOCK_N
+            for n in range(begin, seen_from, BLOCK_N):
+                peak, total, acc = _masked_step(
+                    q, k_ptr, v_ptr, table, kv_head, n, end, last_seen, peak, total, acc, scale_log2, cap_log2,
+                    NUM_KV_HEADS, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, WINDOW, CAPPED,
+                )  # fmt: skip
+        seen_by_all = tl.maximum(tl.minimum(end, position + 1) - seen_from, 0)
+        full_end = seen_from + seen_by_all // BLOCK_N * BLOCK_N
         if BLOCK_M == 16:
             # Decode is bound by memory: a second loop would begin to load when the first has ended.
             full_end = begin
-        for n in range(begin, full_end, BLOCK_N):
+        for n in range(seen_from, full_end, BLOCK_N):
             own = n + keys
             slot = tl.load(table + own // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + own % BLOCK_SIZE
             at = slot * SLOT + kv_head * D
             k = load_tile(k_ptr, at, keys < BLOCK_N, False, D, BLOCK_D)
             v = load_tile(v_ptr, at, keys < BLOCK_N, False, D, BLOCK_D)
-            peak, total, acc = attend(q, k, v, peak, total, acc, keys[None, :] < BLOCK_N, scale_log2, False)
+            whole = keys[None, :] < BLOCK_N
+            peak, total, acc = attend(q, k, v, peak, total, acc, whole, scale_log2, cap_log2, False, CAPPED)
         for n in range(full_end, end, BLOCK_N):
-            own = n + keys
-            inside = own < end
-            block = tl.load(table + own // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-            at = (block * BLOCK_SIZE + own % BLOCK_SIZE) * SLOT + kv_head * D
-            k = load_tile(k_ptr, at, inside, True, D, BLOCK_D)
-            v = load_tile(v_ptr, at, inside, True, D, BLOCK_D)
-            keep = inside[None, :] & (own[None, :] <= (position + rows // G)[:, None])
-            peak, total, acc = attend(q, k, v, peak, total, acc, keep, scale_log2, True)
+            peak, total, acc = _masked_step(
+                q, k_ptr, v_ptr, table, kv_head, n, end, last_seen, peak, total, acc, scale_log2, cap_log2,
+                NUM_KV_HEADS, D, BLOCK_SIZE, BLOCK_N, BLOCK_D, WINDOW, CAPPED,
+            )  # fmt: skip
+        sink_log2 = peak
+        if SINKS:
+            sink_log2 = tl.load(sinks_ptr + kv_head * G + rows % G).to(tl.float32) * log2e
         store_partial(
             out_ptr,
             lse_ptr,
@@ -257,7 +294,9 @@ def _suffix_kernel(
             peak,
             total,
             acc,
+            sink_log2,
             WITH_LSE,
+            SINKS,
             D,
             BLOCK_M,
             BLOCK_D,
@@ -280,6 +319,10 @@ def suffix_attention(
     num_programs: int,
     whole: torch.Tensor | None = None,
     beside: bool = False,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Does the items of a work list and writes the partial results at their split indexes.
 
@@ -291,8 +334,11 @@ def suffix_attention(
         lse: float32 [P, T, H], or None where there is nothing to merge.
         whole: [T, H, D], contiguous; receives the items that `keep_from_merge` has marked. None where none are.
         beside: The launch before this one is of this batch's attention too; they run at the same time.
+        window, softcap: As of `AttentionSpec`, the window the one of the plan.
+        sinks: [H], contiguous; they join what is not merged.
     """
     num_heads, num_kv_heads, head_dim = head_shape(q, k_cache, v_cache)
+    scale_log2, cap_log2 = score_factors(scale, softcap)
     launch(
         _suffix_kernel,
         (num_programs,),
@@ -306,8 +352,11 @@ def suffix_attention(
         out,
         out if lse is None else lse,
         out if whole is None else whole,
+        q if sinks is None else sinks,
         out.shape[1] * num_heads,
-        scale * LOG2E,
+        scale_log2,
+        cap_log2,
+        LOG2E,
         int(beside),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
@@ -318,6 +367,9 @@ def suffix_attention(
         BLOCK_D=triton.next_power_of_2(head_dim),
         FIELDS=SUFFIX_FIELDS,
         WITH_LSE=lse is not None,
+        WINDOW=window or 0,
+        CAPPED=softcap is not None,
+        SINKS=sinks is not None,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
@@ -333,15 +385,23 @@ def suffix_attention_reference(
     work: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> None:
-    """`suffix_attention` in float64, item by item; every row of `work` counts."""
+    """`suffix_attention` in float64, item by item, without sinks; every row of `work` counts."""
     share = q.shape[1] // k_cache.shape[1]
     for first_token, num_tokens, row, begin, end, position, split in work.tolist():
         tokens, own = slice(first_token, first_token + num_tokens), torch.arange(begin, end, device=q.device)
         slots = block_tables[row, own // block_size].long() * block_size + own % block_size
         k, v = (x[slots].double().repeat_interleave(share, dim=1) for x in (k_cache, v_cache))
         scores = torch.einsum("thd,nhd->thn", q[tokens].double(), k) * scale
-        hidden = own > position + torch.arange(num_tokens, device=q.device)[:, None]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        last = position + torch.arange(num_tokens, device=q.device)[:, None]
+        hidden = own > last
+        if window is not None:
+            hidden |= own <= last - window
         scores.masked_fill_(hidden[:, None, :], float("-inf"))
         # A row that sees no key of the range has NaN weights; its part is empty.
         weights = scores.softmax(dim=-1).nan_to_num(0.0)

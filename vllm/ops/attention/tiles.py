@@ -85,15 +85,25 @@ def load_tile(
         return tl.load(pointers, cache_modifier=CACHE)
 
 
+def score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(scale_log2, cap_log2) for `attend`."""
+    if softcap is None:
+        return scale * LOG2E, 0.0
+    return softcap * LOG2E, 2 * scale / softcap * LOG2E
+
+
 @triton.jit
-def attend(q, k, v, peak, total, acc, keep, scale_log2, MASKED: tl.constexpr):
+def attend(q, k, v, peak, total, acc, keep, scale_log2, cap_log2, MASKED: tl.constexpr, CAPPED: tl.constexpr):
     """One step of online softmax (Milakov and Gimelshein, 2018) in base 2.
 
     `peak` [M] is the highest score so far times `scale_log2`, `total` [M] the sum of exponentials under it, `acc`
     [M, D] the weighted sum of values, all float32. `keep` [M, N] says which scores count, if MASKED; a row may keep
-    none.
+    none. If CAPPED, scores become tanh(scores · cap_log2 · ln(2) / 2) first.
     """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if CAPPED:
+        # tanh(x) = 1 - 2 / (exp(2x) + 1): right at both ends, where the exponential is 0 or infinite.
+        scores = 1.0 - 2.0 / (tl.math.exp2(scores * cap_log2) + 1.0)
     if MASKED:
         scores = tl.where(keep, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
@@ -120,7 +130,9 @@ def store_partial(
     peak,
     total,
     acc,
+    sink_log2,
     WITH_LSE: tl.constexpr,
+    SINKS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -128,11 +140,17 @@ def store_partial(
     """Writes normalised rows into out[split] and, if WITH_LSE, natural log-sum-exps into lse[split].
 
     `split_stride` is the number of (token, head) pairs of one split; rows that saw no key get 0 and -inf. Rows of split
-    -1, which only WITH_LSE has, are nobody's part: they go into `whole`.
+    -1, which only WITH_LSE has, are nobody's part: they go into `whole`. If SINKS, `sink_log2` [M] joins the softmax of
+    rows that are final, which are those of `whole` and all without WITH_LSE.
     """
     valid = tl.arange(0, BLOCK_M) < num_rows
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    divisor = tl.where(empty, 1.0, total)
+    if SINKS:
+        # Infinite where the sink is higher than all scores by more than float32 holds, or there are none: then 0.
+        with_sink = total + tl.math.exp2(sink_log2 - peak)
+        divisor = tl.where(split < 0, with_sink, divisor) if WITH_LSE else with_sink
+    acc = acc / divisor[:, None]
     columns = tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (columns < D)[None, :]
     if WITH_LSE:

@@ -1,0 +1,41 @@
+"""The attention kernels compile for Hopper: the interpreter does not see it, and an engine ends at start-up if not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
+
+
+def compile_cases(*arguments: str) -> str:
+    """In a process of its own: here kernels are interpreted, and the driver is that of the machine."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(SCRIPT.parents[2])
+    command = [sys.executable, str(SCRIPT), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not ASSEMBLER.exists(), reason="this Triton comes without NVIDIA's assembler")
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [("llama", ("_kernel", "_prefix_kernel", "_suffix_kernel")), ("all", ("_prefix_kernel", "_suffix_kernel"))],
+)
+def test_kernels_compile(case: str, kernels: tuple[str, ...]) -> None:
+    printed = compile_cases("--once", case)
+    for kernel in (*kernels, "_merge_kernel"):
+        assert f"{case} {kernel} " in printed
+
+
+@pytest.mark.nightly
+def test_all_kernels_of_all_kinds_of_layers_compile() -> None:
+    compile_cases()
