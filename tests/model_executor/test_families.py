@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tests.model_executor.networks import logits_of, make_decoder
+from tests.model_executor.networks import logits_of, logits_of_compiled_steps, make_decoder
 from vllm.attention.backends import get_backend
 from vllm.exceptions import StartupError
 from vllm.model_executor.models.registry import decoder_spec
@@ -92,9 +92,16 @@ def test_logits_are_those_of_transformers(architecture: str, changes: dict[str, 
     with torch.no_grad():
         model.load_weights(checkpoint(reference).items())
         model.finish()
+    assert (model.program is not None, model.head.packed is not None) == (packed, packed)
     backend = get_backend("CPU" if packed else "TORCH", model.attention_specs, 16, torch.device("cpu"))
-    found = logits_of(model, TOKENS, backend, block=16)
-    torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
+    # Logits of the first tokens are those of a prompt shorter than a window, for later ones do not change them. Pinned
+    # prompts are shorter and longer than the windows of these cases, and so are chunks.
+    for pinned, chunk in ((0, None), (3, 17), (20, 6)):
+        found = logits_of(model, TOKENS, backend, block=16, pinned=pinned, chunk=chunk)
+        torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
+    if packed:
+        found = logits_of_compiled_steps(model, TOKENS, pinned=20)
+        torch.testing.assert_close(found, want[20:], atol=1e-3, rtol=2e-4)
 
 
 def test_every_family_has_a_case() -> None:

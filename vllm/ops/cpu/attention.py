@@ -12,6 +12,7 @@ import torch
 from vllm.ops.attention.metadata import AttentionMetadata
 from vllm.ops.cpu.library import address, kernels, threads
 from vllm.ops.cpu.matrix import TILE, format_of
+from vllm.ops.norm import Norm as NormOfRows
 
 MAX_HEAD_DIM = 512
 MAX_HEADS_PER_KV = 128
@@ -91,6 +92,14 @@ class Norm:
             raise ValueError(f"a norm of {self.size} elements: the compiled CPU kernels take multiples of {TILE}")
         _check_floats("the weights of a norm", self.weight, self.size)
         _check_floats("the biases of a norm", self.bias, self.size)
+
+    @classmethod
+    def of(cls, norm: NormOfRows, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Norm:
+        """`norm` with a weight [size] and a bias [size] of any dtype. Where `norm` rounds does not matter: all of it is
+        computed in float32."""
+        return cls(
+            len(weight), norm.eps, weight.float() + norm.offset, None if bias is None else bias.float(), norm.kind
+        )
 
 
 @dataclass(frozen=True)
