@@ -19,6 +19,7 @@ from vllm.model_executor.models.spec import (
     DecoderSpec,
     LayerNorms,
     LayerSpec,
+    QueryGrowth,
     RopeSpec,
 )
 from vllm.ops.cpu import kernels as cpu_kernels
@@ -56,6 +57,10 @@ LAYERS = {
     "norm of each head, 1 + w": mixer(qk_norm=Norm(1e-5, offset=1.0)),
     "norm over all heads": mixer(qk_norm=Norm(1e-5), qk_norm_over_all=True),
     "layer norm of each head": mixer(qk_norm=Norm(1e-5, kind="layer")),
+    "norm of each head by its own weights": mixer(qk_norm=Norm(1e-5, kind="layer"), qk_norm_of_each=True),
+    "norm of values": mixer(v_norm=Norm(1e-5)),
+    "queries that grow": mixer(query_growth=QueryGrowth(0.5, 8)),
+    "factor of a layer": layer(has_scalar=True),
     "biases of some": layer(
         mixer=dataclasses.replace(MIXER, biases=frozenset("qo")),
         ffn=MLP(48, "silu", biases=frozenset({"up", "down"})),
@@ -156,11 +161,12 @@ def test_a_program_knows_every_part_of_a_network() -> None:
     is left out silently makes wrong tokens."""
     known = {
         AttentionMixer: "num_heads num_kv_heads head_dim scale rope window softcap sinks qk_norm qk_norm_over_all "
-        "biases",
+        "qk_norm_of_each v_norm v_is_k query_growth biases",
+        QueryGrowth: "beta length",
         RopeSpec: "frequencies factor interleaved",
         MLP: "size activation gated biases",
         LayerNorms: "norm pre_mixer post_mixer pre_ffn post_ffn has_bias",
-        LayerSpec: "mixer ffn norms parallel residual_multiplier",
+        LayerSpec: "mixer ffn norms parallel residual_multiplier has_scalar",
         DecoderSpec: "vocab_size hidden_size layers final_norm tied final_norm_bias embedding_multiplier "
         "logits_multiplier logits_softcap names",
         Norm: "eps kind offset rounds_first",

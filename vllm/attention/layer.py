@@ -62,11 +62,19 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, qkv: torch.Tensor, rope: Rope | None, qk_norm: QkNorm | None, context: ForwardContext
+        self,
+        qkv: torch.Tensor,
+        rope: Rope | None,
+        qk_norm: QkNorm | None,
+        context: ForwardContext,
+        q_factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, num_heads * D + KVH * D + KVH * DV] → [T, num_heads * DV]."""
+        """[T, num_heads * D + KVH * D + KVH * DV] → [T, num_heads * DV]. `q_factors`: of the queries of each position,
+        float32 [max_positions]."""
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
         q = self.write(qkv, rope, qk_norm, context)
+        if q_factors is not None:
+            q = q * q_factors[context.positions].to(q.dtype)[:, None, None]
         prepared = context.prepared[self.plan]
         return context.backend.attend(q, k_cache, v_cache, self.spec, prepared, self.sinks).flatten(1)
 

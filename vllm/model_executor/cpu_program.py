@@ -9,7 +9,7 @@ from torch import nn
 
 from vllm.attention.layer import ForwardContext
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import RowNorm
+from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.cpu import kernels as cpu_kernels
@@ -104,6 +104,7 @@ def _layer(layer: DecoderLayer, method: CpuPacked) -> cpu_kernels.DecoderLayer:
         gated=ffn.gated,
         parallel=layer.parallel,
         residual_factor=layer.after_mixer.multiplier,
+        layer_factor=1.0 if layer.scalar is None else float(layer.scalar),
     )
 
 
@@ -119,12 +120,20 @@ def _attention(mixer: AttentionBlock) -> cpu_kernels.AttentionOptions:
         None if sinks is None else sinks.float(),
         _norm(mixer.q_norm),
         _norm(mixer.k_norm),
-        rope=None if rope is None else cpu_kernels.Rope(rope.cos_sin, rope.interleaved),
+        _norm(mixer.v_norm),
+        None if rope is None else cpu_kernels.Rope(rope.cos_sin, rope.interleaved),
+        mixer.query_factors(),
     )
 
 
 def _norm(norm: nn.Module | None) -> cpu_kernels.Norm | None:
     """As the kernels take it; None where the network has none."""
-    if not isinstance(norm, RowNorm):
-        return None
-    return cpu_kernels.Norm.of(norm.norm, norm.weight, norm.bias)
+    if isinstance(norm, RowNorm):
+        return cpu_kernels.Norm.of(norm.norm, norm.weight, norm.bias)
+    if isinstance(norm, HeadNorms):
+        heads, size = norm.heads
+        if norm.weight is None:
+            return cpu_kernels.Norm(size, norm.norm.eps, kind=norm.norm.kind)
+        weight = norm.weight.float().flatten() + norm.norm.offset
+        return cpu_kernels.Norm(size, norm.norm.eps, weight, kind=norm.norm.kind, heads=heads)
+    return None

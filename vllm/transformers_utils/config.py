@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
-from vllm.transformers_utils.architectures import ARCHITECTURES
+from vllm.transformers_utils.architectures import ARCHITECTURES, TEXT_PARTS
 from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
 from vllm.transformers_utils.gguf import gguf_config, gguf_file
 from vllm.transformers_utils.llama_config import LlamaConfig
@@ -22,7 +22,9 @@ from vllm.transformers_utils.tokenizer import Tokenizer
 logger = init_logger(__name__)
 
 # What config.json may hold besides the fields: older spellings, and what is refused by name.
-_ALSO_READ = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config"}
+_ALSO_READ = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config", "text_config"}
+# What a checkpoint with more than a language model says for all of it.
+_OF_THE_WHOLE = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "quantization_config")
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _HUB_WEIGHTS = ("*.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -94,9 +96,12 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
         source, values = str(path / "config.json"), _read_json(path / "config.json")
     if overrides:
         source += " with --hf-overrides"
-        values |= overrides
+        values = _overridden(values, overrides)
     _check_values(source, values)
     _check_architecture(source, values)
+    if values["model_type"] in TEXT_PARTS:
+        values = _text_part(source, values, overrides or {})
+        _check_values(source, values)
     if overrides:
         known = _config_class(values["model_type"])().to_dict().keys()
         unknown = sorted(overrides.keys() - known - _ALSO_READ)
@@ -136,8 +141,38 @@ def _check_architecture(source: str, values: dict[str, Any]) -> None:
     if not architectures or any(ARCHITECTURES.get(name) != model_type for name in architectures):
         found = ", ".join(map(str, architectures)) or "no architecture"
         raise StartupError(
-            f"{source} holds {found} of model type {model_type!r}; supported architectures: {', '.join(ARCHITECTURES)}."
+            f"{source} holds {found} of model type {model_type!r}; supported architectures: "
+            f"{', '.join(ARCHITECTURES)}. docs/models.md says what is served of each."
         )
+
+
+def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`text_config` value by value, others whole."""
+    text, changes = values.get("text_config"), overrides.get("text_config")
+    if isinstance(text, dict) and isinstance(changes, dict):
+        overrides = {**overrides, "text_config": text | changes}
+    return {**values, **overrides}
+
+
+def _text_part(source: str, values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint with more than a language model says about that; overrides may name its values, too.
+
+    Raises:
+        StartupError: it has none that is known.
+    """
+    text = values.get("text_config")
+    known = TEXT_PARTS[values["model_type"]]
+    if not isinstance(text, dict):
+        raise StartupError(f"{source}: text_config must be an object, got {json.dumps(text)}.")
+    model_type = text.get("model_type", known[0])
+    if model_type not in known:
+        raise StartupError(
+            f"{source} holds a language model (text_config) of model type {model_type!r}; supported: "
+            f"{', '.join(known)}."
+        )
+    whole = {name: values[name] for name in _OF_THE_WHOLE if values.get(name) is not None}
+    mine = {name: value for name, value in overrides.items() if name not in ("text_config", "model_type")}
+    return text | whole | mine | {"architectures": values["architectures"], "model_type": model_type}
 
 
 def _check_values(source: str, values: Mapping[str, Any]) -> None:

@@ -31,6 +31,11 @@ class VocabParallelEmbedding(nn.Module):
         mine = tensor[self.first : self.first + self.rows]
         copy_checked(self.weight[: mine.shape[0]], mine, "embedding")
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """This rank's rows are those of a whole table, rounded to its dtype."""
+        mine = tensor[self.first : self.first + self.rows].to(self.weight)
+        return torch.equal(self.weight[: len(mine)], mine)
+
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] → [T, hidden_size]."""
         if self.tp.world_size == 1:

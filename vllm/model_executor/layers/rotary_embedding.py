@@ -1,4 +1,4 @@
-"""The tables by which queries and keys are turned."""
+"""The tables by which queries and keys are turned, and by which queries grow."""
 
 from __future__ import annotations
 
@@ -36,3 +36,19 @@ class RotaryEmbedding(nn.Module):
 
     def rope(self) -> Rope:
         return Rope(self.cos_sin, self.interleaved)
+
+
+class QueryFactors(nn.Module):
+    """The table of `1 + beta · ln(1 + floor(p / length))`.
+
+    Attributes:
+        factors: float32 [max_positions].
+    """
+
+    factors: torch.Tensor
+
+    def __init__(self, beta: float, length: int, max_positions: int) -> None:
+        super().__init__()
+        # Not on the device that the network is being made on.
+        steps = torch.arange(max_positions, device="cpu").div(length, rounding_mode="floor").float()
+        self.register_buffer("factors", 1 + beta * torch.log1p(steps), persistent=False)

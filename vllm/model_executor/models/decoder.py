@@ -16,11 +16,11 @@ from vllm.exceptions import StartupError
 from vllm.kv_cache.spec import LayerCache
 from vllm.model_executor.cpu_program import CpuProgram
 from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
-from vllm.model_executor.layers.layernorm import RowNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
+from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear, copy_checked
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
-from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+from vllm.model_executor.layers.rotary_embedding import QueryFactors, RotaryEmbedding
 from vllm.model_executor.models.base import CausalLM
 from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
 from vllm.model_executor.models.weight_map import Weight, weight_map
@@ -82,6 +82,7 @@ class AttentionBlock(nn.Module):
         wish: Its spec of attention on this rank.
         plan: Place of `wish` among the network's different ones.
         rotary: Its table, which other layers use too.
+        growth: Factors of its queries, which other layers use too.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class AttentionBlock(nn.Module):
         wish: AttentionSpec,
         plan: int,
         rotary: RotaryEmbedding | None,
+        growth: QueryFactors | None,
         build: Build,
     ) -> None:
         super().__init__()
@@ -100,32 +102,55 @@ class AttentionBlock(nn.Module):
         self.qkv = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, build.method)
         self.o = RowParallelLinear(q_size, hidden_size, "o" in spec.biases, build.tp, build.method)
         self.attention = Attention(layer_index, wish, plan)
-        self.q_norm = self.k_norm = None
+        self.q_norm: RowNorm | HeadNorms | None = None
+        self.k_norm: RowNorm | HeadNorms | None = None
         if spec.qk_norm is not None:
-            if spec.qk_norm_over_all and build.tp.world_size > 1:
+            if (spec.qk_norm_over_all or spec.qk_norm_of_each) and build.tp.world_size > 1:
                 raise ValueError("its norms over all query heads cannot be split over tensor-parallel ranks")
-            of_all = spec.qk_norm_over_all
-            self.q_norm = RowNorm(q_size if of_all else spec.head_dim, spec.qk_norm)
-            self.k_norm = RowNorm(kv_size if of_all else spec.head_dim, spec.qk_norm)
-        # In a tuple, so that the table is no part of each layer that uses it.
-        self._rotary = (rotary,)
+            if spec.qk_norm_of_each:
+                self.q_norm = HeadNorms(spec.num_heads, spec.head_dim, spec.qk_norm)
+                self.k_norm = HeadNorms(spec.num_kv_heads, spec.head_dim, spec.qk_norm)
+            else:
+                of_all = spec.qk_norm_over_all
+                self.q_norm = RowNorm(q_size if of_all else spec.head_dim, spec.qk_norm)
+                self.k_norm = RowNorm(kv_size if of_all else spec.head_dim, spec.qk_norm)
+        self.v_norm = None
+        if spec.v_norm is not None:
+            self.v_norm = HeadNorms(wish.num_kv_heads, wish.v_dim, spec.v_norm, has_weights=False)
+        # In a tuple, so that the tables are no part of each layer that uses them.
+        self._tables = (rotary, growth)
 
     def attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The packed output of `qkv` → what `o` takes; writes K and V."""
-        return self.attention(qkv, self.rope(), self._qk_norm(), context)
+        self._normalise(qkv)
+        return self.attention(qkv, self.rope(), self._qk_norm(), context, self.query_factors())
 
     def write(self, qkv: torch.Tensor, context: ForwardContext) -> None:
         """Only writes K and V."""
+        self._normalise(qkv)
         self.attention.write(qkv, self.rope(), self._qk_norm(), context)
 
     def rope(self) -> Rope | None:
-        rotary = self._rotary[0]
+        rotary = self._tables[0]
         return None if rotary is None else rotary.rope()
 
+    def query_factors(self) -> torch.Tensor | None:
+        growth = self._tables[1]
+        return None if growth is None else growth.factors
+
     def _qk_norm(self) -> QkNorm | None:
-        if self.q_norm is None or self.k_norm is None:
+        """The norms that backends fuse with the turn of q and k."""
+        if not isinstance(self.q_norm, RowNorm) or not isinstance(self.k_norm, RowNorm):
             return None
         return QkNorm(self.q_norm.norm, self.q_norm.weight, self.k_norm.weight)
+
+    def _normalise(self, qkv: torch.Tensor) -> None:
+        """The norms that they do not, in place."""
+        spec = self.attention.spec
+        sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
+        for part, norm in zip(qkv.split(sizes, dim=1), (self.q_norm, self.k_norm, self.v_norm), strict=True):
+            if isinstance(norm, HeadNorms):
+                part.copy_(norm(part))
 
 
 class FeedForward(nn.Module):
@@ -175,6 +200,11 @@ class DecoderLayer(nn.Module):
         self.after_mixer = Join(norm(norms.post_mixer), spec.residual_multiplier)
         self.pre_ffn = norm(norms.pre_ffn and not spec.parallel) or nn.Identity()
         self.after_ffn = Join(norm(norms.post_ffn), spec.residual_multiplier)
+        self.scalar = nn.Parameter(torch.empty(1), requires_grad=False) if spec.has_scalar else None
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `scalar` (`kind`); it has no parts."""
+        copy_checked(getattr(self, kind), tensor, kind)
 
     def forward(self, residual: torch.Tensor, context: ForwardContext, wanted: torch.Tensor | None) -> torch.Tensor:
         """Returns the residual stream of the wanted tokens or (None) of all; the one before it may be overwritten."""
@@ -189,7 +219,8 @@ class DecoderLayer(nn.Module):
             x, residual, normed = x[wanted], residual[wanted], normed[wanted]
         residual = self.after_mixer(mixer.o, x, residual)
         before_ffn = normed if self.parallel else self.pre_ffn(residual)
-        return self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
+        out: torch.Tensor = self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
+        return out if self.scalar is None else out.mul_(self.scalar)
 
 
 class Decoder(CausalLM):
@@ -221,13 +252,17 @@ class Decoder(CausalLM):
             for rope in ropes
         }
         self.rotaries: Sequence[RotaryEmbedding] = nn.ModuleList(tables.values())  # type: ignore[assignment]
+        growths = list(dict.fromkeys(layer.mixer.query_growth for layer in spec.layers if layer.mixer.query_growth))
+        factors = {growth: QueryFactors(growth.beta, growth.length, build.max_positions) for growth in growths}
+        self.query_factors = nn.ModuleList(factors.values())
         self.embedding = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
         layers = []
         for i, layer in enumerate(spec.layers):
             wish = attention_spec(layer.mixer, tp, build.dtype)
             rotary = None if layer.mixer.rope is None else tables[layer.mixer.rope]
             plan = self.attention_specs.index(wish)
-            mixer = AttentionBlock(layer.mixer, spec.hidden_size, i, wish, plan, rotary, build)
+            growth = None if layer.mixer.query_growth is None else factors[layer.mixer.query_growth]
+            mixer = AttentionBlock(layer.mixer, spec.hidden_size, i, wish, plan, rotary, growth, build)
             layers.append(DecoderLayer(layer, spec.hidden_size, mixer, build))
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
@@ -273,24 +308,36 @@ class Decoder(CausalLM):
         rows = weight_map(self.spec)
         names: CheckpointNames = self.spec.names
         missing = set(rows)
-        for name, tensor in weights:
-            if name.endswith(names.ignored) or (self.spec.tied and name == f"{names.head}.weight"):
+        head: torch.Tensor | None = None
+        for stored, tensor in weights:
+            name = names.plain(stored)
+            if name is None:
+                continue
+            if self.spec.tied and name == f"{names.head}.weight":
+                head = tensor
                 continue
             if name not in missing:
                 what = "twice" if name in rows else "that this architecture does not know"
-                raise StartupError(f"The checkpoint has a tensor {name!r} {what}.")
+                raise StartupError(f"The checkpoint has a tensor {stored!r} {what}.")
             try:
                 self._load(rows[name], tensor)
             except ValueError as error:
-                raise StartupError(f"The checkpoint's {name} does not fit its configuration: {error}.") from None
+                raise StartupError(f"The checkpoint's {stored} does not fit its configuration: {error}.") from None
             missing.discard(name)
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise StartupError(f"The checkpoint lacks {len(missing)} tensors, among them {some}.")
+        if head is not None and not self.embedding.holds(head):
+            raise StartupError(
+                f"The checkpoint's {names.head}.weight is not its embedding table, though its configuration says "
+                "tie_word_embeddings; start with --hf-overrides '{\"tie_word_embeddings\": false}'."
+            )
 
     def _load(self, weight: Weight, tensor: torch.Tensor) -> None:
         module = self.get_submodule(weight.module)
         module.load(weight.parts, weight.kind, tensor)  # type: ignore[operator]
+        if weight.twin is not None:
+            module.load((weight.twin,), weight.kind, tensor)  # type: ignore[operator]
 
     def finish(self) -> None:
         if self.build.compiled:

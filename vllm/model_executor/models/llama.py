@@ -9,7 +9,14 @@ from vllm.model_executor.models.spec import MLP, AttentionMixer, DecoderSpec, La
 from vllm.ops.norm import Norm
 
 
-def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
+def decoder(
+    config: PretrainedConfig,
+    max_positions: int,
+    rope_of: str | None = None,
+    rope_keys: frozenset[str] = frozenset(),
+) -> DecoderSpec:
+    """`rope_of` names the kind of layer whose rotary parameters all get, where a configuration has several;
+    `rope_keys` are those of their keys that the caller reads."""
     num_heads, num_kv_heads, head_dim = config_values.heads(config)
     norm = Norm(config.rms_norm_eps)
     layer = LayerSpec(
@@ -18,7 +25,7 @@ def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
             num_kv_heads,
             head_dim,
             scale=head_dim**-0.5,
-            rope=config_values.rope(config, max_positions),
+            rope=config_values.rope(config, max_positions, layer_type=rope_of, also_read=rope_keys),
             biases=config_values.biases(config, "attention_bias", "q k v o"),
         ),
         ffn=MLP(

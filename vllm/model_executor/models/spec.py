@@ -5,6 +5,8 @@ A layer computes, with m its residual multiplier and missing norms left out:
 
     sequential   x += m · post_mixer(mixer(pre_mixer(x)));  x += m · post_ffn(ffn(pre_ffn(x)))
     parallel     n = pre_mixer(x);  x += m · (mixer(n) + ffn(n))
+
+and ends with x *= s where the checkpoint has a number s for it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,19 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Queries grow with their position p, after they are turned: `q · (1 + beta · ln(1 + floor(p / length)))`, so that
+    attention over many keys stays as sharp as over few ("attention temperature" of Llama 4).
+
+    Attributes:
+        length: Positions, in tokens, in which the factor stays the same.
+    """
+
+    beta: float
+    length: int
+
+
+@dataclass(frozen=True)
 class AttentionMixer:
     """Attention over the KV cache.
 
@@ -43,6 +58,10 @@ class AttentionMixer:
         window, softcap, sinks: As of `AttentionSpec`.
         qk_norm: Norm of queries and keys, ahead of their positions.
         qk_norm_over_all: It is over all heads as one row, not over each.
+        qk_norm_of_each: It is over each head, and each has weights of its own: [heads, head_dim].
+        v_norm: Norm of each value head, without weights.
+        v_is_k: Values are made by the matrix of the keys (and are neither turned nor normalised with them).
+        query_growth: None: queries do not grow.
         biases: Which of `q`, `k`, `v`, `o` have one.
     """
 
@@ -56,6 +75,10 @@ class AttentionMixer:
     sinks: bool = False
     qk_norm: Norm | None = None
     qk_norm_over_all: bool = False
+    qk_norm_of_each: bool = False
+    v_norm: Norm | None = None
+    v_is_k: bool = False
+    query_growth: QueryGrowth | None = None
     biases: frozenset[str] = frozenset()
 
 
@@ -93,13 +116,19 @@ class LayerNorms:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One layer; equal ones are of one kind."""
+    """One layer; equal ones are of one kind.
+
+    Attributes:
+        parallel, residual_multiplier: See the formulas above.
+        has_scalar: The checkpoint has a number that the stream is multiplied by at the end.
+    """
 
     mixer: AttentionMixer
     ffn: MLP
     norms: LayerNorms
     parallel: bool = False
     residual_multiplier: float = 1.0
+    has_scalar: bool = False
 
 
 LAYER_NAMES: Mapping[str, str] = {
@@ -115,6 +144,7 @@ LAYER_NAMES: Mapping[str, str] = {
     "down": "mlp.down_proj",
     "pre_mixer": "input_layernorm",
     "pre_ffn": "post_attention_layernorm",
+    "scalar": "layer_scalar",
 }
 """Part of a layer → its name in most checkpoints, behind `layers.<i>.`. `qkv` and `gate_up`, where a checkpoint has
 them, stand for all of their parts in one tensor."""
@@ -128,6 +158,9 @@ class CheckpointNames:
         layers: Ahead of a layer's index.
         parts: As `LAYER_NAMES`.
         ignored: Ends of names of tensors that follow from the configuration.
+        prefixes: Beginning of a name → what stands for it above, for checkpoints that have a language model among
+            other things.
+        others: Beginnings of names of those other things.
     """
 
     embedding: str = "model.embed_tokens"
@@ -136,6 +169,17 @@ class CheckpointNames:
     head: str = "lm_head"
     parts: Mapping[str, str] = field(default_factory=lambda: LAYER_NAMES)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    def plain(self, name: str) -> str | None:
+        """Name of a tensor as it is without `prefixes`; None for one that is not read."""
+        if name.endswith(self.ignored) or name.startswith(self.others):
+            return None
+        for prefix, plain in self.prefixes.items():
+            if name.startswith(prefix):
+                return plain + name.removeprefix(prefix)
+        return name
 
 
 @dataclass(frozen=True)

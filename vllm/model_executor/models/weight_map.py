@@ -15,11 +15,13 @@ class Weight(NamedTuple):
         module: Path of the module in the network.
         parts: Parts of that module whose rows the tensor holds, one behind the other; empty where it has none.
         kind: `weight`, `bias`, or what else the module holds.
+        twin: Another part of that module with the same rows.
     """
 
     module: str
     parts: tuple[str, ...]
     kind: str
+    twin: str | None = None
 
 
 def weight_map(spec: DecoderSpec) -> dict[str, Weight]:
@@ -32,7 +34,8 @@ def weight_map(spec: DecoderSpec) -> dict[str, Weight]:
         rows[f"{names.head}.weight"] = Weight("head.table", (), "weight")
     for i, layer in enumerate(spec.layers):
         for name, weight in _layer(layer, names.parts):
-            rows[f"{names.layers}.{i}.{name}"] = weight._replace(module=f"layers.{i}.{weight.module}")
+            module = f"layers.{i}.{weight.module}".rstrip(".")
+            rows[f"{names.layers}.{i}.{name}"] = weight._replace(module=module)
     return rows
 
 
@@ -42,7 +45,10 @@ def _kinds(has_bias: bool) -> tuple[str, ...]:
 
 def _layer(layer: LayerSpec, names: Mapping[str, str]) -> Iterator[tuple[str, Weight]]:
     mixer, ffn, norms = layer.mixer, layer.ffn, layer.norms
-    yield from _merged("mixer.qkv", "qkv", ("q", "k", "v"), mixer.biases, names)
+    if mixer.v_is_k:
+        yield from _merged("mixer.qkv", "", ("q", "k"), mixer.biases, names, twins={"k": "v"})
+    else:
+        yield from _merged("mixer.qkv", "qkv", ("q", "k", "v"), mixer.biases, names)
     yield from _merged("mixer.o", "o", ("o",), mixer.biases, names)
     yield from _merged("ffn.gate_up", "gate_up", ("gate", "up") if ffn.gated else ("up",), ffn.biases, names)
     yield from _merged("ffn.down", "down", ("down",), ffn.biases, names)
@@ -51,6 +57,8 @@ def _layer(layer: LayerSpec, names: Mapping[str, str]) -> Iterator[tuple[str, We
             yield f"{names[part]}.weight", Weight(f"mixer.{part}", (), "weight")
     if mixer.sinks:
         yield names["sinks"], Weight("mixer.attention", (), "sinks")
+    if layer.has_scalar:
+        yield names["scalar"], Weight("", (), "scalar")
     places = {
         "pre_mixer": ("pre_mixer", norms.pre_mixer),
         "post_mixer": ("after_mixer.norm", norms.post_mixer),
@@ -64,10 +72,15 @@ def _layer(layer: LayerSpec, names: Mapping[str, str]) -> Iterator[tuple[str, We
 
 
 def _merged(
-    module: str, whole: str, parts: tuple[str, ...], biases: frozenset[str], names: Mapping[str, str]
+    module: str,
+    whole: str,
+    parts: tuple[str, ...],
+    biases: frozenset[str],
+    names: Mapping[str, str],
+    twins: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Weight]]:
     """A linear layer of several parts, which the checkpoint has one by one or, if it has a name for the whole, in one
-    tensor."""
+    tensor. `twins`: part → another one that has the same rows."""
     if whole in names and len(parts) > 1:
         yield f"{names[whole]}.weight", Weight(module, parts, "weight")
         if not biases.isdisjoint(parts):
@@ -75,4 +88,4 @@ def _merged(
         return
     for part in parts:
         for kind in _kinds(part in biases):
-            yield f"{names[part]}.{kind}", Weight(module, (part,), kind)
+            yield f"{names[part]}.{kind}", Weight(module, (part,), kind, (twins or {}).get(part))

@@ -164,7 +164,7 @@ class DecoderLayer:
                 )
         for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
             norm: Norm | None = getattr(self, name)
-            if norm is not None and norm.size != hidden:
+            if norm is not None and (norm.size, norm.heads) != (hidden, 1):
                 raise ValueError(f"{name} has {norm.size} elements, hidden_size is {hidden}")
 
     @property
