@@ -15,7 +15,7 @@
 #include <cstdint>
 
 // Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
-constexpr int32_t kInterface = 3;
+constexpr int32_t kInterface = 4;
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
