@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -128,8 +129,8 @@ def checkpoint(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def config_of(model: PreTrainedModel) -> PretrainedConfig:
-    """The configuration as it is read back from its config.json."""
-    return hf_config_of(model.config.to_dict())
+    """The configuration as the engine's processes hand it on."""
+    return hf_config_of(json.loads(model.config.to_json_string()))
 
 
 @pytest.mark.parametrize(("architecture", "changes"), CASES, ids=IDS)

@@ -177,6 +177,8 @@ def test_long_rope_takes_the_frequencies_of_the_longest_sequence() -> None:
 
 
 def test_unsupported_scaling() -> None:
-    config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
-    with pytest.raises(StartupError, match="RoPE scaling 'dynamic'; supported: default, linear, llama3, longrope"):
+    config = LlamaConfig(rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(
+        StartupError, match=r"\(rope_type\) 'spiral'; supported: default, dynamic, proportional, linear"
+    ):
         config_values.rope(config, 64)

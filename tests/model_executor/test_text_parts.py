@@ -47,9 +47,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def make_reference(case: str, **more: Any) -> PreTrainedModel:
+def make_reference(case: str, text_changes: dict[str, Any] | None = None, **more: Any) -> PreTrainedModel:
     architecture, text, rest = CASES[case]
-    whole = {"text_config": TEXT | text, "vision_config": dict(VISION), "image_token_id": 49, "image_token_index": 49}
+    whole = {
+        "text_config": TEXT | text | (text_changes or {}),
+        "vision_config": dict(VISION),
+        "image_token_id": 49,
+        "image_token_index": 49,
+    }
     config = CONFIG_MAPPING[ARCHITECTURES[architecture]].from_dict(
         whole | {"model_type": ARCHITECTURES[architecture], "architectures": [architecture]} | rest | more
     )
@@ -68,7 +73,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def logits(folder: Path, overrides: dict[str, Any] | None = None) -> torch.Tensor:
     config = load_hf_config(str(folder), overrides)
-    model = make_decoder(hf_config_of(config.to_dict()))
+    model = make_decoder(hf_config_of(json.loads(config.to_json_string())))
     with torch.no_grad():
         model.load_weights(iterate_weights(str(folder), "safetensors", config))
         model.finish()

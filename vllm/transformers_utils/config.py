@@ -122,7 +122,16 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
 
 def hf_config_of(values: dict[str, Any]) -> PretrainedConfig:
     """The configuration whose fields are `values`, by the names of config.json: what its own JSON holds."""
-    return _config_class(values["model_type"]).from_dict(values)
+    return _config_class(values["model_type"]).from_dict(_plain_numbers(values))
+
+
+def _plain_numbers(value: Any) -> Any:
+    """JSON has no infinity; transformers writes `{"__float__": "Infinity"}`."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {name: _plain_numbers(item) for name, item in value.items()}
+    return [_plain_numbers(item) for item in value] if isinstance(value, list) else value
 
 
 def _config_class(model_type: str) -> type[PretrainedConfig]:

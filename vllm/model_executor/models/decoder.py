@@ -117,6 +117,11 @@ class AttentionBlock(nn.Module):
         self.v_norm = None
         if spec.v_norm is not None:
             self.v_norm = HeadNorms(wish.num_kv_heads, wish.v_dim, spec.v_norm, has_weights=False)
+        # The norms that backends do not fuse with the turn of q and k, and where their rows lie in `qkv`.
+        ends = [wish.num_heads * wish.head_dim, wish.num_kv_heads * wish.head_dim, wish.num_kv_heads * wish.v_dim]
+        ends = [sum(ends[: i + 1]) for i in range(3)]
+        norms = zip((self.q_norm, self.k_norm, self.v_norm), [0, *ends], ends, strict=False)
+        self._head_norms = [(norm, first, end) for norm, first, end in norms if isinstance(norm, HeadNorms)]
         # In a tuple, so that the tables are no part of each layer that uses them.
         self._tables = (rotary, growth)
 
@@ -146,11 +151,9 @@ class AttentionBlock(nn.Module):
 
     def _normalise(self, qkv: torch.Tensor) -> None:
         """The norms that they do not, in place."""
-        spec = self.attention.spec
-        sizes = [spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim, spec.num_kv_heads * spec.v_dim]
-        for part, norm in zip(qkv.split(sizes, dim=1), (self.q_norm, self.k_norm, self.v_norm), strict=True):
-            if isinstance(norm, HeadNorms):
-                part.copy_(norm(part))
+        for norm, first, end in self._head_norms:
+            part = qkv[:, first:end]
+            part.copy_(norm(part))
 
 
 class FeedForward(nn.Module):
