@@ -33,7 +33,7 @@ from chat_load import markdown_table, positive_int, say
 from machine_facts import machine
 from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.ops.cpu import kernels as cpu_kernels
-from vllm.ops.cpu.kernels import DecoderStack, LayerWeights, PackedMatrix
+from vllm.ops.cpu.kernels import AttentionOptions, DecoderLayer, DecoderProgram, Norm, PackedMatrix, Rope
 from vllm.ops.sampling import Flag, IntColumn, SamplingTables
 from vllm.platforms import CpuPlatform
 
@@ -300,19 +300,22 @@ def stack_cases() -> Iterator[Case]:
         "1,024 rows, causal": Batch(1, 1024, 1024, 0),
     }
     for form, dtype in FORMATS.items():
+        attention = AttentionOptions(HEADS, KV_HEADS, DIM, DIM**-0.5, rope=Rope(cos_sin()))
+        norm = Norm(HIDDEN, 1e-5, torch.ones(HIDDEN))
         layers = [
-            LayerWeights(
-                torch.ones(HIDDEN),
-                torch.ones(HIDDEN),
+            DecoderLayer(
+                attention,
                 packed("qkv", form),
                 packed("o", form),
                 packed("gate_up", form, interleave=True),
                 packed("down", form),
+                before_attention=norm,
+                before_mlp=norm,
             )
             for _ in range(LAYERS)
         ]
-        stack = DecoderStack(layers, torch.ones(HIDDEN), cos_sin(), HEADS, KV_HEADS, DIM, 1e-5)
-        weights = sum(size_of(matrix) for layer in layers for matrix in layer if isinstance(matrix, PackedMatrix))
+        stack = DecoderProgram(layers, norm)
+        weights = sum(size_of(matrix) for layer in layers for matrix in layer.matrices)
         parameters = LAYERS * sum(n * k for name, (n, k) in MATRICES.items() if name != "output")
         for name, batch in batches.items():
             k, v = (list(caches) for caches in zip(*kv_caches(batch, dtype, LAYERS), strict=True))
@@ -324,7 +327,7 @@ def stack_cases() -> Iterator[Case]:
 
 
 def run_stack(
-    stack: DecoderStack,
+    stack: DecoderProgram,
     embeddings: torch.Tensor,
     positions: torch.Tensor,
     k: list[torch.Tensor],

@@ -15,7 +15,7 @@
 #include <cstdint>
 
 // Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
-constexpr int32_t kInterface = 3;
+constexpr int32_t kInterface = 4;
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
@@ -42,6 +42,7 @@ struct Norm {
   int64_t size;         // elements that are normalised together, a multiple of 16; as many weights
   float eps;
   int32_t kind;
+  int64_t head_stride;  // where each head is normalised by itself: from the weights of one to those of the next, or 0
 };
 
 // Rotary positions (Su et al., 2021) of the first `dim` elements of a head.

@@ -33,7 +33,7 @@ class NormedHeads {
   const float* head(int64_t h, float* space) const {
     const float* x = x_ + h * d_;
     if (norm_.kind == kNoNorm) return x;
-    normalise(norm_, together_ ? moments_ : moments_of(norm_, x), x, d_, together_ ? h * d_ : 0,
+    normalise(norm_, together_ ? moments_ : moments_of(norm_, x), x, d_, together_ ? h * d_ : h * norm_.head_stride,
               [&](int64_t i, V v) { Simd::store(space + i, v); });
     return space;
   }

@@ -269,13 +269,48 @@ def test_backend_turns_part_of_normalised_heads(
     torch.testing.assert_close(values_of(v_cache)[slots], want_v[slots])
 
 
+@every_instructions
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 4e-6), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(
+    "changes",
+    [{"window": w, "scale": 0.3} for w in (1, 16, 33, 34, 64, 200)] + [{"softcap": 2.0}, {"sinks": True}],
+    ids=str,
+)
+def test_backend_has_windows_caps_and_sinks(
+    cpu_instructions: str, dtype: torch.dtype, tolerance: float, changes: dict[str, Any]
+) -> None:
+    # Extents of 33 and 70 keys, shorter and longer than the windows, beside prompts without one.
+    batch = Batch(MIXED, 16, 6, 2, 64, dtype, seed=9)
+    spec, plain = batch.spec(**changes), batch.spec()
+    sinks = randn(6, seed=4).to(dtype) if spec.sinks else None
+    backend = CpuAttentionBackend(16)
+    assert backend.misfit(spec) is None
+    prepared = backend.prepare(batch.metadata(True), [plain, spec])
+    k_cache, v_cache = written(batch)
+    out = backend.attend(batch.q, k_cache, v_cache, spec, prepared[1], sinks)
+    torch.testing.assert_close(out.double(), batch.reference(spec, sinks), atol=tolerance, rtol=0)
+    assert (out.double() - batch.reference(plain)).abs().max() > 0.05
+
+
+@every_instructions
+def test_backend_normalises_all_heads_as_one_row(cpu_instructions: str) -> None:
+    heads, kv_heads, dim = 4, 2, 32
+    qkv, positions, slots = randn(5, 8 * dim), torch.tensor([3, 4, 5, 0, 9]), torch.tensor([3, 4, 5, 16, 17])
+    norm = QkNorm(Norm(1e-5, kind="layer", offset=1.0), randn(heads * dim, seed=2), randn(kv_heads * dim, seed=3))
+    k_cache, v_cache, want_k, want_v = (torch.zeros(32, kv_heads, dim) for _ in range(4))
+    q = CpuAttentionBackend(16).rope_and_write(qkv, positions, None, norm, slots, k_cache, v_cache, heads)
+    want_q = rotary.rope_and_write(qkv, positions, None, norm, slots, want_k, want_v, heads)
+    torch.testing.assert_close(q, want_q)
+    torch.testing.assert_close(keys_of(k_cache)[slots], want_k[slots])
+
+
 def test_what_the_kernels_do_not_take_is_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
     misfits: list[tuple[dict[str, Any], str]] = [
         ({"head_dim": 20, "v_dim": 20}, "head_dim 20 is no multiple of 16 up to 512"),
         ({"head_dim": 528, "v_dim": 528}, "head_dim 528 is no multiple of 16 up to 512"),
         ({"num_heads": 258}, "129 query heads share a KV head, more than 128"),
         ({"dtype": torch.float16}, "dtype float16 is neither float32 nor bfloat16"),
-        ({"window": 100}, "a window of 100 tokens"),
+        ({"v_dim": 32}, "values of 32 beside keys of 64"),
         ({}, "--block-size 8 is no multiple of 16"),
     ]
     for changes, why in misfits:

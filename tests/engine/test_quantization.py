@@ -28,8 +28,8 @@ def engine(default_model_path: str) -> Iterator[LLMEngine]:
 
 def test_matrices_are_int8_and_cache_and_embeddings_are_not(engine: LLMEngine) -> None:
     worker = engine.core.executor._worker
-    matrices = [m for layer in worker.model.program._stack.layers for m in layer.matrices]
-    matrices.append(worker.model.head.packed)
+    matrices = [m for layer in worker.model.program.stack.layers for m in layer.matrices]
+    matrices.append(worker.model.head.packed.matrix)
     assert {m.data.dtype for m in matrices} == {torch.int8}
     assert worker.model.embedding.weight.dtype == torch.float32
     assert worker.runner.cache.k_caches[0].dtype == torch.float32

@@ -43,7 +43,7 @@ class LayerOptions:
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     biases: tuple[str, ...] = ()
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: Literal["head", "each", "all"] | None = None  # each: every head has weights of its own
     v_norm: bool = False
     rotary_dim: int | None = None  # None: all of the head; 0: not turned
     interleaved: bool = False
@@ -103,9 +103,9 @@ class Network:
     def _weight(self, n: int, k: int) -> torch.Tensor:
         return (self._random(n, k) * 1.5 / k**0.5).to(self.dtype)
 
-    def _norm(self, size: int, options: LayerOptions) -> Norm:
-        bias = 0.3 * self._random(size) if options.norm_bias else None
-        return Norm(size, 1e-5, 1 + 0.3 * self._random(size), bias, options.norm_kind)
+    def _norm(self, size: int, options: LayerOptions, heads: int = 1) -> Norm:
+        bias = 0.3 * self._random(heads * size) if options.norm_bias else None
+        return Norm(size, 1e-5, 1 + 0.3 * self._random(heads * size), bias, options.norm_kind, heads)
 
     def _layer(self, o: LayerOptions) -> Layer:
         hidden, d = self.options.hidden, o.head_dim
@@ -121,7 +121,10 @@ class Network:
         weights = {name: self._weight(*size) for name, size in sizes.items() if o.gated or name != "gate"}
         q_norm = k_norm = None
         if o.qk_norm is not None:
-            q_norm, k_norm = (self._norm(d if o.qk_norm == "head" else count * d, o) for count in (o.heads, o.kv_heads))
+            q_norm, k_norm = (
+                self._norm(count * d if o.qk_norm == "all" else d, o, count if o.qk_norm == "each" else 1)
+                for count in (o.heads, o.kv_heads)
+            )
         attention = AttentionOptions(
             o.heads,
             o.kv_heads,
@@ -256,8 +259,11 @@ def normed(norm: Norm | None, x: torch.Tensor) -> torch.Tensor:
     if norm.kind == "layer":
         x = x - x.mean(dim=-1, keepdim=True)
     x = x * (x.square().mean(dim=-1, keepdim=True) + norm.eps).rsqrt()
-    x = x if norm.weight is None else x * norm.weight
-    return x if norm.bias is None else x + norm.bias
+    weight, bias = (
+        w if w is None or norm.heads == 1 else w.view(norm.heads, norm.size) for w in (norm.weight, norm.bias)
+    )
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
 
 
 def rotary_table(dim: int, base: float) -> torch.Tensor:

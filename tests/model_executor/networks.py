@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from transformers import PretrainedConfig
 
@@ -16,7 +14,10 @@ from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.models.decoder import Build, Decoder
 from vllm.model_executor.models.registry import decoder_spec
-from vllm.ops.attention.metadata import AttentionMetadata
+from vllm.model_executor.models.spec import DecoderSpec
+from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
+from vllm.ops.cpu.kernels import SequenceRows
+from vllm.ops.sampling import SamplingTables
 
 BLOCK = 4
 
@@ -26,19 +27,31 @@ def make_decoder(
     dtype: torch.dtype = torch.float32,
     *,
     packed: bool = False,
+    int8: bool = False,
     max_positions: int | None = None,
 ) -> Decoder:
     """The network of a configuration, its weights undefined.
 
     Args:
         packed: `finish` packs its matrices for the compiled CPU kernels, which then compute whole steps if they can.
+        int8: Its matrices become int8 as they are packed.
     """
-    spec = decoder_spec(config, max_positions or config.max_position_embeddings)
+    max_positions = max_positions or config.max_position_embeddings
+    return decoder_of(decoder_spec(config, max_positions), dtype, packed=packed, int8=int8, max_positions=max_positions)
+
+
+def decoder_of(
+    spec: DecoderSpec,
+    dtype: torch.dtype = torch.float32,
+    *,
+    packed: bool = False,
+    int8: bool = False,
+    max_positions: int = 64,
+) -> Decoder:
+    """`make_decoder` of a network that no configuration need describe."""
     compiled = packed and CpuProgram.misfit(spec) is None
-    method = CpuPacked(int8=False) if packed else Unquantized()
-    build = Build(
-        TensorParallelGroup(), method, max_positions or config.max_position_embeddings, dtype, compiled=compiled
-    )
+    method = CpuPacked(int8) if packed else Unquantized()
+    build = Build(TensorParallelGroup(), method, max_positions, dtype, compiled=compiled)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -52,32 +65,70 @@ def logits_of(
     token_ids: list[int],
     backend: AttentionBackend | None = None,
     block: int = BLOCK,
-    chunks: Sequence[int] | None = None,
+    *,
+    pinned: int = 0,
+    chunk: int | None = None,
 ) -> torch.Tensor:
     """Logits at every position of one sequence, over a KV cache of its own.
 
     Args:
-        chunks: Tokens of each step; None: all in one.
+        pinned: So many of the tokens are a pinned prompt: computed first, into an extent that the others read.
+        chunk: At most so many tokens are computed in a step; None: all that can be.
     """
     backend = backend or TorchAttentionBackend()
-    blocks = list(reversed(range(-(-len(token_ids) // block))))
+    own = list(reversed(range(-(-(len(token_ids) - pinned) // block))))
+    extent = list(range(len(own), len(own) + -(-pinned // block)))
+    num_slots = (len(own) + len(extent)) * block
     rows = [(cache.k, cache.v) for cache in model.caches()]
-    k_caches = [torch.zeros(len(blocks) * block, k.num_heads, k.dim, dtype=k.dtype) for k, _ in rows]
-    v_caches = [torch.zeros(len(blocks) * block, v.num_heads, v.dim, dtype=v.dtype) for _, v in rows]
-    logits, first = [], 0
-    for size in chunks or [len(token_ids)]:
-        positions = torch.arange(first, first + size)
-        slots = torch.tensor(blocks)[positions // block] * block + positions % block
-        metadata = AttentionMetadata(slots, torch.tensor([blocks]), [size], [first + size], [], block)
-        context = ForwardContext(
-            backend=backend,
-            prepared=backend.prepare(metadata, model.attention_specs),
-            positions=positions,
-            slot_mapping=slots,
-            k_caches=k_caches,
-            v_caches=v_caches,
-        )
-        with torch.inference_mode():
-            logits.append(model.logits(model(torch.tensor(token_ids[first : first + size]), context)).clone())
-        first += size
-    return torch.cat(logits)
+    k_caches = [torch.zeros(num_slots, k.num_heads, k.dim, dtype=k.dtype) for k, _ in rows]
+    v_caches = [torch.zeros(num_slots, v.num_heads, v.dim, dtype=v.dtype) for _, v in rows]
+
+    def step(blocks: list[int], offset: int, start: int, end: int) -> torch.Tensor:
+        """Tokens from `start` to `end`, whose own tokens lie in `blocks` and begin at `offset`."""
+        positions = torch.arange(start, end)
+        places = positions - offset
+        slots = torch.tensor(blocks)[places // block] * block + places % block
+        groups = [PrefixGroup(0, end - start, extent[0] * block, offset)] if offset else []
+        metadata = AttentionMetadata(slots, torch.tensor([blocks]), [end - start], [end - offset], groups, block)
+        prepared = backend.prepare(metadata, model.attention_specs)
+        context = ForwardContext(backend, prepared, positions, slots, k_caches, v_caches)
+        return model.logits(model(torch.tensor(token_ids[start:end]), context))
+
+    pieces = []
+    with torch.inference_mode():
+        for blocks, first, last in ((extent, 0, pinned), (own, pinned, len(token_ids))):
+            size = chunk or max(1, last - first)
+            for start in range(first, last, size):
+                pieces.append(step(blocks, first, start, min(start + size, last)))
+    return torch.cat(pieces)
+
+
+@torch.inference_mode()
+def logits_of_compiled_steps(model: Decoder, token_ids: list[int], *, pinned: int) -> torch.Tensor:
+    """Logits at the positions behind a pinned prompt, each token a step, and a step one call of the compiled kernels
+    from token ids to logits, as the engine decodes."""
+    block = 16
+    own = list(range(-(-(len(token_ids) - pinned) // block)))
+    extent = list(range(len(own), len(own) + -(-pinned // block)))
+    width = max(len(own), len(extent))
+    tables = torch.tensor([blocks + [0] * (width - len(blocks)) for blocks in (own, extent)])
+    ids = torch.tensor([[*token_ids, 0]] * 2)
+    rows = SequenceRows(ids, tables, torch.tensor([pinned, 0]), block)
+    num_slots = (len(own) + len(extent)) * block
+    k_caches, v_caches = (
+        [torch.zeros(num_slots, row.num_heads, row.dim, dtype=row.dtype) for row in (c.k for c in model.caches())]
+        for _ in range(2)
+    )
+    steps = model.compiled_steps(rows, k_caches, v_caches)
+    assert steps is not None
+    sampling = SamplingTables.make(2, model.spec.vocab_size, torch.device("cpu"))
+    steps.hidden([1], [0], [pinned], [False], [])
+    out = []
+    for position in range(pinned, len(token_ids)):
+        logits = torch.empty(1, model.spec.vocab_size)
+        groups = [PrefixGroup(0, 1, extent[0] * block, pinned)]
+        (drawn,) = steps.draw([0], [position], [1], [True], groups, sampling, logits_out=logits)
+        assert drawn == int(logits.argmax())
+        ids[0, : len(token_ids)] = torch.tensor(token_ids)  # the draw has put its token there
+        out.append(logits)
+    return torch.cat(out)

@@ -67,6 +67,8 @@ NETWORKS = {
     "parallel": alike(parallel=True, norms=("before_attention",), norm_kind="layer", interleaved=True),
     "parallel, norms after": alike(parallel=True, norms=("before_attention", *AFTER)),
     "norm of each head": alike(qk_norm="head"),
+    "norm of each head by its own weights": alike(qk_norm="each"),
+    "layer norm of each head by its own weights": alike(qk_norm="each", norm_kind="layer", norm_bias=True, v_norm=True),
     "norm of values": alike(qk_norm="head", v_norm=True, scale=1.0, heads=2, kv_heads=2),
     "layer norm of all heads": alike(qk_norm="all", norm_kind="layer", norm_bias=True),
     "not turned": alike(rotary_dim=0),
@@ -296,6 +298,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
         ({"softcap": -1.0}, "softcap -1.0 must be above 0"),
         ({"sinks": torch.zeros(3)}, r"sinks must be \[2\], not \[3\]"),
         ({"q_norm": Norm(96, 1e-5)}, "q_norm of 96 elements: one head has 32, all have 64"),
+        ({"k_norm": Norm(32, 1e-5, heads=2)}, "k_norm has weights for 2 heads of 32, there are 1"),
         ({"rope": Rope(torch.zeros(4, 64))}, "rotary_dim 64 must be even and at most head_dim 32"),
         ({"rope": Rope(torch.zeros(4, 32).bfloat16())}, r"must be contiguous float32, not torch\.bfloat16"),
     ]

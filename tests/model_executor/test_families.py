@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
-from tests.model_executor.networks import logits_of, make_decoder
+from tests.model_executor.networks import logits_of, logits_of_compiled_steps, make_decoder
 from vllm.attention.backends import get_backend
 from vllm.exceptions import StartupError
 from vllm.model_executor.models.registry import decoder_spec
@@ -52,7 +52,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_m
 MIXED_HEADS = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     "sliding_window": 9,
-    "global_head_dim": 24,
+    "global_head_dim": 32,
     "hidden_size_per_layer_input": 0,
 }
 # Architecture, and what makes a case of its own.
@@ -98,7 +98,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Gemma4ForCausalLM", {**MIXED_HEADS, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
 ]
 IDS = [f"{architecture.removesuffix('ForCausalLM')} {changes}" for architecture, changes in CASES]
-CHUNKS = (5, 1, 16, 15)
 TOKENS = [(7 * i * i + 3) % 50 for i in range(37)]
 
 
@@ -146,12 +145,16 @@ def test_logits_are_those_of_transformers(architecture: str, changes: dict[str, 
     with torch.no_grad():
         model.load_weights(checkpoint(reference).items())
         model.finish()
+    assert (model.program is not None, model.head.packed is not None) == (packed, packed)
     backend = get_backend("CPU" if packed else "TORCH", model.attention_specs, 16, torch.device("cpu"))
-    # By causality, the first rows are also those of prompts shorter than every window.
-    found = logits_of(model, TOKENS, backend, block=16)
-    torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
-    found = logits_of(model, TOKENS, backend, block=16, chunks=CHUNKS)
-    torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
+    # Logits of the first tokens are those of a prompt shorter than a window, for later ones do not change them. Pinned
+    # prompts are shorter and longer than the windows of these cases, and so are chunks.
+    for pinned, chunk in ((0, None), (3, 17), (20, 6)):
+        found = logits_of(model, TOKENS, backend, block=16, pinned=pinned, chunk=chunk)
+        torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
+    if packed:
+        found = logits_of_compiled_steps(model, TOKENS, pinned=20)
+        torch.testing.assert_close(found, want[20:], atol=1e-3, rtol=2e-4)
 
 
 def test_sequences_within_the_trained_length_are_turned_by_the_short_frequencies() -> None:

@@ -9,13 +9,13 @@ from torch import nn
 
 from vllm.attention.layer import ForwardContext
 from vllm.logger import init_logger
-from vllm.model_executor.layers.layernorm import RowNorm
+from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
-from vllm.model_executor.models.spec import DecoderSpec, LayerSpec
+from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.cpu import kernels as cpu_kernels
 
 if TYPE_CHECKING:
-    from vllm.model_executor.models.decoder import Decoder
+    from vllm.model_executor.models.decoder import AttentionBlock, Decoder, DecoderLayer
 
 logger = init_logger(__name__)
 
@@ -24,6 +24,8 @@ def misfit_of_sizes(spec: DecoderSpec, num_ranks: int, dtype: torch.dtype) -> st
     """Why the matrices of a network cannot be packed, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {str(dtype).removeprefix('torch.')} is neither float32 nor bfloat16"
+    if not spec.logits_multiplier > 0:
+        return f"its logits are multiplied by {spec.logits_multiplier:g}"
     sizes = {"hidden_size": {spec.hidden_size}}
     sizes["intermediate_size"] = {layer.ffn.size // num_ranks for layer in spec.layers}
     mixers = {layer.mixer for layer in spec.layers}
@@ -40,32 +42,17 @@ class CpuProgram:
 
     Args:
         model: Its linear layers are emptied; embedding and output projection stay with it.
+
+    Attributes:
+        stack: What the kernels run.
     """
 
     def __init__(self, model: Decoder) -> None:
         method = model.build.method
         if not isinstance(method, CpuPacked):
             raise TypeError("a program is made of packed matrices")
-        layers = [
-            cpu_kernels.LayerWeights(
-                _norm_weight(layer.pre_mixer),
-                _norm_weight(layer.pre_ffn),
-                method.pack(layer.mixer.qkv),
-                method.pack(layer.mixer.o),
-                method.pack(layer.ffn.gate_up, interleave=True),
-                method.pack(layer.ffn.down),
-            )
-            for layer in model.layers
-        ]
-        wish, rotary = model.attention_specs[0], model.rotaries[0]
-        self._stack = cpu_kernels.DecoderStack(
-            layers,
-            _norm_weight(model.norm),
-            rotary.cos_sin,
-            wish.num_heads,
-            wish.num_kv_heads,
-            wish.head_dim,
-            model.norm.norm.eps,
+        self.stack = cpu_kernels.DecoderProgram(
+            [_layer(layer, method) for layer in model.layers], _norm(model.norm), model.embedding_multiplier
         )
         if model.dtype == torch.bfloat16:
             # Results differ in the last bits, so whoever compares two runs wants to know.
@@ -74,57 +61,79 @@ class CpuProgram:
 
     @staticmethod
     def misfit(spec: DecoderSpec) -> str | None:
-        """What a network has that the kernels do not compute, or None."""
-        first = spec.layers[0]
-        if any(layer != first for layer in spec.layers):
-            return "its layers differ"
-        if spec.embedding_multiplier != 1.0 or spec.logits_multiplier != 1.0 or spec.logits_softcap is not None:
-            return "its embeddings or logits are scaled or capped"
-        if spec.final_norm != first.norms.norm or spec.final_norm_bias:
-            return "its last norm is another one than those of its layers"
-        return _misfit_of_layer(first)
+        """What a network has that the kernels do not compute, or None; sizes and heads apart (`misfit_of_sizes`, and
+        `misfit` of the attention backend)."""
+        for layer in spec.layers:
+            if layer.ffn.activation not in cpu_kernels.ACTIVATIONS:
+                return f"its activation is {layer.ffn.activation}"
+        return None
 
     def steps(
         self,
-        head: cpu_kernels.PackedMatrix,
+        head: cpu_kernels.PackedHead,
         embeddings: torch.Tensor,
         rows: cpu_kernels.SequenceRows,
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
     ) -> cpu_kernels.CompiledSteps:
         """Whole steps over the sequences of a model runner."""
-        self._stack.use_caches(k_caches, v_caches)
-        return cpu_kernels.CompiledSteps(self._stack, head, embeddings, rows)
+        self.stack.use_caches(k_caches, v_caches)
+        return cpu_kernels.CompiledSteps(self.stack, head, embeddings, rows)
 
     def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """[T, hidden_size] → float32 states, as `Decoder.forward`."""
+        """Rows of the embedding table [T, hidden_size] → float32 states, as `Decoder.forward`."""
         caches = context.k_caches, context.v_caches
-        return self._stack.forward(embeddings, context.positions, *caches, context.prepared[0], context.wanted)
+        # Plans do not differ: the kernels cut a batch by the window of each layer themselves.
+        return self.stack.forward(embeddings, context.positions, *caches, context.prepared[0], context.wanted)
 
 
-def _norm_weight(norm: nn.Module) -> torch.Tensor:
-    """float32 [hidden_size]."""
-    if not isinstance(norm, RowNorm):
-        raise TypeError(f"a program needs a norm where the network has {type(norm).__name__}")
-    return norm.weight.float() + norm.norm.offset
+def _layer(layer: DecoderLayer, method: CpuPacked) -> cpu_kernels.DecoderLayer:
+    """Takes the matrices out of `layer`."""
+    mixer, ffn = layer.mixer, layer.ffn
+    return cpu_kernels.DecoderLayer(
+        _attention(mixer),
+        method.pack(mixer.qkv),
+        method.pack(mixer.o),
+        method.pack(ffn.gate_up, interleave=ffn.gated),
+        method.pack(ffn.down),
+        before_attention=_norm(layer.pre_mixer),
+        after_attention=_norm(layer.after_mixer.norm),
+        before_mlp=_norm(layer.pre_ffn),
+        after_mlp=_norm(layer.after_ffn.norm),
+        activation=ffn.activation,
+        gated=ffn.gated,
+        parallel=layer.parallel,
+        residual_factor=layer.after_mixer.multiplier,
+        layer_factor=1.0 if layer.scalar is None else float(layer.scalar),
+    )
 
 
-def _misfit_of_layer(layer: LayerSpec) -> str | None:
-    mixer, norms = layer.mixer, layer.norms
-    if norms.norm.kind != "rms" or norms.has_bias or not (norms.pre_mixer and norms.pre_ffn):
-        return "its norms are not root mean squares ahead of each block"
-    if norms.post_mixer or norms.post_ffn or layer.parallel or layer.residual_multiplier != 1.0:
-        return "it adds to the residual stream in another way"
-    if layer.ffn.activation != "silu" or not layer.ffn.gated:
-        return f"its activation is {layer.ffn.activation}{'' if layer.ffn.gated else ' without a gate'}"
-    if mixer.rope is None or mixer.rope.interleaved or 2 * len(mixer.rope.frequencies) != mixer.head_dim:
-        return "its positions are not those of whole heads turned by halves"
-    if mixer.qk_norm is not None:
-        return "it normalises queries and keys"
-    if mixer.v_norm is not None or mixer.query_growth is not None or layer.has_scalar:
-        return "it normalises values, or scales queries by position or its layers' outputs"
-    if mixer.window is not None or mixer.softcap is not None or mixer.sinks:
-        return "its attention has a window, a cap or sinks"
-    if mixer.scale != mixer.head_dim**-0.5:
-        return f"its scores are scaled by {mixer.scale:g}"
+def _attention(mixer: AttentionBlock) -> cpu_kernels.AttentionOptions:
+    wish, rope, sinks = mixer.attention.spec, mixer.rope(), mixer.attention.sinks
+    return cpu_kernels.AttentionOptions(
+        wish.num_heads,
+        wish.num_kv_heads,
+        wish.head_dim,
+        wish.scale,
+        wish.window,
+        wish.softcap,
+        None if sinks is None else sinks.float(),
+        _norm(mixer.q_norm),
+        _norm(mixer.k_norm),
+        _norm(mixer.v_norm),
+        None if rope is None else cpu_kernels.Rope(rope.cos_sin, rope.interleaved),
+        mixer.query_factors(),
+    )
+
+
+def _norm(norm: nn.Module | None) -> cpu_kernels.Norm | None:
+    """As the kernels take it; None where the network has none."""
+    if isinstance(norm, RowNorm):
+        return cpu_kernels.Norm.of(norm.norm, norm.weight, norm.bias)
+    if isinstance(norm, HeadNorms):
+        heads, size = norm.heads
+        if norm.weight is None:
+            return cpu_kernels.Norm(size, norm.norm.eps, kind=norm.norm.kind)
+        weight = norm.weight.float().flatten() + norm.norm.offset
+        return cpu_kernels.Norm(size, norm.norm.eps, weight, kind=norm.norm.kind, heads=heads)
     return None

@@ -10,8 +10,8 @@ from vllm.attention.backends.base import AttentionBackend
 from vllm.attention.spec import AttentionSpec
 from vllm.ops.attention.metadata import AttentionMetadata
 from vllm.ops.cpu import kernels as cpu_kernels
-from vllm.ops.cpu.kernels import PreparedBatch
-from vllm.ops.rope import QkNorm, Rope, normalise_and_turn
+from vllm.ops.cpu.kernels import AttentionOptions, Norm, PreparedBatch
+from vllm.ops.rope import QkNorm, Rope
 
 
 class CpuAttentionBackend(AttentionBackend):
@@ -32,11 +32,13 @@ class CpuAttentionBackend(AttentionBackend):
         return "tiles16"
 
     def misfit(self, spec: AttentionSpec) -> str | None:
-        return spec.beyond_plain() or cpu_kernels.misfit_of_attention(
-            spec.num_heads // spec.num_kv_heads, spec.head_dim, self._block_size, spec.dtype
-        )
+        if spec.v_dim != spec.head_dim:
+            return f"values of {spec.v_dim} beside keys of {spec.head_dim}"
+        heads_per_kv = spec.num_heads // spec.num_kv_heads
+        return cpu_kernels.misfit_of_attention(heads_per_kv, spec.head_dim, self._block_size, spec.dtype)
 
     def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[PreparedBatch]:
+        # The kernels cut a batch by the window of each layer themselves.
         return [cpu_kernels.prepare(metadata)] * len(specs)
 
     def rope_and_write(
@@ -51,14 +53,15 @@ class CpuAttentionBackend(AttentionBackend):
         num_heads: int,
     ) -> torch.Tensor:
         num_kv_heads, head_dim = k_cache.shape[1:]
-        if qk_norm is not None or rope is None or rope.interleaved or rope.cos_sin.shape[1] < head_dim:
-            q_and_k = (num_heads + num_kv_heads) * head_dim
-            turned = normalise_and_turn(qkv[:, :q_and_k], positions, rope, qk_norm, num_heads, head_dim)
-            qkv, rope = torch.cat((turned.flatten(1), qkv[:, q_and_k:]), dim=1), self._unturned(head_dim)
-            positions = torch.zeros_like(positions)
-        q = cpu_kernels.rope_and_write(
-            qkv.float().contiguous(), positions, rope.cos_sin, slot_mapping, k_cache, v_cache, num_heads
+        norms = (None, None) if qk_norm is None else (Norm.of(qk_norm.norm, w) for w in (qk_norm.q, qk_norm.k))
+        q_norm, k_norm = norms
+        turned = None if rope is None else cpu_kernels.Rope(rope.cos_sin, rope.interleaved)
+        # The scale belongs to the scores, which are not computed here.
+        options = AttentionOptions(
+            num_heads, num_kv_heads, head_dim, scale=1.0, q_norm=q_norm, k_norm=k_norm, rope=turned
         )
+        wide = qkv.float().contiguous()
+        q = cpu_kernels.norm_rope_and_write(wide, positions, slot_mapping, k_cache, v_cache, options)
         return q.to(qkv.dtype)
 
     def attend(
@@ -70,12 +73,15 @@ class CpuAttentionBackend(AttentionBackend):
         prepared: PreparedBatch,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        wide = q.float().contiguous()
-        out = cpu_kernels.attention(wide, k_cache, v_cache, spec.scale, prepared, cpu_kernels.arithmetic())
+        out = cpu_kernels.attention(
+            q.float().contiguous(),
+            k_cache,
+            v_cache,
+            spec.scale,
+            prepared,
+            cpu_kernels.arithmetic(),
+            spec.window,
+            spec.softcap,
+            None if sinks is None else sinks.float(),
+        )
         return out.to(q.dtype)
-
-    @staticmethod
-    def _unturned(head_dim: int) -> Rope:
-        """A table that leaves position 0 as it is, for heads that have been turned already."""
-        half = head_dim // 2
-        return Rope(torch.cat((torch.ones(1, half), torch.zeros(1, half)), dim=1))

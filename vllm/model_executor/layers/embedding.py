@@ -67,21 +67,21 @@ class OutputProjection(nn.Module):
         self.table = table
         self.multiplier = multiplier
         self.softcap = softcap
-        self.packed: cpu_kernels.PackedMatrix | None = None
+        self.packed: cpu_kernels.PackedHead | None = None
 
     def pack(self, int8: bool, keep: bool) -> None:
         """Moves the weights into a packed copy for the compiled CPU kernels; the table's own stay if `keep`."""
-        self.packed = cpu_kernels.PackedMatrix(self.table.weight[: self.table.vocab_size], int8=int8)
+        matrix = cpu_kernels.PackedMatrix(self.table.weight[: self.table.vocab_size], int8=int8)
+        self.packed = cpu_kernels.PackedHead(matrix, self.multiplier, self.softcap)
         if not keep:
             self.table.weight.data = self.table.weight.new_empty(0)
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[R, hidden_size] → [R, vocab_size]; into `out`, contiguous, if it is given."""
-        if self.packed is None:
-            scores = self.table.logits(hidden, out)
-        else:
+        if self.packed is not None:
             scores = cpu_kernels.linear(hidden.float().contiguous(), self.packed, cpu_kernels.arithmetic())
-            scores = scores if out is None else out.copy_(scores)
+            return scores if out is None else out.copy_(scores)
+        scores = self.table.logits(hidden, out)
         if self.multiplier != 1.0:
             scores.mul_(self.multiplier)
         if self.softcap is not None:
@@ -90,7 +90,6 @@ class OutputProjection(nn.Module):
 
     def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → token id of the highest score, the first of equals; int64 [R]."""
-        # A cap and a positive factor leave the order of scores as it is.
-        if self.packed is not None and self.multiplier > 0:
+        if self.packed is not None:
             return cpu_kernels.most_likely(hidden.float().contiguous(), self.packed, cpu_kernels.arithmetic())
         return self.logits(hidden).float().argmax(dim=-1)

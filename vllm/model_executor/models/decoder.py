@@ -26,7 +26,7 @@ from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames
 from vllm.model_executor.models.weight_map import Weight, weight_map
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.dispatch import activate
-from vllm.ops.rope import QkNorm
+from vllm.ops.rope import QkNorm, Rope
 
 
 @dataclass(frozen=True)
@@ -127,16 +127,21 @@ class AttentionBlock(nn.Module):
 
     def attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The packed output of `qkv` → what `o` takes; writes K and V."""
-        rotary, growth = self._tables
         self._normalise(qkv)
-        factors = None if growth is None else growth.factors
-        return self.attention(qkv, None if rotary is None else rotary.rope(), self._qk_norm(), context, factors)
+        return self.attention(qkv, self.rope(), self._qk_norm(), context, self.query_factors())
 
     def write(self, qkv: torch.Tensor, context: ForwardContext) -> None:
         """Only writes K and V."""
-        rotary = self._tables[0]
         self._normalise(qkv)
-        self.attention.write(qkv, None if rotary is None else rotary.rope(), self._qk_norm(), context)
+        self.attention.write(qkv, self.rope(), self._qk_norm(), context)
+
+    def rope(self) -> Rope | None:
+        rotary = self._tables[0]
+        return None if rotary is None else rotary.rope()
+
+    def query_factors(self) -> torch.Tensor | None:
+        growth = self._tables[1]
+        return None if growth is None else growth.factors
 
     def _qk_norm(self) -> QkNorm | None:
         """The norms that backends fuse with the turn of q and k."""
@@ -228,6 +233,10 @@ class Decoder(CausalLM):
         spec: What it computes.
         build: How it is made on this rank.
 
+    Attributes:
+        embedding_multiplier: Rounded to the dtype of the embeddings.
+        program: Computes all layers in one call, once `finish` has made it; None: torch computes them one by one.
+
     Raises:
         ValueError: it cannot be split over the ranks.
     """
@@ -263,7 +272,7 @@ class Decoder(CausalLM):
         table = self.embedding if spec.tied else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
         self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap)
         self.program: CpuProgram | None = None
-        self._embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
+        self.embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
 
     def caches(self) -> list[LayerCache]:
         return [layer.mixer.attention.cache for layer in self.layers]
@@ -283,10 +292,10 @@ class Decoder(CausalLM):
 
     def forward(self, token_ids: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         residual = self.embedding(token_ids)
-        if self._embedding_multiplier != 1.0:
-            residual.mul_(self._embedding_multiplier)
         if self.program is not None:
             return self.program.forward(residual, context)
+        if self.embedding_multiplier != 1.0:
+            residual.mul_(self.embedding_multiplier)
         last = len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             residual = layer(residual, context, context.wanted if i == last else None)

@@ -12,6 +12,7 @@ import torch
 from vllm.ops.attention.metadata import AttentionMetadata
 from vllm.ops.cpu.library import address, kernels, threads
 from vllm.ops.cpu.matrix import TILE, format_of
+from vllm.ops.norm import Norm as NormOfRows
 
 MAX_HEAD_DIM = 512
 MAX_HEADS_PER_KV = 128
@@ -24,6 +25,7 @@ class NormStruct(ctypes.Structure):
         ("size", c_int64),
         ("eps", c_float),
         ("kind", c_int32),
+        ("head_stride", c_int64),
     ]
 
 
@@ -76,8 +78,10 @@ class Norm:
             by itself) or the size of all heads.
         eps: Added to the mean of the squares.
         weight: float32 [size]; None: ones. A network whose weights are kept as w and used as 1 + w passes the sum.
-        bias: float32 [size], or None.
+        bias: As the weight, or None.
         kind: `rms` or `layer`.
+        heads: Of q, k and v, where every head is normalised by itself: 1, or the heads, if each has weights of its own
+            in float32 [heads * size].
     """
 
     size: int
@@ -85,12 +89,21 @@ class Norm:
     weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     kind: Literal["rms", "layer"] = "rms"
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.size % TILE:
             raise ValueError(f"a norm of {self.size} elements: the compiled CPU kernels take multiples of {TILE}")
-        _check_floats("the weights of a norm", self.weight, self.size)
-        _check_floats("the biases of a norm", self.bias, self.size)
+        _check_floats("the weights of a norm", self.weight, self.heads * self.size)
+        _check_floats("the biases of a norm", self.bias, self.heads * self.size)
+
+    @classmethod
+    def of(cls, norm: NormOfRows, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Norm:
+        """`norm` with a weight [size] and a bias [size] of any dtype. Where `norm` rounds does not matter: all of it is
+        computed in float32."""
+        return cls(
+            len(weight), norm.eps, weight.float() + norm.offset, None if bias is None else bias.float(), norm.kind
+        )
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,8 @@ class AttentionOptions:
             sizes = (self.head_dim, count * self.head_dim)
             if norm is not None and norm.size not in sizes:
                 raise ValueError(f"{name} of {norm.size} elements: one head has {sizes[0]}, all have {sizes[1]}")
+            if norm is not None and norm.heads != 1 and (norm.heads, norm.size) != (count, self.head_dim):
+                raise ValueError(f"{name} has weights for {norm.heads} heads of {norm.size}, there are {count}")
         _check_floats("sinks", self.sinks, self.num_heads)
         _check_floats("query_factors", self.query_factors)
         if self.rope is not None:
@@ -187,7 +202,8 @@ def norm_struct(norm: Norm | None) -> NormStruct:
     if norm is None:
         return NormStruct()
     kind = {"rms": 1, "layer": 2}[norm.kind]
-    return NormStruct(address(norm.weight), address(norm.bias), norm.size, norm.eps, kind)
+    stride = norm.size if norm.heads > 1 else 0
+    return NormStruct(address(norm.weight), address(norm.bias), norm.size, norm.eps, kind, stride)
 
 
 def _check_floats(what: str, tensor: torch.Tensor | None, size: int | None = None) -> None:

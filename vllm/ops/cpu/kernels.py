@@ -37,8 +37,6 @@ from vllm.ops.cpu.matrix import swiglu as swiglu
 from vllm.ops.cpu.program import CompiledSteps as CompiledSteps
 from vllm.ops.cpu.program import DecoderLayer as DecoderLayer
 from vllm.ops.cpu.program import DecoderProgram as DecoderProgram
-from vllm.ops.cpu.program import DecoderStack as DecoderStack
-from vllm.ops.cpu.program import LayerWeights as LayerWeights
 from vllm.ops.cpu.program import SequenceRows as SequenceRows
 from vllm.ops.cpu.sampling import logprobs as logprobs
 from vllm.ops.cpu.sampling import sample as sample

@@ -9,7 +9,6 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -20,7 +19,6 @@ from vllm.ops.cpu.attention import (
     Norm,
     NormStruct,
     PreparedBatch,
-    Rope,
     norm_struct,
 )
 from vllm.ops.cpu.library import address, kernels, threads
@@ -166,7 +164,7 @@ class DecoderLayer:
                 )
         for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
             norm: Norm | None = getattr(self, name)
-            if norm is not None and norm.size != hidden:
+            if norm is not None and (norm.size, norm.heads) != (hidden, 1):
                 raise ValueError(f"{name} has {norm.size} elements, hidden_size is {hidden}")
 
     @property
@@ -255,56 +253,6 @@ class DecoderProgram:
         return hidden if wanted is None else hidden[: len(wanted)]
 
 
-class LayerWeights(NamedTuple):
-    """A layer of the Llama architecture: norms float32 [hidden_size], matrices packed (`gate_up` interleaved)."""
-
-    input_norm: torch.Tensor
-    post_attention_norm: torch.Tensor
-    qkv: PackedMatrix
-    o: PackedMatrix
-    gate_up: PackedMatrix
-    down: PackedMatrix
-
-
-class DecoderStack(DecoderProgram):
-    """The Llama architecture: pre-norm, rotary positions, grouped-query attention, SwiGLU, every layer alike.
-
-    Args:
-        layers: From the first to the last.
-        final_norm: float32 [hidden_size].
-        cos_sin: Rotary table; float32 [positions, head_dim].
-        num_heads, num_kv_heads, head_dim, norm_eps: Of every layer.
-    """
-
-    def __init__(
-        self,
-        layers: list[LayerWeights],
-        final_norm: torch.Tensor,
-        cos_sin: torch.Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        norm_eps: float,
-    ) -> None:
-        def norm(weight: torch.Tensor) -> Norm:
-            return Norm(len(weight), norm_eps, weight)
-
-        options = AttentionOptions(num_heads, num_kv_heads, head_dim, head_dim**-0.5, rope=Rope(cos_sin))
-        made = [
-            DecoderLayer(
-                options,
-                layer.qkv,
-                layer.o,
-                layer.gate_up,
-                layer.down,
-                before_attention=norm(layer.input_norm),
-                before_mlp=norm(layer.post_attention_norm),
-            )
-            for layer in layers
-        ]
-        super().__init__(made, norm(final_norm))
-
-
 class SequenceRows:
     """The sequences of a model runner, a row each, in tensors that the compiled steps read where they are.
 
@@ -343,11 +291,10 @@ class CompiledSteps:
     def __init__(
         self,
         program: DecoderProgram,
-        head: PackedHead | PackedMatrix,
+        head: PackedHead,
         embeddings: torch.Tensor,
         rows: SequenceRows,
     ) -> None:
-        head = PackedHead(head) if isinstance(head, PackedMatrix) else head
         self._kept = (program, head, embeddings, rows)
         self._network = _Network(program.struct, head.struct, address(embeddings), format_of(embeddings.dtype))
         self._rows = rows
