@@ -39,8 +39,7 @@ SAMPLED: list[dict[str, Any]] = [
 
 def make_llama(folder: Path, layers: int, hidden_size: int) -> torch.nn.Module:
     """A random Llama in float32, written to a folder with a tokenizer that knows its ids."""
-    from tokenizers import Tokenizer, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(layers)
     config = LlamaConfig(
@@ -59,10 +58,52 @@ def make_llama(folder: Path, layers: int, hidden_size: int) -> torch.nn.Module:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.05)
     model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model.cuda()
+
+
+def make_gemma(folder: Path, generation: int) -> torch.nn.Module:
+    """A random Gemma 2 (capped scores) or 3 (normalised queries and keys) in float32: layers with a window of 100
+    tokens and layers without; written to a folder as `make_llama` does."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(generation)
+    config_class, model_class = (
+        (Gemma2Config, Gemma2ForCausalLM) if generation == 2 else (Gemma3TextConfig, Gemma3ForCausalLM)
+    )
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        sliding_window=100,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        max_position_embeddings=8192,
+        # With tied ones a random network repeats its last token, whatever attention says.
+        tie_word_embeddings=False,
+        # Its kernels for whole sequences leave the cap of the scores out.
+        attn_implementation="eager",
+    )
+    model = model_class(config).float().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.05)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    return model.cuda()
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     words = {f"<{i}>": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    return model.cuda()
 
 
 def make_requests(num_systems: int) -> list[Request]:
@@ -99,7 +140,17 @@ def logits_of(model: torch.nn.Module, request: Request, output: list[int]) -> to
 
 @pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
 def test_greedy_tokens_are_those_of_transformers(llama: tuple[Path, torch.nn.Module], eager: bool) -> None:
-    folder, model = llama
+    check_greedy_tokens(*llama, eager)
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize("eager", [False, True], ids=["graphs", "eager"])
+def test_greedy_tokens_of_networks_with_windows(tmp_path: Path, generation: int, eager: bool) -> None:
+    """System prompts shorter and much longer than the window; answers that leave it, too."""
+    check_greedy_tokens(tmp_path, make_gemma(tmp_path, generation), eager)
+
+
+def check_greedy_tokens(folder: Path, model: torch.nn.Module, eager: bool) -> None:
     engine = make_engine(
         folder, max_model_len=4096, num_gpu_blocks_override=4000, max_num_seqs=32, enforce_eager=eager, device="cuda"
     )
@@ -175,11 +226,15 @@ def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path: Path) 
     assert figures[0][1] <= 1.15 * figures[1][1]
 
 
-def test_no_kernel_is_compiled_while_requests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_no_kernel_is_compiled_while_requests_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """All that batches of any kind launch was compiled at start; a kernel that was not would hold all requests up."""
     import triton
 
-    make_llama(tmp_path, 2, 1024)
+    if family == "llama":
+        make_llama(tmp_path, 2, 1024)
+    else:
+        make_gemma(tmp_path, int(family[-1]))
     engine = make_engine(
         tmp_path,
         dtype="bfloat16",
