@@ -111,7 +111,7 @@ def test_a_lone_surrogate_is_refused(small_tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"pre": "klingon"}, "'klingon'.*--tokenizer"), ({"tokenizer_model": "llama"}, "'llama'.*--tokenizer")],
+    [({"pre": "klingon"}, "'klingon'.*--tokenizer"), ({"tokenizer_model": "bert"}, "'bert'.*--tokenizer")],
 )
 def test_unknown_vocabularies_say_what_to_do(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(StartupError, match=message):

