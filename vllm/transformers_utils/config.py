@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -51,7 +51,7 @@ def resolve_model(
     """Finds a model on this machine, fetching it if it is a hub id or the default.
 
     Args:
-        model: A `.gguf` file, a Hugging Face directory, a hub id, the name of a packaged model, or None for the default.
+        model: A `.gguf` file, a Hugging Face directory, a hub id, the name of a packaged model; None: the default.
         revision: Branch, tag or commit of a hub id.
         require_weights: Also refuse a directory without weights.
         download_dir: Where fetched models are kept; None for the hub's own cache.
@@ -81,11 +81,14 @@ def resolve_model(
     return model, str(path)
 
 
-def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
+def load_hf_config(
+    model_path: str, overrides: Mapping[str, Any] | None = None, model_impl: str = "vllm"
+) -> PretrainedConfig:
     """Shape of the network of a directory or `.gguf` file that `resolve_model` returned.
 
     Args:
         overrides: Values that win over the checkpoint's, by the names of config.json.
+        model_impl: Whose code may compute it, as `--model-impl` has it.
 
     Raises:
         StartupError: damaged, or an architecture that is not supported.
@@ -99,7 +102,7 @@ def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) 
         source += " with --hf-overrides"
         values |= overrides
     _check_values(source, values)
-    _check_architecture(source, values)
+    _check_architecture(source, values, model_impl if path.is_dir() else "vllm")
     if overrides:
         known = _config_class(values["model_type"])().to_dict().keys()
         unknown = sorted(overrides.keys() - known - _ALSO_READ)
@@ -131,11 +134,22 @@ def _config_class(model_type: str) -> type[PretrainedConfig]:
     return CONFIG_MAPPING[model_type]
 
 
-def _check_architecture(source: str, values: dict[str, Any]) -> None:
+def model_impl_of(config: PretrainedConfig, asked: str) -> Literal["vllm", "transformers"]:
+    """Whose code computes the network: ours where there is some, unless another is asked for."""
+    ours = all(name in ARCHITECTURES for name in config.architectures or ["?"])
+    return "transformers" if asked == "transformers" or not ours else "vllm"
+
+
+def _check_architecture(source: str, values: dict[str, Any], model_impl: str) -> None:
     """Raises StartupError where the architecture is not supported; names it where a Llama's file does not."""
     architectures, model_type = values.get("architectures") or [], values.get("model_type")
     if not architectures and model_type == LlamaConfig.model_type:
         architectures = values["architectures"] = ["LlamaForCausalLM"]
+    if model_impl != "vllm" and architectures and model_type not in ARCHITECTURES.values():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if model_type in CONFIG_MAPPING:
+            return
     if not architectures or any(ARCHITECTURES.get(name) != model_type for name in architectures):
         found = ", ".join(map(str, architectures)) or "no architecture"
         raise StartupError(
@@ -194,11 +208,11 @@ def eos_token_ids(model_path: str, hf_config: PretrainedConfig, tokenizer: Token
     return tuple(sorted(i for i in found if i is not None and 0 <= i < tokenizer.vocab_size))
 
 
-def weights_digest(model_path: str, quantization: str | None = None) -> str:
+def weights_digest(model_path: str, quantization: str | None = None, impl: str = "vllm") -> str:
     """SHA-256 (hex) that changes when the weights do, without reading all of them.
 
     Covers the configuration, and of each weight file its name, size, modification time and first and last MiB; then
-    what the weights are quantised to.
+    what the weights are quantised to, and whose code computes with them.
     """
     path = Path(model_path)
     digest = hashlib.sha256()
@@ -221,6 +235,8 @@ def weights_digest(model_path: str, quantization: str | None = None) -> str:
             add(data.read(_DIGEST_BYTES))
     if quantization is not None:
         add(quantization.encode())
+    if impl != "vllm":
+        add(impl.encode())
     return digest.hexdigest()
 
 

@@ -34,8 +34,8 @@ def build_gguf_tokenizer(file: GGUFFile) -> PreTrainedTokenizerFast:
     tokens, types = file.get("tokenizer.ggml.tokens"), file.get("tokenizer.ggml.token_type")
     if kind not in ("gpt2", "llama"):
         raise StartupError(
-            f"{file.path} has a tokenizer of kind {kind!r}; only byte-level BPE ('gpt2') and SentencePiece BPE ('llama') "
-            "are read from GGUF. Give a directory with tokenizer.json by --tokenizer."
+            f"{file.path} has a tokenizer of kind {kind!r}; read from GGUF are byte-level BPE ('gpt2') and "
+            "SentencePiece's BPE ('llama'). Give a directory with tokenizer.json by --tokenizer."
         )
     if not tokens or types is None or len(types) != len(tokens):
         raise StartupError(f"{file.path} lacks tokens or token types.")

@@ -1,4 +1,4 @@
-"""Models that are fetched by name from the package index: small and ungated. One of them is served when none is named."""
+"""Models that are fetched by name from the package index: small and ungated. One of them is the default model."""
 
 from __future__ import annotations
 
