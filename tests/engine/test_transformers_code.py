@@ -77,7 +77,7 @@ def test_tokens_are_those_of_transformers_alone(
         later = run(engine, requests[2:], greedy(NEW))
         assert tokens(later) == want[2:]
         # Beside the pinned prompt, full blocks of what follows it.
-    assert [output.num_cached_tokens for output in later] == [150, 166, 214]
+        assert [output.num_cached_tokens for output in later] == [150, 166, 214]
         assert_nothing_held(engine)
     finally:
         engine.shutdown()
