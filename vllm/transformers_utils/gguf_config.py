@@ -178,6 +178,66 @@ def _gemma3(keys: Keys) -> dict[str, Any]:
     }
 
 
+def _phi3(keys: Keys) -> dict[str, Any]:
+    theta, rotary_dim = float(keys.get("rope.freq_base", 10000.0)), keys.get("rope.dimension_count", keys.head_dim)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    original = keys.count("rope.scaling.original_context_length", keys.count("context_length"))
+    if keys.has(_LONG_FACTORS):
+        # The file stores the factor of cosines and sines, Hugging Face computes the same from the two lengths.
+        short, long = (keys.file.load(keys.file.tensors[name]).tolist() for name in (_SHORT_FACTORS, _LONG_FACTORS))
+        rope |= {"rope_type": "longrope", "short_factor": short, "long_factor": long}
+    return _rms(keys) | {
+        "rope_parameters": rope | {"partial_rotary_factor": rotary_dim / keys.head_dim},
+        "original_max_position_embeddings": original,
+        "sliding_window": keys.get("attention.sliding_window") or None,
+    }
+
+
+def _granite(keys: Keys) -> dict[str, Any]:
+    return _llama(keys) | {
+        "attention_multiplier": keys.need("attention.scale"),
+        "embedding_multiplier": keys.need("embedding_scale"),
+        "residual_multiplier": keys.need("residual_scale"),
+        "logits_scaling": keys.need("logit_scale"),
+    }
+
+
+def _smollm3(keys: Keys) -> dict[str, Any]:
+    # Each fourth layer knows no positions.
+    return _llama(keys) | {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(keys.num_layers)]}
+
+
+def _olmo2(keys: Keys) -> dict[str, Any]:
+    if keys.get("attention.sliding_window"):
+        raise keys.refuse("has windows (OLMo 3)")
+    return _rms(keys) | {"rope_parameters": _rope(keys)}
+
+
+def _starcoder2(keys: Keys) -> dict[str, Any]:
+    return {
+        "norm_epsilon": keys.need("attention.layer_norm_epsilon"),
+        "rope_parameters": _rope(keys),
+        "use_bias": True,
+        "sliding_window": keys.get("attention.sliding_window"),
+    }
+
+
+def _cohere2(keys: Keys) -> dict[str, Any]:
+    return {
+        "layer_norm_eps": keys.need("attention.layer_norm_epsilon"),
+        "rope_parameters": _rope(keys),
+        "logit_scale": keys.need("logit_scale"),
+        "sliding_window": keys.count("attention.sliding_window"),
+        "layer_types": _layer_types(keys, every=4),
+    }
+
+
+def _glm4(keys: Keys) -> dict[str, Any]:
+    rotary_dim = keys.count("rope.dimension_count")
+    rope = _rope_of_whole_head(keys) | {"partial_rotary_factor": rotary_dim / keys.head_dim}
+    return _rms(keys) | {"rope_parameters": rope, "attention_bias": keys.has("blk.0.attn_q.bias")}
+
+
 def _scalar(keys: Keys, layers_of_largest: int) -> int:
     """1 / scale² of the scores: the size of a head, and in the largest model of a family (27B) the width divided by
     the heads. The file does not say it."""
@@ -253,11 +313,18 @@ def _llama3(keys: Keys, divisors: torch.Tensor, theta: float) -> dict[str, Any]:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "cohere2": Architecture("cohere2", "Cohere2ForCausalLM", _cohere2),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _gemma2),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _gemma3),
+    "glm4": Architecture("glm4", "Glm4ForCausalLM", _glm4, parts=(("ffn_up", "gate_up"),)),
+    "granite": Architecture("granite", "GraniteForCausalLM", _granite, pairs=True),
     "llama": Architecture("llama", "LlamaForCausalLM", _llama, pairs=True),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _olmo2),
+    "phi3": Architecture("phi3", "Phi3ForCausalLM", _phi3, parts=(("ffn_up", "gate_up"),)),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _qwen2),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _qwen3),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _smollm3, pairs=True),
+    "starcoder2": Architecture("starcoder2", "Starcoder2ForCausalLM", _starcoder2),
 }
 """`general.architecture` → how it is read. Mistral's files are of architecture llama."""
 
