@@ -1,14 +1,15 @@
 # make serve   set up .venv, then serve the default model on port 8000
-#              make serve PORT=8123 ARGS="--max-model-len 4096"
+#              make serve MODEL=gemma3-270m PORT=8123 ARGS="--max-model-len 4096"
 # make test    set up .venv, then run the tests        make test ARGS="-m nightly"
 # make lint    format check, lint, types
 # make clean   remove .venv and caches
 #
-# Variables: PYTHON (3.11-3.13), PORT, ARGS, TORCH_INDEX (URL of an extra package index that torch may come from)
+# Variables: PYTHON (3.11-3.13), MODEL (folder, .gguf file, hub id or packaged name), PORT, ARGS, TORCH_INDEX (URL of an extra package index that torch may come from)
 
 PYTHON ?= python3
 PORT ?= 8000
 ARGS ?=
+MODEL ?=
 TORCH_INDEX ?=
 
 VENV := .venv
@@ -22,7 +23,7 @@ INSTALLED_DEV := $(VENV)/.installed-dev
 .DELETE_ON_ERROR:
 
 serve: $(INSTALLED)
-	exec $(BIN)/python -m vllm.entrypoints.openai.api_server --port $(PORT) $(ARGS)
+	exec $(BIN)/python -m vllm.entrypoints.openai.api_server $(if $(MODEL),--model "$(MODEL)") --port $(PORT) $(ARGS)
 
 test: $(INSTALLED_DEV)
 	$(BIN)/python -m pytest $(ARGS)

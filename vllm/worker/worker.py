@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from vllm.attention.backends import get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
+from vllm.attention.spec import AttentionSpec
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
@@ -18,8 +20,10 @@ from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.model_loader.load import load_model
-from vllm.model_executor.models.decoder import Build, attention_specs
+from vllm.model_executor.models.base import CausalLM
+from vllm.model_executor.models.decoder import Build, Decoder, attention_specs
 from vllm.model_executor.models.registry import decoder_spec
+from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.platforms import current_platform
 from vllm.platforms.devices import is_gpu
@@ -46,9 +50,11 @@ class Worker:
         self.platform = current_platform(config.device)
         self.device = torch.device(config.device)
         self.dtype = getattr(torch, config.model.dtype)
-        self.spec = decoder_spec(config.model.hf_config, config.model.max_model_len)
+        self.spec: DecoderSpec | None = None
+        if config.model.impl == "vllm":
+            self.spec = decoder_spec(config.model.hf_config, config.model.max_model_len)
         try:
-            wishes = attention_specs(self.spec, self.tp, self.dtype)
+            wishes = self._attention_specs()
         except ValueError as error:
             raise StartupError(f"{config.model.model} cannot be built: {error}.") from None
         self.backend = get_backend(config.attention_backend, wishes, config.cache.block_size, self.device)
@@ -57,7 +63,7 @@ class Worker:
         started = time.perf_counter()
         try:
             build = self._build()
-            self.model = load_model(config.model, self.spec, build, self.device)
+            self.model = load_model(config.model, lambda: self._make_model(build), self.dtype, self.device)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
@@ -70,6 +76,23 @@ class Worker:
         self.transfers: ExtentTransfers | None = None
         self._step_bytes = 0
         self._snapshots: list[SnapshotRecord] = []
+
+    def _attention_specs(self) -> Sequence[AttentionSpec]:
+        if self.spec is not None:
+            return attention_specs(self.spec, self.tp, self.dtype)
+        if self.tp.world_size > 1:
+            raise ValueError("transformers' code runs on one rank")
+        from vllm.model_executor.models.transformers_fallback import TransformersModel
+
+        with torch.device("meta"):
+            return TransformersModel(self.config.model.hf_config, self.dtype).attention_specs
+
+    def _make_model(self, build: Build) -> CausalLM:
+        if self.spec is not None:
+            return Decoder(self.spec, build)
+        from vllm.model_executor.models.transformers_fallback import TransformersModel  # loads much of transformers
+
+        return TransformersModel(self.config.model.hf_config, self.dtype)
 
     def _build(self) -> Build:
         """How the network is made: packed for the compiled CPU kernels where they serve, and where its sizes fit.
@@ -87,6 +110,14 @@ class Worker:
             )
         plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype)
         if not packs:
+            return plain
+        if self.spec is None:
+            if int8:
+                raise StartupError(
+                    f"--quantization {config.model.quantization} serves networks of this package only, not "
+                    "transformers' code (--model-impl); leave it out."
+                )
+            logger.info("The layers of this model are computed by transformers' own code.")
             return plain
         misfit = misfit_of_sizes(self.spec, self.tp.world_size, self.dtype)
         if misfit is not None:

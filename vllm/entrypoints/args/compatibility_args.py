@@ -274,7 +274,6 @@ _UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "middleware": (),
     "mm-processor-kwargs": ("{}",),
     "model-class-overrides": ("{}",),
-    "model-impl": ("auto", "vllm"),
     "model-loader-extra-config": ("{}",),
     "nnodes": ("1",),
     "node-rank": ("0",),

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm.config import ModelConfig
 from vllm.exceptions import StartupError
 from vllm.model_executor.model_loader import iterate_weights
 from vllm.model_executor.models.base import CausalLM
-from vllm.model_executor.models.decoder import Build, Decoder
-from vllm.model_executor.models.spec import DecoderSpec
 from vllm.platforms import current_platform
 
 _DUMMY_STD = 0.02
 
 
-def load_model(config: ModelConfig, spec: DecoderSpec, build: Build, device: torch.device) -> CausalLM:
+def load_model(config: ModelConfig, make: Callable[[], CausalLM], dtype: torch.dtype, device: torch.device) -> CausalLM:
     """Returns the network in `config.dtype` on `device`, ready to run.
+
+    Args:
+        make: Makes it on the current device, with the default dtype.
 
     Raises:
         StartupError: the checkpoint does not fit its configuration, or the memory.
     """
     before = torch.get_default_dtype()
-    torch.set_default_dtype(build.dtype)
+    torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            sketch = Decoder(spec, build)
+            sketch = make()
         _check_memory(sketch, config, device)
         with torch.device(device):
-            model = Decoder(spec, build)
+            model = make()
     except ValueError as error:
         raise StartupError(f"{config.model} cannot be built: {error}.") from None
     finally:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
-from vllm.transformers_utils.gguf import GGUFFile, gguf_weights
+from vllm.model_executor.model_loader.gguf_weights import gguf_weights
+from vllm.transformers_utils.gguf import GGUFFile
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
