@@ -137,7 +137,7 @@ class TieredMachine(Machine):
     def make_tiers(self):
         return self.tiers
 
-    def make_device(self):
+    def make_device(self, window):
         return TieredDevice(self.rng, self.disk)
 
     def one_step(self, token):
