@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ WORKLOAD = "plain 256x(128+256)"
 
 
 async def stream(
-    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, sampling: dict[str, Any]
+    session: aiohttp.ClientSession, url: str, prompt: list[int], tokens: int, sampling: Mapping[str, Any]
 ) -> int:
     """Output tokens that the server says it sent."""
     body = {
@@ -55,20 +56,22 @@ async def stream(
     return int(json.loads(last[6:])["usage"]["completion_tokens"])
 
 
-async def all_streams(url: str, prompts: list[list[int]], tokens: int, sampling: dict[str, Any]) -> int:
+async def all_streams(url: str, prompts: list[list[int]], tokens: int, sampling: Mapping[str, Any]) -> int:
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
         return sum(await asyncio.gather(*(stream(session, url, prompt, tokens, sampling) for prompt in prompts)))
 
 
-def client(url: str, prompts: list[list[int]], tokens: int, sampling: dict[str, Any], start: Any, results: Any) -> None:
+def client(
+    url: str, prompts: list[list[int]], tokens: int, sampling: Mapping[str, Any], start: Any, results: Any
+) -> None:
     start.wait()
     counted = asyncio.run(all_streams(url, prompts, tokens, sampling))
     results.put((counted, time.time()))
 
 
 def run(
-    url: str, prompts: list[list[int]], tokens: int, sampling: dict[str, Any], num_clients: int
+    url: str, prompts: list[list[int]], tokens: int, sampling: Mapping[str, Any], num_clients: int
 ) -> tuple[float, int]:
     """Seconds until the last stream has ended, and output tokens."""
     spawn = multiprocessing.get_context("spawn")

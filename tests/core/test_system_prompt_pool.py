@@ -9,6 +9,8 @@ import pytest
 
 from vllm.config import SystemPromptConfig
 from vllm.core.pinned_prompt import prompt_id
+from vllm.core.pool_log import PoolLog
+from vllm.core.prompt_index import EVERYBODY
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.system_prompt_pool import (
     Outcome,
@@ -18,12 +20,14 @@ from vllm.core.system_prompt_pool import (
     SystemPromptPool,
     SystemPromptRefusedError,
 )
+from vllm.core.wants import Want
 from vllm.inputs import CacheMark
 from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 from vllm.step import StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
+from vllm.token_ids import token_array
 
 BLOCK = 4
 A, B = [1] * 10, [2] * 7
@@ -589,3 +593,18 @@ def test_a_prompt_declared_anew_while_its_last_chunk_runs_stays_until_it_is_save
     assert saved == [[]] * (prompt.num_blocks - 1) + [[prompt]], "a block a step"
     bench.pool.end_save(prompt)
     assert bench.released and bench.pool.get(prompt.id) is None
+
+
+def test_refusals_are_logged_a_line_a_second(caplog: pytest.LogCaptureFixture) -> None:
+    log = PoolLog()
+    want = Want(3, PinClass.AUTOMATIC, None, "auto", EVERYBODY)
+    with caplog.at_level("INFO", logger="vllm.core.pool_log"):
+        for i, now in enumerate((10.0, 10.1, 10.9, 11.1, 11.2)):
+            seq = Sequence(f"r{i}", [1, 2, 3, i], SamplingParams())
+            log.note_refusal(f"sp-{i}", token_array([1, 2, i]), want, Outcome.OVER_BUDGET, seq, now)
+    assert [record.getMessage()[:33] for record in caplog.records] == [
+        "System prompt sp-0 runs unpinned:",
+        "System prompt sp-3 runs unpinned:",
+    ]
+    assert "2 others before" in caplog.records[1].getMessage()
+    assert len(log.refused) == 5

@@ -16,6 +16,8 @@ from vllm.token_ids import TokenIds
 logger = init_logger(__name__)
 
 _MAX_REFUSED = 1024
+# Under churn most requests may bring a prompt that finds no room.
+_SECONDS_BETWEEN_LINES = 1.0
 
 
 class PoolLog:
@@ -27,6 +29,8 @@ class PoolLog:
 
     def __init__(self) -> None:
         self._refused: OrderedDict[str, RefusedPromptInfo] = OrderedDict()
+        self._last_line = float("-inf")
+        self._num_unsaid = 0
         self._varying = VaryingPrompts()
         self.new_spans: list[VaryingSpanInfo] = []
 
@@ -45,13 +49,22 @@ class PoolLog:
         self._watch_variation(key, token_ids, want)
         info = self._refused.pop(key, None)
         if info is None or info.outcome != outcome.value:
-            logger.info("System prompt %s runs unpinned: %s (request %s).", key, outcome.value, seq.request_id)
+            self._say(key, outcome, seq, now)
             info = RefusedPromptInfo(key, len(token_ids), outcome.value, 0, 0.0)
         info.requests += 1
         info.last_seen = now
         self._refused[key] = info
         if len(self._refused) > _MAX_REFUSED:
             self._refused.popitem(last=False)
+
+    def _say(self, key: str, outcome: Outcome, seq: Sequence, now: float) -> None:
+        """A line for the first prompt of a second, with the number of those left out before; all are listed."""
+        if 0 <= now - self._last_line < _SECONDS_BETWEEN_LINES:
+            self._num_unsaid += 1
+            return
+        more = f" {self._num_unsaid} others before." if self._num_unsaid else ""
+        logger.info("System prompt %s runs unpinned: %s (request %s).%s", key, outcome.value, seq.request_id, more)
+        self._last_line, self._num_unsaid = now, 0
 
     def note_prompt(self, key: str, token_ids: TokenIds, want: Want) -> None:
         """A prompt comes into the pool."""

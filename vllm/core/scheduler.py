@@ -573,7 +573,7 @@ class Scheduler:
         batch = self._in_flight.popleft()
         for prompt in batch.prefilled:
             self.pool.note_prefill(prompt)
-        news = []
+        news: list[tuple[Sequence, int, int | None]] = []
         for seq, token in zip(batch.sequences, drawn, strict=True):
             # A sequence that ended while this step was in flight (a stop token, an abort) has no use for its token.
             if seq.is_finished or seq.is_system_prompt:

@@ -359,7 +359,7 @@ class AsyncLLMEngine:
         return await self._prompts.remove(prompt_id)
 
     async def list_system_prompts(self) -> list[SystemPromptInfo]:
-        return await self._prompts.list()
+        return await self._prompts.infos()
 
     async def system_prompt_pool(self) -> SystemPromptPoolInfo:
         """State and totals of the pool."""

@@ -43,7 +43,7 @@ class LogprobRows:
 
     def chosen(self) -> list[float]:
         """Log-probability of the chosen token at each position."""
-        return self._logprobs[:: self._width].tolist()
+        return [float(value) for value in self._logprobs[:: self._width]]
 
 
 class PromptLogprobs(Sequence[TokenLogprobs | None]):

@@ -49,7 +49,7 @@ class PromptCalls:
         self._kept.pop(prompt_id, None)
         return SystemPromptInfo(**await self._call("remove_system_prompt", prompt_id))
 
-    async def list(self) -> list[SystemPromptInfo]:
+    async def infos(self) -> list[SystemPromptInfo]:
         return [SystemPromptInfo(**info) for info in await self._call("list_system_prompts")]
 
     async def pool(self) -> SystemPromptPoolInfo:
