@@ -62,7 +62,7 @@ class SequenceStart:
     stop_token_ids: tuple[int, ...]
     num_skipped: int = 0
     is_system_prompt: bool = False
-    window_table: tuple[int, ...] = ()
+    window_table: list[int] = field(default_factory=list)
     window_prefix: tuple[WindowExtent, ...] = ()
 
 

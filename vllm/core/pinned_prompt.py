@@ -304,7 +304,7 @@ class PinnedPrompt:
             prompt.first_use = prompt.first_use or number
             prompt = prompt.parent
 
-    def info(self, bytes_per_block: int = 0) -> SystemPromptInfo:
+    def info(self, bytes_per_block: int = 0, window_bytes_per_block: int = 0) -> SystemPromptInfo:
         state = self.state
         if self.doomed and state != PromptState.REMOVED:
             state = PromptState.REMOVING
@@ -325,7 +325,7 @@ class PinnedPrompt:
             uses=self.uses,
             readers=self.readers,
             pin=self.pin.name.lower(),
-            num_bytes=self.num_blocks * bytes_per_block,
+            num_bytes=self.size.full * bytes_per_block + self.size.window * window_bytes_per_block,
             tokens_saved=self.tokens_saved,
             parent=self.parent.id if self.parent is not None else None,
             children=len(self.children),

@@ -38,11 +38,13 @@ class WindowRoom:
         blocks: Where its extents lie.
         layout: What prompts keep there.
         on_release: Called with an extent whose pin has ended.
+        bytes_per_block: Of K and V, over its layers and all ranks.
     """
 
     blocks: PinnedBlockPool
     layout: WindowLayout
     on_release: Callable[[Extent], None]
+    bytes_per_block: int = 0
 
 
 class PromptRoom:

@@ -465,7 +465,7 @@ class Scheduler:
             num_prompt_tokens=seq.num_prompt_tokens,
             block_table=list(seq.block_table),
             prefix=prompt.prefix if prompt is not None else (),
-            window_table=tuple(_window_blocks(seq)),
+            window_table=_window_blocks(seq),
             window_prefix=prompt.window_prefix if prompt is not None else (),
             sampling_params=seq.sampling_params,
             seed=seq.seed,

@@ -332,7 +332,8 @@ class SystemPromptPool:
         return self._registry.prompts()
 
     def describe(self, prompt: PinnedPrompt) -> SystemPromptInfo:
-        return prompt.info(self.bytes_per_block)
+        windows = self._room.windows
+        return prompt.info(self.bytes_per_block, 0 if windows is None else windows.bytes_per_block)
 
     def info(self) -> SystemPromptPoolInfo:
         return pool_report.info(self)

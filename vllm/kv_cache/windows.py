@@ -21,6 +21,7 @@ window) as many bytes hold 2.8 times the tokens that they would without groups, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,8 +76,18 @@ class WindowLayout:
         step = -(-self.max_step_tokens // self.block_size)
         return min(-(-max_tokens // self.block_size), self.blocks_behind + step + 2)
 
-    def share(self, max_tokens: int) -> float:
-        """Blocks of the window group for each block of the full group."""
+    def blocks_beside(self, num_blocks: int, max_tokens: int) -> int:
+        """Blocks of the window group beside so many of the full group, for sequences of at most `max_tokens`."""
+        return max(self.most_blocks(max_tokens), math.ceil(num_blocks * self._share(max_tokens)))
+
+    def split(self, num_bytes: int, block_bytes: int, window_block_bytes: int, max_tokens: int) -> tuple[int, int]:
+        """Blocks of the full and of the window group that share `num_bytes`."""
+        each = block_bytes + self._share(max_tokens) * window_block_bytes
+        num_window_blocks = max(self.most_blocks(max_tokens), int(num_bytes / each * self._share(max_tokens)))
+        return (num_bytes - num_window_blocks * window_block_bytes) // block_bytes, num_window_blocks
+
+    def _share(self, max_tokens: int) -> float:
+        """Blocks that a typical sequence has in the window group, for each that it has in the full group."""
         typical = min(max_tokens, _TYPICAL_WINDOWS * self.window)
         return min(1.0, (self.window + self.block_size) / typical)
 
