@@ -14,12 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
+from vllm.core.prompt_room import WindowRoom
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
-from vllm.core.prompt_room import WindowRoom
 from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
-from vllm.inputs import CacheMark
 from vllm.core.window_blocks import WindowBlocks
+from vllm.inputs import CacheMark
 from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.kv_cache.windows import WindowLayout
 from vllm.sampling_params import SamplingParams

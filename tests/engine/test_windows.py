@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from tests.engine.helpers import Request, assert_nothing_held, greedy, make_engine, run, tokens
 from vllm.engine.llm_engine import LLMEngine
@@ -19,7 +19,7 @@ VOCABULARY = 300
 
 @pytest.fixture(scope="module")
 def windowed_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> tuple[Path, PreTrainedModel]:
-    """A Gemma 3 of three layers, two of which read a window of 40 tokens, with random weights; its folder, and the model
+    """A Gemma 3 of three layers with random weights, two of which read a window of 40 tokens; its folder, and the model
     as transformers runs it."""
     folder = tmp_path_factory.mktemp("windowed_model")
     config = Gemma3TextConfig(

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
+from vllm.core.prompt_room import WindowRoom
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import PlannedBatch, Scheduler
-from vllm.core.prompt_room import WindowRoom
 from vllm.core.system_prompt_pool import PinClass, PinnedPrompt, PromptState, SystemPromptPool
 from vllm.core.window_blocks import WindowBlocks
 from vllm.engine.calls import PinName

@@ -16,7 +16,7 @@ The widest window counts where layers have several. A network without windows ha
 
 Memory is split once, since it lies in tensors: for sequences of `_TYPICAL_WINDOWS` windows. Where all are shorter the
 window group is full first, where all are longer the full group. With the shape of Gemma 3 4B (29 layers of 34 have a
-window) as many bytes hold 2.8 times the tokens that they would without groups, a quarter of them within windows.
+window) as many bytes hold 2.7 times the tokens that they would without groups, a quarter of them within windows.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class ExtentTransfers:
     """
 
     def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
-        caches = (*cache.k_caches, *cache.v_caches)
+        caches = cache.full.tensors
         self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
         self._block_bytes = [tensor.shape[1] for tensor in self._caches]
         self._all_block_bytes = sum(self._block_bytes)

@@ -108,7 +108,7 @@ class Worker:
     def _memory_of_blocks(self, available: int) -> KVMemory:
         layers, block_size = self.model.caches(), self.config.cache.block_size
         tiers = self.config.system_prompt
-        # Images on the host and on disk have one size of blocks, so prompts that are kept there keep all of every layer.
+        # Images on the host and on disk have blocks of one size: what is kept there is all of every layer.
         has_tiers = tiers.host_bytes > 0 or tiers.snapshot_dir is not None
         window = window_of(layers) if self.backend.has_window_group and not has_tiers else None
         if window is None:
