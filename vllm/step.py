@@ -102,21 +102,33 @@ class HostImage:
     """Memory on the host for a copy of an extent.
 
     Attributes:
+        num_blocks: Blocks of the full group.
         start: Its first block in the host tier; None for memory of its own, which `StepPlan.dropped` ends.
+        num_window_blocks: Blocks of the window group.
+        num_extra: Blocks of the tier, as large as those of the full group, that hold the window group's.
     """
 
     prompt_id: str
     num_blocks: int
     start: int | None = None
+    num_window_blocks: int = 0
+    num_extra: int = 0
+
+    @property
+    def size(self) -> int:
+        """Blocks of the tier that it takes."""
+        return self.num_blocks + self.num_extra
 
 
 @dataclass(frozen=True)
 class ExtentCopy:
     """A part of a prompt's K/V, from its extents to its image on the host or back: as much as the blocks
-    `first … first+count` of it take, in the order in which the image lies in memory (layer by layer).
+    `first … first+count` of the tier take, in the order in which the image lies in memory (group by group, layer by
+    layer).
 
     Attributes:
         extents: All of them, (first block, number of blocks) each; together as many blocks as the image has.
+        window_extents: The same in the window group.
     """
 
     image: HostImage
@@ -124,6 +136,7 @@ class ExtentCopy:
     first: int
     count: int
     to_host: bool
+    window_extents: tuple[tuple[int, int], ...] = ()
 
 
 SnapshotOp = Literal["load", "save", "update", "delete"]

@@ -160,3 +160,35 @@ def test_many_requests_hold_no_more_than_their_windows(make_windowed: Callable[.
     assert windows.num_blocks * 16 < sum(map(len, prompts))
     run(engine, [Request(prompt) for prompt in prompts], greedy(40))
     assert engine.core.scheduler.num_preemptions == 0
+
+
+def test_host_tier_keeps_windows(make_windowed: Callable[..., LLMEngine], expected: Callable[..., list[int]]) -> None:
+    """Two prompts take turns on a device that has room for one of them."""
+    engine = make_windowed(
+        num_gpu_blocks_override=64,
+        system_prompt_cache_tokens=144,
+        system_prompt_host_cache_gib=0.01,
+        enable_prefix_caching=False,
+    )
+    prompts = [[*text(130, seed), *text(9, 10 + seed)] for seed in (1, 2)]
+    wanted = [expected(prompt, 10) for prompt in prompts]
+    for _ in range(5):
+        for prompt, its_tokens in zip(prompts, wanted, strict=True):
+            assert tokens(run(engine, [Request(prompt, 130)], greedy(10))) == [its_tokens]
+    assert engine.core.pool.num_prefills < 8, "some came back from the host"
+    assert_nothing_held(engine)
+
+
+def test_snapshots_keep_windows(
+    make_windowed: Callable[..., LLMEngine], expected: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    ids = text(150, 4)
+    prompts = [[*ids[:length], *text(5, length)] for length in (90, 150)]
+    wanted = [expected(prompt, 10) for prompt in prompts]
+    for attempt in range(2):
+        engine = make_windowed(system_prompt_cache_dir=str(tmp_path))
+        for length in (90, 150):
+            engine.add_system_prompt(ids[:length])
+        assert tokens(run(engine, [Request(p, len(p) - 5) for p in prompts], greedy(10))) == wanted
+        assert engine.core.pool.num_prefills == (0 if attempt else 2)
+        engine.shutdown()

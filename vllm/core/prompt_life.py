@@ -271,7 +271,7 @@ class PromptLife:
         if self._tiers.wants_room(prompt):
             for other in self._room.leaving_host_for(prompt):
                 self._leave_host(other)
-                if self._tiers.has_room(prompt.num_blocks):
+                if self._tiers.has_room(self._tiers.blocks_of(prompt.size)):
                     break
         prompt.is_being_saved = self._tiers.save(prompt)
 

@@ -148,7 +148,7 @@ class PromptRoom:
         elif self._demand.is_reused(token_ids, want):
             claim = Claim.REUSED
             value = self._demand.worth_of_newcomer(prompt_id(token_ids, want.scope))
-        returns = self._has_host_room(size.full, claim != Claim.NEW, value)
+        returns = self._has_host_room(size, claim != Claim.NEW, value)
         for prompt in self._giving_way(claim, want.pin, value, returns, keep):
             missing += -prompt.size
             if _is_none(missing):
@@ -160,9 +160,7 @@ class PromptRoom:
     def going_for(self, prompt: PinnedPrompt) -> Iterator[PinnedPrompt]:
         """Prompts that give way to `prompt`, in the order in which they leave the device. Its parents stay."""
         value = self._demand.worth_of(prompt)
-        returns = self._tiers.is_on_host(prompt) or self._has_host_room(
-            prompt.num_blocks, not prompt.on_probation, value
-        )
+        returns = self._tiers.is_on_host(prompt) or self._has_host_room(prompt.size, not prompt.on_probation, value)
         parents, above = [], prompt.parent
         while above is not None:
             parents.append(above)
@@ -186,14 +184,15 @@ class PromptRoom:
     def _leaving_host(self, is_reused: bool, value: float) -> Iterator[PinnedPrompt]:
         return leaving_host(self._tiers.idle_owners(), is_reused, value, self._demand.num_requests)
 
-    def _has_host_room(self, num_blocks: int, is_reused: bool, value: float) -> bool:
+    def _has_host_room(self, size: BlockCount, is_reused: bool, value: float) -> bool:
         """Whether the host tier has room for a prompt, or would make some."""
+        num_blocks = self._tiers.blocks_of(size)
         if num_blocks > self._tiers.host.budget_blocks:
             return False
         if self._tiers.has_room(num_blocks):
             return True
         going = self._leaving_host(is_reused, value)
-        return any(num_blocks <= total for total in accumulate(p.num_blocks for p in going))
+        return any(num_blocks <= total for total in accumulate(self._tiers.blocks_of(p.size) for p in going))
 
     # Places ----------------------------------------------------------------------------------------------------
 

@@ -268,6 +268,7 @@ class Scheduler:
         if self.pool.tiers.keeps_snapshots and prompt.num_own_tokens % self.blocks.block_size:
             # Slots that the prompt leaves unused would take what a request has left there to disk.
             plan.cleared.append(extents[-1].end - 1)
+            plan.window.cleared.extend(extent.end - 1 for extent in window_extents[-1:])
 
     def _plan_chunk(self, plan: StepPlan, prompt: PinnedPrompt, budget: int) -> int:
         """Plans the next tokens of a system prompt, whole blocks of them until its end; returns how many."""

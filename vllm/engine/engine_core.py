@@ -148,6 +148,7 @@ class EngineCore:
             keeps_snapshots=pool.snapshot_dir is not None,
             stored=self.executor.snapshots(),
             copy_blocks=max(1, pool.copy_bytes // self._memory.block_bytes),
+            window_share=self._memory.window_block_bytes / self._memory.block_bytes,
         )
 
     def _restore_snapshots(self) -> None:

@@ -107,10 +107,7 @@ class Worker:
 
     def _memory_of_blocks(self, available: int) -> KVMemory:
         layers, block_size = self.model.caches(), self.config.cache.block_size
-        tiers = self.config.system_prompt
-        # Images on the host and on disk have blocks of one size: what is kept there is all of every layer.
-        has_tiers = tiers.host_bytes > 0 or tiers.snapshot_dir is not None
-        window = window_of(layers) if self.backend.has_window_group and not has_tiers else None
+        window = window_of(layers) if self.backend.has_window_group else None
         if window is None:
             return KVMemory(available, CacheEngine.bytes_per_block(layers, block_size))
         full = [layer for layer in layers if layer.window is None]
@@ -221,6 +218,7 @@ class Worker:
                 layout=self.backend.kv_layout,
                 block_size=self.config.cache.block_size,
                 block_bytes=kv.block_bytes(),
+                num_window_tensors=0 if kv.window is None else len(kv.window.tensors),
                 rank=self.tp.rank,
                 num_ranks=self.tp.world_size,
             )
