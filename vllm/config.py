@@ -41,6 +41,7 @@ class ModelConfig:
         eos_token_ids: Tokens that end an answer unless the request says `ignore_eos`.
         generation_defaults: Sampling values that the checkpoint's generation_config.json recommends; the HTTP API
             uses them where a request is silent.
+        structured_outputs_backend: Which engine takes JSON schemas.
     """
 
     model: str
@@ -61,6 +62,7 @@ class ModelConfig:
     tokenizer_digest: str = ""
     chat_template_digest: str = ""
     eos_token_ids: tuple[int, ...] = ()
+    structured_outputs_backend: Literal["auto", "guidance", "xgrammar"] = "auto"
     generation_defaults: dict[str, float] = field(default_factory=dict)
 
     @property

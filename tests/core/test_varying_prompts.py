@@ -51,7 +51,7 @@ def test_other_prompts_are_no_template():
 
 
 def test_a_span_is_found_wherever_it_is():
-    """Long prompts are looked at in three places before they are compared."""
+    """Of long prompts, two windows are looked at before they are compared."""
     rng = random.Random(1)
     for length in (*range(132, 190, 7), 500, 501, 502, 503):
         prompt = [rng.randrange(1000) for _ in range(length)]

@@ -7,16 +7,19 @@ import signal
 import threading
 import tracemalloc
 
+import msgspec
 import pytest
 
-from vllm.entrypoints.chat.tool_parsers.forced import check_strict
+from tests.structured_output.byte_text import STOP, VOCABULARY
+from vllm.entrypoints.chat.tool_parsers.forced import named_form, required_form
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.structured_output import compiler as compiler_module
+from vllm.structured_output.compile_server import CompileServer
 from vllm.structured_output.compiler import ConstraintCompiler
-from vllm.structured_output.constraint import MAX_CONSTRAINT_BYTES
+from vllm.structured_output.constraint import MAX_CONSTRAINT_BYTES, constraint_source
 from vllm.structured_output.json_schema import unenforced
-from vllm.structured_output.messages import read_frame
+from vllm.structured_output.messages import CompileJob, CompileResult, CompileServerArgs, read_frame
 
 
 def params(**fields: object) -> StructuredOutputsParams:
@@ -34,9 +37,13 @@ def deep(levels: int) -> dict[str, object]:
         ({"json": {}, "regex": "a"}, "got json and regex"),
         ({"json": 7}, "JSON schema that is an object"),
         ({"json": "{nope"}, "not valid JSON"),
-        ({"json": {"type": "objekt"}}, "Unsupported type"),
-        ({"json": {"$ref": "#/$defs/nothing"}}, "Cannot find field"),
-        ({"json": {"$ref": "#"}}, "no output at all"),
+        ({"json": {"type": "objekt"}}, "type must be one or several of"),
+        ({"json": {"minLength": -1}}, "minLength must be a whole number"),
+        ({"json": {"required": True}}, "required must be a list of strings"),
+        ({"json": {"$ref": "#/$defs/nothing"}}, "$ref names nothing"),
+        ({"json": {"$ref": "#"}}, "a $ref leads to itself"),
+        ({"json": {"type": "string", "enum": [1]}}, "no output at all"),
+        ({"json": {"pattern": "a("}}, "cannot be compiled"),
         ({"json": deep(300)}, "nested too deeply"),
         ({"regex": "(["}, "Regex parsing error"),
         ({"regex": ""}, "not empty"),
@@ -65,16 +72,12 @@ def test_malformed_forms_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("schema", "keyword"),
     [
-        ({"type": "number", "multipleOf": 0.5}, "multipleOf"),
+        ({"type": "number", "multipleOf": 0.0000123457}, "multipleOf 1.23457e-05"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"type": "array", "contains": {"const": 1}}, "contains"),
-        ({"type": "object", "properties": {"a": {"not": {"type": "string"}}}}, "not (at $.properties.a)"),
-        ({"if": {"const": 1}, "then": {"const": 1}}, "if"),
-        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired"),
-        ({"$defs": {"a": {"minimum": 3}}, "$ref": "#/$defs/a"}, "minimum without type integer or number"),
-        ({"type": "string", "pattern": "a+", "maxLength": 3}, "pattern together with maxLength"),
-        ({"allOf": [{"type": "string"}, {"enum": ["a"]}]}, "allOf with several"),
-        ({"type": "object", "properties": {}, "anyOf": [{"required": ["a"]}]}, "properties beside anyOf"),
+        ({"type": "array", "contains": {"const": 1}, "minContains": 20}, "minContains greater than 8"),
+        ({"type": "string", "format": "color"}, "format 'color'"),
+        ({"not": {"pattern": "a"}}, "not pattern"),
+        ({"$ref": "http://example.com/schema"}, "a $ref to another document"),
     ],
 )
 def test_keywords_that_would_be_ignored_are_refused(
@@ -85,7 +88,7 @@ def test_keywords_that_would_be_ignored_are_refused(
         with pytest.raises(VLLMValidationError) as caught:
             compiler.compile(params(**fields)).result(60)
         assert f"a JSON schema with {keyword}" in str(caught.value)
-    compiler.compile(params(json=schema, enforces_all=False)).result(60)
+    assert compiler.compile(params(json=schema, enforces_all=False)).result(60).data
 
 
 def test_properties_may_be_called_like_keywords(compiler: ConstraintCompiler) -> None:
@@ -149,6 +152,27 @@ def test_an_answer_that_cannot_be_read_fails_whoever_waits(
     assert compiler.compile(params(regex="three[a-z]")).result(60).data
 
 
+def test_what_had_no_time_to_compile_is_not_held_against_it() -> None:
+    server = CompileServer(VOCABULARY, CompileServerArgs("", False, VOCABULARY.size, [STOP]))
+    answers: list[CompileResult] = []
+    for sent in (signal.SIGSTOP, None):
+        job = CompileJob(1, constraint_source(params(json={"type": "integer"})))
+        reader, writer = os.pipe()
+        server.out = open(writer, "wb")  # noqa: SIM115
+        server._start(job)
+        (child,) = server._running.values()
+        if sent is not None:
+            os.kill(child.pid, sent)
+            child.deadline = 0.0
+        while server._running:
+            server.step()
+        server.out.close()
+        with open(reader, "rb") as stream:
+            answers.append(msgspec.msgpack.decode(read_frame(stream) or b"", type=CompileResult))
+    assert (answers[0].is_busy, answers[1].is_busy) == (True, False)
+    assert answers[1].error is None and answers[1].engine == "guidance"
+
+
 def test_too_many_at_once_are_turned_away(compiler: ConstraintCompiler) -> None:
     compiler.compile(params(regex="warm")).result(60)
     assert compiler._process is not None
@@ -176,11 +200,16 @@ def test_several_threads_may_ask(compiler: ConstraintCompiler) -> None:
     assert len(set(found)) == 3
 
 
-def test_a_strict_function_with_a_huge_schema_is_refused_before_it_is_searched() -> None:
-    parameters = {"properties": {"x" * MAX_CONSTRAINT_BYTES: {"not": {}}}}
-    with pytest.raises(VLLMValidationError, match="tools may have 256 KiB at most, got 256 of parameters") as caught:
-        check_strict({"function": {"name": "f", "strict": True, "parameters": parameters}})
-    assert caught.value.param == "tools"
+def test_a_strict_function_is_held_to_its_schema_and_another_is_followed_as_far_as_possible(
+    compiler: ConstraintCompiler,
+) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    loose, strict = ({"function": {"name": "f", "parameters": parameters, "strict": s}} for s in (False, True))
+    for form in (named_form(loose), required_form([loose], True)):
+        assert compiler.compile(form).result(60).data
+    for form in (named_form(strict), required_form([loose, strict], True)):
+        with pytest.raises(VLLMValidationError, match="a JSON schema with uniqueItems"):
+            compiler.compile(form).result(60)
 
 
 def test_paths_of_a_schema_stay_short_whatever_its_names_are() -> None:

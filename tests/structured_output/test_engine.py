@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import xgrammar
 
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
 from vllm.engine.llm_engine import LLMEngine
@@ -18,7 +17,9 @@ from vllm.outputs import RequestOutput
 from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.step import StepPlan
+from vllm.structured_output.grammars import GuidanceGrammar
 from vllm.structured_output.matcher import TOO_COSTLY, MatchingCost, TokenMatcher
+from vllm.structured_output.vocabulary import Vocabulary
 from vllm.worker.running_step import RunningStep
 
 MakeEngine = Callable[..., LLMEngine]
@@ -174,8 +175,8 @@ def test_the_outputs_of_a_request_share_what_matching_may_cost() -> None:
     assert cost.is_too_much
     cost.charge(0.0, 20)
     assert not cost.is_too_much
-    info = xgrammar.TokenizerInfo([bytes([i]) for i in range(256)], stop_token_ids=[0])
-    grammar = xgrammar.GrammarCompiler(info).compile_regex("[ab]{5}")
+    vocabulary = Vocabulary([bytes([i]) for i in range(256)], 256, [0])
+    grammar = GuidanceGrammar("start: /[ab]{5}/", vocabulary)
     first, second = (TokenMatcher(grammar, cost=cost) for _ in range(2))
     masks = np.zeros((2, 8), np.int32)
     first.fill(masks, 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from vllm.core.prefix_tree import common_prefix_len, common_suffix_len
 from vllm.outputs import VaryingSpanInfo
-from vllm.token_ids import ID_BYTES, TokenIds
+from vllm.token_ids import TokenIds
 
 _MIN_TOKENS = 32
 _MAX_SPAN = 24
@@ -18,8 +18,9 @@ _MAX_TEMPLATES = 64
 _MAX_EXAMPLES = 3
 _MAX_COUNTED = 4096
 _CONTEXT = 12
-# Tokens of a probe, of which there are three; see `_may_be_alike`.
-_PROBE = 4
+# A window of a prompt is so many tokens, this far from an end. A short span touches at most one of the two windows, in
+# prompts that are not shorter than this.
+_WINDOW, _FROM_END, _WINDOWS_FROM = 8, 48, 136
 
 
 @dataclass
@@ -34,11 +35,19 @@ class _Template:
 
 
 class _Prompt:
-    """Token ids, and the same as bytes."""
+    """Token ids, and two windows of them by which most of those that are not alike are told apart."""
 
     def __init__(self, token_ids: TokenIds) -> None:
         self.token_ids = token_ids
-        self.bytes = token_ids.tobytes()
+        count, end = len(token_ids), _FROM_END + _WINDOW
+        self.head_window = token_ids[_FROM_END:end].tobytes()
+        self.tail_window = token_ids[count - end : count - _FROM_END].tobytes() if count >= end else b""
+
+    def may_be_alike(self, other: _Prompt) -> bool:
+        """Whether two prompts may differ in a short span alone."""
+        if self.head_window == other.head_window or self.tail_window == other.tail_window:
+            return True
+        return min(len(self.token_ids), len(other.token_ids)) < _WINDOWS_FROM
 
 
 class VaryingPrompts:
@@ -76,7 +85,7 @@ class VaryingPrompts:
     @staticmethod
     def _belongs(template: _Template, key: str, prompt: _Prompt) -> bool:
         """Whether a prompt is another case of a known template; its span then covers this one too."""
-        found = template if prompt.bytes == template.stem.bytes else _compare(prompt, template.stem)
+        found = template if prompt.token_ids == template.stem.token_ids else _compare(prompt, template.stem)
         if found is None:
             return False
         head, tail, token_ids = found.head, found.tail, prompt.token_ids
@@ -92,32 +101,13 @@ class VaryingPrompts:
         return True
 
 
-def _may_be_alike(a: bytes, b: bytes) -> bool:
-    """Whether two prompts may differ in a short span alone: a quick look that spares most of the comparisons.
-
-    A probe fails only if the span touches it, be it aligned at the heads or at the ends; so two of three may not, where
-    they lie further apart than a span and a probe are long.
-    """
-    shorter = min(len(a), len(b))
-    quarter = shorter // ID_BYTES // 4
-    if quarter < _MAX_SPAN + _PROBE:
-        return True
-    failed = 0
-    for i in (quarter, 2 * quarter, 3 * quarter):
-        start, end = i * ID_BYTES, (i + _PROBE) * ID_BYTES
-        from_a, from_b = len(a) - shorter, len(b) - shorter
-        if a[start:end] != b[start:end] and a[from_a + start : from_a + end] != b[from_b + start : from_b + end]:
-            failed += 1
-            if failed == 2:
-                return False
-    return True
-
-
 def _compare(one: _Prompt, other: _Prompt) -> _Template | None:
     """The template of two prompts; None if they differ in more than a short span, or not at all."""
+    if not one.may_be_alike(other):
+        return None
     a, b = one.token_ids, other.token_ids
     shorter = min(len(a), len(b))
-    if abs(len(a) - len(b)) > _MAX_SPAN or not _may_be_alike(one.bytes, other.bytes):
+    if abs(len(a) - len(b)) > _MAX_SPAN:
         return None
     head = common_prefix_len(a, b)
     tail = min(common_suffix_len(a, b), shorter - head)

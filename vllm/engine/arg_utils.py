@@ -109,6 +109,7 @@ class EngineArgs:
     generation_config: str = "auto"
     override_generation_config: dict[str, float] = dataclasses.field(default_factory=dict)
     max_logprobs: int = 20
+    structured_outputs_config: dict[str, Any] = dataclasses.field(default_factory=dict)
     block_size: int = 16
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
@@ -187,6 +188,12 @@ class EngineArgs:
             "max_logprobs",
             "Most log-probabilities a token that a request may ask for; -1: all of the vocabulary, megabytes a token.",
             type=int,
+        )
+        add(
+            "structured_outputs_config",
+            'As a JSON object: {"backend": ...}, which engine keeps JSON schemas: auto (llguidance, and xgrammar for '
+            "what that does not take), guidance or xgrammar.",
+            type=_json_object,
         )
         add = adder("KV cache")
         add("block_size", "Tokens in a KV block.", type=int)
@@ -364,7 +371,19 @@ class EngineArgs:
             chat_template_digest=_template_digest(template or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
             generation_defaults=self._generation_defaults(model_path),
+            structured_outputs_backend=self._structured_outputs_backend(),
         )
+
+    def _structured_outputs_backend(self) -> Literal["auto", "guidance", "xgrammar"]:
+        unknown = sorted(self.structured_outputs_config.keys() - {"backend"})
+        if unknown:
+            raise StartupError(f"--structured-outputs-config holds {', '.join(unknown)}; it may hold backend only.")
+        backend = self.structured_outputs_config.get("backend", "auto")
+        if backend not in ("auto", "guidance", "xgrammar"):
+            raise StartupError(
+                f"--structured-outputs-config.backend must be auto, guidance or xgrammar, got {backend!r:.64}."
+            )
+        return backend
 
     def _max_logprobs(self, vocab_size: int) -> int:
         return vocab_size if self.max_logprobs < 0 else min(self.max_logprobs, vocab_size)

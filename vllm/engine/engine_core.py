@@ -32,7 +32,7 @@ from vllm.system_prompt_store import SnapshotRecord
 from vllm.worker.running_step import RunningStep
 
 if TYPE_CHECKING:
-    import xgrammar
+    from vllm.structured_output.grammars import Grammar
 
 logger = init_logger(__name__)
 
@@ -83,7 +83,7 @@ class EngineCore:
         self._prompt_logprobs: dict[str, PositionLogprobs] = {}
         self._failed: list[EngineOutput] = []
         self._constraints = ConstraintStore(config.model)
-        self._unready: dict[str, tuple[EngineRequest, futures.Future[xgrammar.CompiledGrammar]]] = {}
+        self._unready: dict[str, tuple[EngineRequest, futures.Future[Grammar]]] = {}
         self._masks = MaskFiller()
         self._in_flight: deque[tuple[StepPlan, RunningStep]] = deque()
         self._to_restore: deque[SnapshotRecord] = deque()
@@ -213,7 +213,7 @@ class EngineCore:
         self.abort(request_id)
         self._failed.append(EngineOutput(request_id, 0, [], finish_reason="abort", error=error, param=param))
 
-    def _admit(self, request: EngineRequest, grammar: xgrammar.CompiledGrammar | None = None) -> None:
+    def _admit(self, request: EngineRequest, grammar: Grammar | None = None) -> None:
         params = request.sampling_params
         seed = self._seed(params.seed)
         tenant, namespace = self._namespaces(request)

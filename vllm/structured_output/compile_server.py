@@ -17,20 +17,21 @@ import signal
 import sys
 import time
 from collections import deque
-from typing import Any
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
-import orjson
-import xgrammar
 
+from vllm.structured_output.grammars import Grammar
 from vllm.structured_output.matcher import TokenMatcher
 from vllm.structured_output.messages import LENGTH, CompileJob, CompileResult, CompileServerArgs, write_frame
-from vllm.structured_output.vocabulary import tokenizer_info
+from vllm.structured_output.sources import compile_source
+from vllm.structured_output.vocabulary import Vocabulary
 from vllm.transformers_utils.tokenizer import load_tokenizer
 
 MAX_CPU_S = 4
-MAX_WALL_S = 20.0
+# Only for what hangs: on a busy machine, work that is allowed takes many times its CPU time.
+MAX_WALL_S = 60.0
 MAX_MEMORY_BYTES = 2**30
 MAX_DATA_BYTES = 16 * 2**20
 # Requests go first.
@@ -39,37 +40,45 @@ _NICE = 10
 _PROBES = 2
 _PROBE_TOKENS = 96
 _MAX_REASON_CHARS = 300
+_MAX_FRAMES = 20_000
 
 
 class CompileServer:
     """Runs jobs, as many at a time as the machine can spare cores."""
 
-    def __init__(self, info: xgrammar.TokenizerInfo) -> None:
-        self._info = info
+    def __init__(self, vocabulary: Vocabulary, args: CompileServerArgs) -> None:
+        self._vocabulary = vocabulary
+        self._args = args
         self._most = max(1, min(4, (os.cpu_count() or 1) // 2))
         self._waiting: deque[CompileJob] = deque()
         self._running: dict[int, _Child] = {}
         self._selector = selectors.DefaultSelector()
         self._input = bytearray()
+        self.out: BinaryIO = sys.stdout.buffer
 
     def run(self) -> None:
         os.set_blocking(0, False)
         self._selector.register(0, selectors.EVENT_READ)
-        while True:
-            timeout = min((child.deadline for child in self._running.values()), default=None)
-            wait = None if timeout is None else max(0.0, timeout - time.monotonic())
-            for key, _ in self._selector.select(wait):
-                if key.fd == 0:
-                    if not self._read_jobs():
-                        self._kill_all()
-                        return
-                else:
-                    self._read_child(self._running[key.fd])
-            for child in [c for c in self._running.values() if c.deadline <= time.monotonic()]:
-                child.kill()
-                self._finish(child)
-            while self._waiting and len(self._running) < self._most:
-                self._start(self._waiting.popleft())
+        while self.step():
+            pass
+        self._kill_all()
+
+    def step(self) -> bool:
+        """Waits for something to happen and does what follows; returns whether more jobs may come."""
+        timeout = min((child.deadline for child in self._running.values()), default=None)
+        wait = None if timeout is None else max(0.0, timeout - time.monotonic())
+        for key, _ in self._selector.select(wait):
+            if key.fd != 0:
+                self._read_child(self._running[key.fd])
+            elif not self._read_jobs():
+                return False
+        for child in [c for c in self._running.values() if c.deadline <= time.monotonic()]:
+            child.has_hung = True
+            child.kill()
+            self._finish(child)
+        while self._waiting and len(self._running) < self._most:
+            self._start(self._waiting.popleft())
+        return True
 
     def _read_jobs(self) -> bool:
         """Takes in what has come; returns whether more may come."""
@@ -88,7 +97,7 @@ class CompileServer:
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _run_child(job, self._info, writer)
+            _run_child(job, self._vocabulary, self._args, writer)
         os.close(writer)
         self._running[reader] = _Child(job.id, pid, reader)
         self._selector.register(reader, selectors.EVENT_READ)
@@ -107,8 +116,9 @@ class CompileServer:
         if os.waitstatus_to_exitcode(status) == 0:
             message = bytes(child.output)
         else:
-            message = msgspec.msgpack.encode(CompileResult(child.id, error=_why_killed(status)))
-        write_frame(sys.stdout.buffer, message)
+            result = CompileResult(child.id, error=_why_killed(status), is_busy=child.has_hung)
+            message = msgspec.msgpack.encode(result)
+        write_frame(self.out, message)
 
     def _kill_all(self) -> None:
         for child in self._running.values():
@@ -121,6 +131,7 @@ class _Child:
         self.pid = pid
         self.fd = fd
         self.output = bytearray()
+        self.has_hung = False
         self.deadline = time.monotonic() + MAX_WALL_S
 
     def kill(self) -> None:
@@ -129,11 +140,11 @@ class _Child:
 
 def _why_killed(status: int) -> str:
     if os.waitstatus_to_exitcode(status) in (-signal.SIGKILL, -signal.SIGXCPU):
-        return f"takes more than {MAX_CPU_S} seconds to compile; simplify it"
+        return f"takes more than {MAX_CPU_S} seconds of computing to compile; simplify it"
     return "needs too much memory, or nests too deeply, to be compiled; simplify it"
 
 
-def _run_child(job: CompileJob, info: xgrammar.TokenizerInfo, writer: int) -> None:
+def _run_child(job: CompileJob, vocabulary: Vocabulary, args: CompileServerArgs, writer: int) -> None:
     """Compiles, writes the result, and ends the process."""
     code = 1
     try:
@@ -146,7 +157,7 @@ def _run_child(job: CompileJob, info: xgrammar.TokenizerInfo, writer: int) -> No
         most = _virtual_memory_bytes() + MAX_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
         with open(writer, "wb") as stream:
-            stream.write(msgspec.msgpack.encode(_result(job, info)))
+            stream.write(msgspec.msgpack.encode(_result(job, vocabulary, args)))
         code = 0
     finally:
         os._exit(code)
@@ -157,73 +168,32 @@ def _virtual_memory_bytes() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def _result(job: CompileJob, info: xgrammar.TokenizerInfo) -> CompileResult:
+def _result(job: CompileJob, vocabulary: Vocabulary, args: CompileServerArgs) -> CompileResult:
     try:
-        grammar = compile_source(job.source, info)
-        error = _probe(grammar, info)
+        engine, grammar, data = compile_source(job.source, vocabulary, args.backend)
+        error = _probe(grammar, vocabulary)
         if error is not None:
             return CompileResult(job.id, error=error)
-        data = grammar.serialize_json().encode()
     except RuntimeError as exc:
         if "bad_alloc" in str(exc):
             raise MemoryError from None
         return CompileResult(job.id, error=_explain(exc))
-    except (ValueError, TypeError) as exc:
-        return CompileResult(job.id, error=f"is not valid: {exc!s:.{_MAX_REASON_CHARS}}")
+    except ValueError as exc:
+        return CompileResult(job.id, error=f"{' '.join(str(exc).split()):.{_MAX_REASON_CHARS}}")
     if len(data) > MAX_DATA_BYTES:
         return CompileResult(job.id, error="is too large when compiled; simplify it")
-    return CompileResult(job.id, data=data)
+    return CompileResult(job.id, data=data, engine=engine)
 
 
-def compile_source(source: bytes, info: xgrammar.TokenizerInfo) -> xgrammar.CompiledGrammar:
-    """Compiles a `constraint_source`.
-
-    Raises:
-        RuntimeError: it is malformed.
-    """
-    wanted = orjson.loads(source)
-    content = _as_structural(wanted["format"])
-    if wanted["after"] is not None:
-        free = {"type": "tag", "begin": "", "content": {"type": "any_text"}, "end": wanted["after"]}
-        content = {"type": "sequence", "elements": [free, content]}
-    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-    return compiler.compile_structural_tag(orjson.dumps({"type": "structural_tag", "format": content}).decode())
-
-
-def _as_structural(node: Any) -> Any:
-    """A format with its schemas and Lark grammars turned into GBNF."""
-    if isinstance(node, list):
-        return [_as_structural(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    kind = node.get("type")
-    if kind == "lark":
-        return {"type": "grammar", "grammar": str(xgrammar.Grammar.from_lark(node["grammar"]))}
-    if kind == "compact_json":
-        return {"type": "grammar", "grammar": _schema_grammar(node["json_schema"], any_whitespace=False)}
-    if kind == "json_schema":
-        if node.get("style", "json") != "json" or node.get("excludes"):
-            return node
-        options = {key: node[key] for key in ("any_order", "max_whitespace_cnt") if node.get(key) is not None}
-        return {"type": "grammar", "grammar": _schema_grammar(node.get("json_schema"), **options)}
-    return {key: _as_structural(value) for key, value in node.items()}
-
-
-def _schema_grammar(schema: Any, **options: Any) -> str:
-    grammar = str(xgrammar.Grammar.from_json_schema(orjson.dumps(schema).decode(), **options))
-    # Strings of limited length may not hold control characters either; xgrammar 0.2.8 lets them in.
-    return grammar.replace(r"[^\"\\\r\n]", r"[^\0-\x1f\"\\\r\n]")
-
-
-def _probe(grammar: xgrammar.CompiledGrammar, info: xgrammar.TokenizerInfo) -> str | None:
+def _probe(grammar: Grammar, vocabulary: Vocabulary) -> str | None:
     """Follows some outputs through a grammar; returns what is wrong with it, if anything is.
 
     One output takes the lowest token id each time (in most vocabularies single characters, which make ambiguous
     grammars grow the fastest), the others any.
     """
-    bitmask = np.empty((1, -(-info.vocab_size // 32)), np.int32)
+    bitmask = np.empty((1, -(-vocabulary.size // 32)), np.int32)
     draw = random.Random(0)
-    stops = set(info.stop_token_ids)
+    stops = set(vocabulary.stop_token_ids)
     for probe in range(_PROBES):
         matcher = TokenMatcher(grammar)
         for step in range(_PROBE_TOKENS):
@@ -260,7 +230,12 @@ def main() -> None:
         line += byte
     args = msgspec.json.decode(line, type=CompileServerArgs)
     tokenizer = load_tokenizer(args.tokenizer_path, args.trust_remote_code)
-    CompileServer(tokenizer_info(tokenizer, args.vocab_size, args.stop_token_ids)).run()
+    vocabulary = Vocabulary.of(tokenizer, args.vocab_size, args.stop_token_ids)
+    # Made once here, for all children.
+    _ = vocabulary.for_xgrammar, vocabulary.stop_token_ids and vocabulary.for_llguidance
+    # A schema may nest deeper than Python's functions usually do.
+    sys.setrecursionlimit(_MAX_FRAMES)
+    CompileServer(vocabulary, args).run()
 
 
 if __name__ == "__main__":

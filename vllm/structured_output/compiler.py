@@ -132,7 +132,11 @@ class ConstraintCompiler:
         )
         config = self._config
         args = CompileServerArgs(
-            config.tokenizer_path, config.trust_remote_code, config.vocab_size, list(config.eos_token_ids)
+            config.tokenizer_path,
+            config.trust_remote_code,
+            config.vocab_size,
+            list(config.eos_token_ids),
+            config.structured_outputs_backend,
         )
         stdin = cast(BinaryIO, process.stdin)
         stdin.write(msgspec.json.encode(args) + b"\n")
@@ -162,9 +166,12 @@ class ConstraintCompiler:
             result = msgspec.msgpack.decode(frame, type=CompileResult)
             with self._lock:
                 key, outcome = self._pending.pop(result.id)
-                self._remember(key, outcome, len(result.data))
-            if result.error is None:
-                outcome.set_result(CompiledConstraint(key, result.data))
+                if not result.is_busy:
+                    self._remember(key, outcome, len(result.data))
+            if result.is_busy:
+                outcome.set_exception(_interrupted("the machine is busy"))
+            elif result.error is None:
+                outcome.set_result(CompiledConstraint(key, result.data, result.engine))
             else:
                 outcome.set_exception(_refused(result.error))
 

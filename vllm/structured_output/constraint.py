@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -11,7 +10,7 @@ import orjson
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.structured_output.json_schema import unenforced
+from vllm.structured_output.grammars import EngineName
 
 MAX_CONSTRAINT_BYTES = 256 * 1024
 MAX_CHOICES = 10_000
@@ -23,18 +22,20 @@ class CompiledConstraint(msgspec.Struct):
 
     Attributes:
         key: SHA-256 of what it was compiled from.
-        data: The compiled grammar, serialised by xgrammar.
+        data: The compiled grammar, as its engine serialises it.
     """
 
     key: bytes
     data: bytes
+    engine: EngineName
 
 
 def constraint_source(params: StructuredOutputsParams) -> bytes:
     """The JSON text that says all there is to a constraint; equal constraints have equal texts.
 
     It holds `format`, a format of structural tags (or of type "lark" or "compact_json", which the compiler turns into
-    one), and `after`, the text that ends what comes unconstrained before it, or null.
+    one), `after`, the text that ends what comes unconstrained before it, or null, and `enforces_all`: whether a schema
+    is refused that cannot be kept in every point.
 
     Raises:
         VLLMValidationError: naming the field at fault and what is allowed.
@@ -46,13 +47,7 @@ def constraint_source(params: StructuredOutputsParams) -> bytes:
         raise _error("does not support whitespace_pattern; disable_any_whitespace it does")
     kind = given[0]
     form = _format(kind, params)
-    source = bounded_json({"format": form, "after": params.after}, kind)
-    if params.enforces_all:
-        for schema in _schemas(form):
-            keyword = unenforced(schema)
-            if keyword is not None:
-                raise _error(f"has a JSON schema with {keyword}, which this server cannot enforce; leave it out")
-    return source
+    return bounded_json({"format": form, "after": params.after, "enforces_all": params.enforces_all}, kind)
 
 
 def bounded_json(value: Any, kind: str, field: str = "structured_outputs") -> bytes:
@@ -69,19 +64,6 @@ def bounded_json(value: Any, kind: str, field: str = "structured_outputs") -> by
         limit = MAX_CONSTRAINT_BYTES // 1024
         raise _error(f"may have {limit} KiB at most, got {len(text) // 1024} of {kind}", field)
     return text
-
-
-def _schemas(form: Any) -> Iterator[Any]:
-    """The JSON schemas in a format of structural tags."""
-    stack = [form]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, list):
-            stack += node
-        elif isinstance(node, dict) and node.get("type") in ("json_schema", "compact_json"):
-            yield node.get("json_schema")
-        elif isinstance(node, dict):
-            stack += node.values()
 
 
 def constraint_key(source: bytes) -> bytes:

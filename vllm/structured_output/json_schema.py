@@ -5,6 +5,7 @@ Checked against xgrammar 0.2.8. Annotations (`title`, `default`, `format` of an 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ _DROPPED_BESIDE_COMBINERS = ("properties", "required", "patternProperties", "ite
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
+
+_LOOKS_AROUND = re.compile(r"\(\?<?[=!]|(?<!\\)(?:\\\\)*\\[bB]")
 
 # All siblings wait with their paths: these stay short whatever the names are.
 _MAX_NAME_CHARS = 50
@@ -85,6 +88,9 @@ def _unenforced_here(node: dict[str, Any]) -> str | None:
             return f"{key} without type {' or '.join(wanted)}"
     if "multipleOf" in node and "number" in types:
         return "multipleOf with type number"
+    pattern = node.get("pattern")
+    if isinstance(pattern, str) and _LOOKS_AROUND.search(pattern):
+        return "a pattern that looks around"
     if "minLength" in node or "maxLength" in node:
         for key in ("pattern", "format"):
             if key in node:

@@ -17,7 +17,7 @@ _ROWS_OF_A_THREAD = 8
 
 
 class MaskFiller:
-    """Threads that fill masks; xgrammar lets go of the interpreter's lock while it computes one."""
+    """Threads that fill masks; the engines let go of the interpreter's lock while they compute one."""
 
     def __init__(self) -> None:
         self._num_threads = max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // 2))

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable
 
 import numpy as np
-import xgrammar
+
+from vllm.structured_output.grammars import Grammar
 
 # CPU time that the matching of a request may take, in seconds: so much at first, and so much more a token of any of its
 # outputs. A JSON schema takes 0.1 ms a token; an ambiguous grammar takes more the longer the output gets, without end.
@@ -48,12 +49,12 @@ class TokenMatcher:
 
     def __init__(
         self,
-        grammar: xgrammar.CompiledGrammar,
+        grammar: Grammar,
         allowed: np.ndarray | None = None,
         stops: np.ndarray | None = None,
         cost: MatchingCost | None = None,
     ) -> None:
-        self._matcher = xgrammar.GrammarMatcher(grammar)
+        self._path = grammar.start()
         self._allowed = [bits for bits in (allowed, stops) if bits is not None]
         self.field = "structured_outputs"
         self._cost = cost or MatchingCost()
@@ -69,12 +70,12 @@ class TokenMatcher:
         self._num_tokens += 1
         started = time.thread_time()
         try:
-            if not self._matcher.accept_token(token_id):
+            if not self._path.accept(token_id):
                 self.error = f"could not be followed: token {token_id} was drawn, which its grammar forbids"
         except RuntimeError as error:
             self.error = f"could not be followed: {error}"
         self._charge(started, 1)
-        self.ended = self.error is not None or self._matcher.is_terminated()
+        self.ended = self.error is not None or self._path.is_over
 
     def fill(self, bitmask: np.ndarray, row: int) -> None:
         """Writes which tokens may come next.
@@ -92,7 +93,7 @@ class TokenMatcher:
             return
         started = time.thread_time()
         try:
-            self._matcher.fill_next_token_bitmask(bitmask, row)
+            self._path.fill(bitmask, row)
         except RuntimeError as error:
             self.error = f"could not be followed: {error}"
             bitmask[row] = -1

@@ -73,8 +73,6 @@ def test_flags_without_effect_are_accepted_with_a_warning(parse, args, monkeypat
         ["--distributed-executor-backend", "mp"],
         ["--tokenizer-mode", "auto"],
         ["--chat-template-content-format", "string"],
-        ["--structured-outputs-config", '{"backend":"xgrammar"}'],
-        ["--structured-outputs-config.backend", "auto"],
         ["--quantization-config", "{ }"],
     ],
 )
@@ -94,7 +92,6 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
         (["--nnodes", "true"], "--nnodes true is not supported by this server; only 1 is"),
         (["--node-rank", "false"], "only 0 is"),
         (["--lora-modules", "a=b", "c=d"], "--lora-modules"),
-        (["--structured-outputs-config", '{"backend": "outlines"}'], "only {} or"),
         (["--max-num-queued-tokens", "9"], "--max-num-queued-tokens"),
         (["--port", "eighty"], "0 to 65535"),
         (["--port", "70000"], "0 to 65535"),
@@ -334,3 +331,19 @@ def test_the_fingerprint_is_what_its_mode_says(tiny_model_dir):
     assert fingerprint("none") is None
     for value in ("mine", "hash", "full", "none"):
         assert fingerprint("custom", value) == value
+
+
+def test_the_engine_of_schemas_is_chosen_as_in_vllm(parse, tiny_model_dir):
+    for args, backend in (
+        ([], "auto"),
+        (["--structured-outputs-config", '{"backend": "xgrammar"}'], "xgrammar"),
+        (["--structured-outputs-config.backend", "guidance"], "guidance"),
+    ):
+        engine_args = EngineArgs.from_cli_args(parse("--model", str(tiny_model_dir), *args))
+        assert engine_args.create_engine_config().model.structured_outputs_backend == backend
+    for config, words in (
+        ({"backend": "outlines"}, "must be auto, guidance or xgrammar, got 'outlines'"),
+        ({"disable_fallback": True}, "holds disable_fallback; it may hold backend only"),
+    ):
+        with pytest.raises(StartupError, match=words):
+            EngineArgs(model=str(tiny_model_dir), structured_outputs_config=config).create_engine_config()

@@ -301,7 +301,6 @@ _UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "speculative-model": (),
     "sse-keep-alive-interval": ("0",),
     "ssl-ciphers": (),
-    "structured-outputs-config": ("{}", '{"backend": "auto"}', '{"backend": "xgrammar"}'),
     "task": ("auto", "generate"),
     "tokenizer-mode": ("auto", "hf"),
     "tool-parser-plugin": (),

@@ -14,7 +14,6 @@ from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, ToolParser
 from vllm.entrypoints.chat.tool_parsers.forced import (
     NamedToolParser,
     RequiredToolParser,
-    check_strict,
     named_form,
     required_form,
 )
@@ -50,19 +49,11 @@ class AnswerFormat:
         return self.tools is None and self.reasoning is None
 
     def form(self) -> StructuredOutputsParams | None:
-        """The form that calls must have, if there must be any.
-
-        Raises:
-            VLLMValidationError: a function is strict and its schema cannot be followed in every point.
-        """
+        """The form that calls must have, if there must be any."""
         if self.tools is None or self.choice == "auto":
             return None
         required = self.choice == "required"
-        for tool in self.tools if required else [self._named()]:
-            check_strict(tool)
-        form = required_form(self.tools, self.parallel) if required else named_form(self._named())
-        form.field, form.enforces_all = "tools", False
-        return form
+        return required_form(self.tools, self.parallel) if required else named_form(self._named())
 
     def make_parser(self, reasoning_ended: bool) -> AnswerParser:
         """A parser for one output."""

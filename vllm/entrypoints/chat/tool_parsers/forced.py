@@ -7,10 +7,7 @@ from typing import Any
 
 from vllm.entrypoints.chat.tool_parsers.base import ToolParser
 from vllm.entrypoints.chat.tool_parsers.json_calls import CallReader
-from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
-from vllm.structured_output.constraint import bounded_json
-from vllm.structured_output.json_schema import unenforced
 
 
 class NamedToolParser(ToolParser):
@@ -55,24 +52,9 @@ class RequiredToolParser(ToolParser):
         pass
 
 
-def check_strict(tool: dict[str, Any]) -> None:
-    """Raises `VLLMValidationError` for a function that is strict where its arguments cannot be held to its schema."""
-    function = tool["function"]
-    if not function.get("strict"):
-        return
-    bounded_json(function.get("parameters"), "parameters", "tools")
-    keyword = unenforced(function.get("parameters"))
-    if keyword is not None:
-        raise VLLMValidationError(
-            f"The function {function['name']} is strict and its parameters have {keyword}, which this server cannot "
-            "enforce; leave that or strict out.",
-            "tools",
-        )
-
-
 def named_form(tool: dict[str, Any]) -> StructuredOutputsParams:
     """The form of the arguments of one function."""
-    return StructuredOutputsParams(json=_schema(tool))
+    return StructuredOutputsParams(json=_schema(tool), field="tools", enforces_all=_is_strict(tool))
 
 
 def required_form(tools: list[dict[str, Any]], parallel: bool) -> StructuredOutputsParams:
@@ -84,7 +66,7 @@ def required_form(tools: list[dict[str, Any]], parallel: bool) -> StructuredOutp
         {
             "type": "tag",
             "begin": f'{{"name": {json.dumps(tool["function"]["name"], ensure_ascii=False)}, "parameters": ',
-            "content": {"type": "json_schema", "json_schema": _schema(tool)},
+            "content": {"type": "json_schema", "json_schema": _schema(tool), "strict": _is_strict(tool)},
             "end": "}",
         }
         for tool in tools
@@ -97,7 +79,13 @@ def required_form(tools: list[dict[str, Any]], parallel: bool) -> StructuredOutp
         "stop_after_first": not parallel,
     }
     elements = [{"type": "const_string", "value": "["}, calls, {"type": "const_string", "value": "]"}]
-    return StructuredOutputsParams(structural_tag={"format": {"type": "sequence", "elements": elements}})
+    tag = {"format": {"type": "sequence", "elements": elements}}
+    return StructuredOutputsParams(structural_tag=tag, field="tools", enforces_all=False)
+
+
+def _is_strict(tool: dict[str, Any]) -> bool:
+    """Whether a schema with a keyword that cannot be enforced is refused, not followed as far as possible."""
+    return bool(tool["function"].get("strict"))
 
 
 def _schema(tool: dict[str, Any]) -> dict[str, Any]:
