@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Protocol
 
 from vllm.sampling_params import SamplingParams
-from vllm.step import PrefixExtent
+from vllm.step import PrefixExtent, WindowExtent
 from vllm.token_ids import token_array
 
 if TYPE_CHECKING:
@@ -40,11 +40,13 @@ class PinnedPrefix(Protocol):
     Attributes:
         id: Says which tokens, and who may read them.
         prefix: The chain of extents that hold its tokens, from the outermost prompt on; empty while it has no place.
+        window_prefix: What of it may be read in the window group, where the network has one.
         order_key: Brings the readers of one chain side by side when a batch is sorted by it.
     """
 
     id: str
     prefix: tuple[PrefixExtent, ...]
+    window_prefix: tuple[WindowExtent, ...]
 
     @property
     def num_tokens(self) -> int: ...
@@ -75,6 +77,8 @@ class Sequence:
         tenant: Whose request it is, where several API keys tell; empty otherwise.
         namespace: Who may share what is the client's own; empty where there are no namespaces.
         block_keys: Prefix-cache keys of its full blocks, extended as they are needed.
+        window_table, window_start, window_ring: Its blocks in the window group, and of them the first one that it still
+            has; where a system prompt writes what is not kept. See `WindowBlocks`.
         matcher: Follows the output of a sequence whose form is constrained; its next token can only be drawn when all
             before it are known.
         fork_parent: Sibling whose prompt blocks this one may share.
@@ -113,6 +117,9 @@ class Sequence:
         "system_prompt",
         "tenant",
         "token_ids",
+        "window_ring",
+        "window_start",
+        "window_table",
     )
 
     def __init__(
@@ -150,6 +157,9 @@ class Sequence:
         self.status = SequenceStatus.WAITING
         self.system_prompt: PinnedPrefix | None = None
         self.block_table: list[int] = []
+        self.window_table: list[int] = []
+        self.window_ring: list[int] = []
+        self.window_start = 0
         self.block_keys: list[bytes] = []
         self.num_committed_blocks = 0
         self.num_computed_tokens = 0

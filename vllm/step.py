@@ -26,6 +26,16 @@ class PrefixExtent:
 
 
 @dataclass(frozen=True)
+class WindowExtent:
+    """Pinned KV of the window group: the first `num_tokens` slots from block `start_block` on, of the tokens from
+    `position` on. What lies further behind than a token's window is there because blocks are whole."""
+
+    start_block: int
+    num_tokens: int
+    position: int
+
+
+@dataclass(frozen=True)
 class SequenceStart:
     """A sequence that begins (or begins again) to run, in a row of the ranks' buffers.
 
@@ -36,6 +46,7 @@ class SequenceStart:
         block_table: Blocks of its own tokens in order: of a system prompt all that its extents have.
         prefix: The pinned extents it reads, in order of position; together they hold its first tokens. One of them may
             get its last tokens in the very step in which this sequence begins.
+        window_table, window_prefix: The same in the window group; block 0 stands for blocks that have been given back.
         seed: 64-bit seed of its draws.
         stop_token_ids: Tokens that may not come before `min_tokens`.
         is_system_prompt: It is the prefill of a system prompt, which draws nothing.
@@ -51,6 +62,31 @@ class SequenceStart:
     stop_token_ids: tuple[int, ...]
     num_skipped: int = 0
     is_system_prompt: bool = False
+    window_table: list[int] = field(default_factory=list)
+    window_prefix: tuple[WindowExtent, ...] = ()
+
+
+@dataclass
+class BlockOrders:
+    """What becomes of the blocks of a cache group, in this order: moves, copies, cleared, new_blocks.
+
+    Attributes:
+        moves: Blocks that make room for an extent, (source, destination).
+        copies: Blocks that a forked sequence needs a copy of, (source, destination); a source may be a destination
+            of `moves`.
+        cleared: Blocks whose slots become zero.
+        new_blocks: (row, first column, block ids) to write into the block tables.
+    """
+
+    moves: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
+
+    @property
+    def touches_blocks(self) -> bool:
+        """Whether there is something to do besides the block tables."""
+        return bool(self.moves or self.copies or self.cleared)
 
 
 @dataclass(frozen=True)
@@ -66,21 +102,33 @@ class HostImage:
     """Memory on the host for a copy of an extent.
 
     Attributes:
+        num_blocks: Blocks of the full group.
         start: Its first block in the host tier; None for memory of its own, which `StepPlan.dropped` ends.
+        num_window_blocks: Blocks of the window group.
+        num_extra: Blocks of the tier, as large as those of the full group, that hold the window group's.
     """
 
     prompt_id: str
     num_blocks: int
     start: int | None = None
+    num_window_blocks: int = 0
+    num_extra: int = 0
+
+    @property
+    def size(self) -> int:
+        """Blocks of the tier that it takes."""
+        return self.num_blocks + self.num_extra
 
 
 @dataclass(frozen=True)
 class ExtentCopy:
     """A part of a prompt's K/V, from its extents to its image on the host or back: as much as the blocks
-    `first … first+count` of it take, in the order in which the image lies in memory (layer by layer).
+    `first … first+count` of the tier take, in the order in which the image lies in memory (group by group, layer by
+    layer).
 
     Attributes:
         extents: All of them, (first block, number of blocks) each; together as many blocks as the image has.
+        window_extents: The same in the window group.
     """
 
     image: HostImage
@@ -88,6 +136,7 @@ class ExtentCopy:
     first: int
     count: int
     to_host: bool
+    window_extents: tuple[tuple[int, int], ...] = ()
 
 
 SnapshotOp = Literal["load", "save", "update", "delete"]
@@ -116,7 +165,7 @@ class EndedJob:
 
 
 @dataclass
-class StepPlan:
+class StepPlan(BlockOrders):
     """What the ranks do in one step, in this order: moves, copies, cleared, freed, new_blocks, started, then the batch.
 
     Between tiers: dropped, transfers (they begin after all of that but the batch, and run beside it; done before
@@ -129,25 +178,20 @@ class StepPlan:
     extent whose last tokens are computed in the same batch: a request its system prompt, a prompt its parent. A
     system prompt's count is a multiple of the block size, but for its last one.
 
+    Its own block orders are those of the full group.
+
     Attributes:
-        moves: Blocks that make room for an extent, (source, destination).
-        copies: Blocks that a forked sequence needs a copy of, (source, destination); a source may be a destination
-            of `moves`.
-        cleared: Blocks whose slots become zero.
+        window: Block orders of the window group.
         dropped: Images whose memory is given back.
         transfers: Copies between extents and the host.
         jobs: Work on snapshots to begin.
         job_patience_s: Asks which of that work has ended, waiting so long for the first of it; None does not ask.
         masked: Entries of the batch whose next token is constrained; which tokens may be drawn is told later.
-        new_blocks: (row, first column, block ids) to write into the block tables.
     """
 
-    moves: list[tuple[int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    cleared: list[int] = field(default_factory=list)
+    window: BlockOrders = field(default_factory=BlockOrders)
     freed: list[FreedSequence] = field(default_factory=list)
     started: list[SequenceStart] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, list[int]]] = field(default_factory=list)
     dropped: list[HostImage] = field(default_factory=list)
     transfers: list[ExtentCopy] = field(default_factory=list)
     jobs: list[SnapshotJob] = field(default_factory=list)
@@ -161,7 +205,7 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        batch = self.rows or self.moves or self.copies or self.cleared or self.freed
+        batch = self.rows or self.touches_blocks or self.window.touches_blocks or self.freed
         tiers = self.dropped or self.transfers or self.jobs or self.job_patience_s is not None
         return not (batch or tiers)
 

@@ -136,10 +136,10 @@ def test_fork_shares_full_blocks_and_copies_the_rest(prompt_len: int, shared: in
     parent.token_ids = [*parent.token_ids, 77]
     child = make_seq(list(range(prompt_len)))
     copies = blocks.fork(parent, child)
-    assert copies is not None and len(copies) == copied
+    assert copies is not None and len(copies.full) == copied and not copies.window
     assert child.block_table[:shared] == parent.block_table[:shared]
     assert len(child.block_table) == shared + copied
-    assert copies == list(zip(parent.block_table[shared:], child.block_table[shared:], strict=False))[:copied]
+    assert copies.full == list(zip(parent.block_table[shared:], child.block_table[shared:], strict=False))[:copied]
     assert child.num_computed_tokens == prompt_len - 1, "the last prompt token is computed again, for its logits"
     blocks.check_integrity([parent, child], set())
 

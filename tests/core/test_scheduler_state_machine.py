@@ -14,11 +14,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from vllm.config import SchedulerConfig, SystemPromptConfig
 from vllm.core.block_manager import BlockManager
+from vllm.core.prompt_room import WindowRoom
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import Scheduler
 from vllm.core.system_prompt_pool import PinClass, SystemPromptPool, SystemPromptRefusedError
+from vllm.core.window_blocks import WindowBlocks
 from vllm.inputs import CacheMark
 from vllm.kv_cache.extents import PinnedBlockPool
+from vllm.kv_cache.windows import WindowLayout
 from vllm.sampling_params import SamplingParams
 from vllm.sequence import Sequence
 
@@ -30,52 +33,72 @@ PROMPTS += [[3] * 17 + [8] * 6, [3] * 17 + [8] * 6 + [9] * 5, [2] * 12, [2] * 14
 SUFFIXES = [[11] * 4, [11] * 8, [11] * 9, [12] * 12]
 
 
-class Device:
-    """A rank in numbers: what every KV slot holds, and which tokens and blocks each row has, as its plans say."""
+class Group:
+    """The blocks of a cache group: what every slot holds, and the block table of each row."""
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], tuple[int, int]] = {}
-        self.tokens: dict[int, list[int]] = {}
         self.tables: dict[int, list[int]] = {}
-        self.prefix: dict[int, tuple] = {}
 
-    def run(self, plan, token, heads, max_num_seqs) -> list[int]:
-        """Carries out a plan; every sequence that draws gets `token`. `heads` are the tokens that plans leave out since
-        their KV is pinned, by row."""
-        for pairs in (plan.moves, plan.copies):
+    def apply(self, orders, freed, started) -> None:
+        for pairs in (orders.moves, orders.copies):
             old = dict(self.slots)
             for source, destination in pairs:
                 for offset in range(BLOCK):
                     self.slots.pop((destination, offset), None)
                     if (source, offset) in old:
                         self.slots[destination, offset] = old[source, offset]
-        for block in plan.cleared:
+        for block in orders.cleared:
             for offset in range(BLOCK):
                 self.slots.pop((block, offset), None)
-        for freed in plan.freed:
-            assert self.tables.pop(freed.row, None) is not None, "a row is freed once"
-        for row, first, blocks in plan.new_blocks:
+        for seq in freed:
+            assert self.tables.pop(seq.row, None) is not None, "a row is freed once"
+        for row, first, blocks in orders.new_blocks:
             if row in self.tables:
                 self.tables[row][first : first + len(blocks)] = blocks
+        for row, table in started:
+            assert row not in self.tables, "a row is freed before it is used again"
+            self.tables[row] = list(table)
+
+    def own_slot(self, row: int, position: int) -> tuple[int, int]:
+        return self.tables[row][position // BLOCK], position % BLOCK
+
+
+class Device:
+    """A rank in numbers: what every KV slot holds, and which tokens and blocks each row has, as its plans say.
+
+    Args:
+        window: W of the window group; None where there is none.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self.full = Group()
+        self.windows = Group()
+        self.window = window
+        self.tokens: dict[int, list[int]] = {}
+        self.prefix: dict[int, tuple] = {}
+        self.window_prefix: dict[int, tuple] = {}
+
+    @property
+    def slots(self) -> dict[tuple[int, int], tuple[int, int]]:
+        return self.full.slots
+
+    def run(self, plan, token, heads, max_num_seqs) -> list[int]:
+        """Carries out a plan; every sequence that draws gets `token`. `heads` are the tokens that plans leave out since
+        their KV is pinned, by row."""
+        self.full.apply(plan, plan.freed, [(seq.row, seq.block_table) for seq in plan.started])
+        self.windows.apply(plan.window, plan.freed, [(seq.row, seq.window_table) for seq in plan.started])
         for seq in plan.started:
-            assert seq.row not in self.tables, "a row is freed before it is used again"
             assert seq.num_skipped <= sum(e.num_tokens for e in seq.prefix)
             assert (seq.row >= max_num_seqs) == seq.is_system_prompt
             self.tokens[seq.row] = [*heads[seq.row][: seq.num_skipped], *seq.token_ids]
-            self.tables[seq.row] = list(seq.block_table)
-            self.prefix[seq.row] = seq.prefix
+            self.prefix[seq.row], self.window_prefix[seq.row] = seq.prefix, seq.window_prefix
         self.begin_copies(plan)
-        written = {}
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
-            for i in range(start, start + count):
-                slot = self.slot(row, i)
-                assert written.setdefault(slot, row) == row, "two sequences write into one slot"
-                self.slots[slot] = (self.tokens[row][i], i)
+        self.compute(plan, self.full, self.slot, MAX_LEN)
+        if self.window is not None:
+            self.compute(plan, self.windows, self.window_slot, self.window)
         drawn = []
         for row, start, count, samples in zip(plan.rows, plan.starts, plan.counts, plan.samples, strict=True):
-            for i in range(start + count):
-                seen = self.slots.get(self.slot(row, i))
-                assert seen == (self.tokens[row][i], i), (row, i, seen, "KV of another context")
             assert count >= 1
             drawn.append(token if samples else -1)
             if samples:
@@ -83,6 +106,19 @@ class Device:
                 self.tokens[row].append(token)
                 assert len(self.tokens[row]) <= MAX_LEN
         return drawn
+
+    def compute(self, plan, group, slot_of, window) -> None:
+        """Writes the KV of all tokens of a batch, then reads what each of them reads."""
+        written = {}
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            for i in range(start, start + count):
+                slot = slot_of(row, i)
+                assert written.setdefault(slot, (row, i)) == (row, i), "two tokens are written into one slot"
+                group.slots[slot] = (self.tokens[row][i], i)
+        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+            for i in range(max(0, start - window + 1), start + count):
+                seen = group.slots.get(slot_of(row, i))
+                assert seen == (self.tokens[row][i], i), (row, i, seen, "KV of another context")
 
     def begin_copies(self, plan) -> None:
         """Copies to other tiers begin when blocks are in their places, and run beside the batch."""
@@ -93,7 +129,16 @@ class Device:
             if position < extent.num_tokens:
                 return extent.start_block + position // BLOCK, position % BLOCK
             position -= extent.num_tokens
-        return self.tables[row][position // BLOCK], position % BLOCK
+        return self.full.own_slot(row, position)
+
+    def window_slot(self, row: int, position: int) -> tuple[int, int]:
+        for extent in self.window_prefix[row]:
+            if extent.position <= position < extent.position + extent.num_tokens:
+                offset = position - extent.position
+                return extent.start_block + offset // BLOCK, offset % BLOCK
+        own = position - sum(e.num_tokens for e in self.prefix[row])
+        assert own >= 0, (row, position, "not pinned in the window group")
+        return self.windows.own_slot(row, own)
 
 
 class Machine(RuleBasedStateMachine):
@@ -117,7 +162,14 @@ class Machine(RuleBasedStateMachine):
     ):
         self.now = 1000.0
         self.num_blocks = MAX_LEN // BLOCK + extra
-        self.blocks = BlockManager(self.num_blocks, BLOCK, caching)
+        window = self.make_window(seed)
+        windows = None
+        if window is not None:
+            layout = WindowLayout(window, BLOCK, max(batched, seqs, BLOCK))
+            floor = layout.most_blocks(MAX_LEN)
+            windows = WindowBlocks(layout, floor + extra // 2, caching)
+            pinned_windows = PinnedBlockPool(floor + extra // 2, budget, floor)
+        self.blocks = BlockManager(self.num_blocks, BLOCK, caching, windows)
         self.pinned = PinnedBlockPool(self.num_blocks, budget, MAX_LEN // BLOCK)
         self.pool = SystemPromptPool(
             SystemPromptConfig(mode=mode, min_tokens=4, private=private, markers=markers, ttl=ttl),
@@ -126,6 +178,7 @@ class Machine(RuleBasedStateMachine):
             on_release=self.blocks.give_back,
             clock=lambda: self.now,
             tiers=self.make_tiers(),
+            windows=None if windows is None else WindowRoom(pinned_windows, layout, windows.give_back),
         )
         config = SchedulerConfig(
             max_num_seqs=seqs,
@@ -134,7 +187,7 @@ class Machine(RuleBasedStateMachine):
             max_outputs_beside_others=outputs,
         )
         self.scheduler = Scheduler(config, self.blocks, self.pool, MAX_LEN, eos_token_ids=(99,))
-        self.device = self.make_device()
+        self.device = self.make_device(window)
         self.depth = depth
         self.drawn: list[list[int]] = []
         self.next_id = 0
@@ -147,8 +200,11 @@ class Machine(RuleBasedStateMachine):
     def make_tiers(self):
         return PromptTiers()
 
-    def make_device(self):
-        return Device()
+    def make_window(self, seed):
+        return None
+
+    def make_device(self, window):
+        return Device(window)
 
     @rule(
         prompt=st.sampled_from([*PROMPTS, None]),
@@ -331,6 +387,13 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def books_balance(self):
         self.scheduler.check_integrity()
+        if self.blocks.windows is not None:
+            layout, windows = self.blocks.windows.layout, self.blocks.windows
+            assert windows.num_schedulable_blocks >= layout.most_blocks(MAX_LEN)
+            for prompt in self.pool.prompts():
+                if prompt.window_extents:
+                    kept = sum(e.num_blocks for e in prompt.window_extents)
+                    assert kept <= -(-(min(prompt.num_own_tokens, layout.window - 1)) // BLOCK) + 1
         assert self.pinned.pinned_blocks <= self.pinned.budget_blocks
         assert self.blocks.num_schedulable_blocks >= MAX_LEN // BLOCK
 
@@ -345,11 +408,13 @@ class Machine(RuleBasedStateMachine):
         assert not self.scheduler.has_work(), list(self.scheduler.unfinished())
         self.scheduler.check_integrity()
         assert self.blocks.num_used_blocks == 0 and self.pool.num_readers == 0
+        assert self.blocks.windows is None or self.blocks.windows.num_used_blocks == 0
         for prompt in self.pool.prompts():
             if self.pool.get(prompt.id) is prompt:
                 self.pool.remove(prompt.id)
         assert self.pinned.pinned_blocks == 0 and not self.pool.prompts()
         assert self.blocks.num_free_blocks == self.num_blocks
+        assert self.blocks.windows is None or self.blocks.windows.num_free_blocks == self.blocks.windows.num_blocks
 
 
 _EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
@@ -362,4 +427,20 @@ class TestScheduler(Machine.TestCase):
 
 @pytest.mark.nightly
 class TestSchedulerLong(Machine.TestCase):
+    settings = settings(max_examples=_EXAMPLES or 3000, stateful_step_count=80, **_settings)
+
+
+class WindowMachine(Machine):
+    """The same with a window group beside the full one: a pin keeps its window there, a request gives back the rest."""
+
+    def make_window(self, seed):
+        return [1, 2, BLOCK, BLOCK + 1, 6, 9, 13, 20, 31][seed % 9]
+
+
+class TestWindows(WindowMachine.TestCase):
+    settings = settings(max_examples=_EXAMPLES or 200, stateful_step_count=40, **_settings)
+
+
+@pytest.mark.nightly
+class TestWindowsLong(WindowMachine.TestCase):
     settings = settings(max_examples=_EXAMPLES or 3000, stateful_step_count=80, **_settings)

@@ -11,9 +11,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 
-from tests.core.test_scheduler_state_machine import _EXAMPLES, BLOCK, MAX_LEN, PROMPTS, Device, Machine, _settings
+from tests.core.test_scheduler_state_machine import (
+    _EXAMPLES,
+    BLOCK,
+    MAX_LEN,
+    PROMPTS,
+    Device,
+    Group,
+    Machine,
+    _settings,
+)
 from vllm.core.pinned_prompt import prompt_id
 from vllm.core.prompt_tiers import PromptTiers
+from vllm.kv_cache.windows import WindowLayout
 from vllm.step import EndedJob
 from vllm.system_prompt_store import SnapshotRecord
 
@@ -24,13 +34,13 @@ class TieredDevice(Device):
     """A rank that also has a host and a disk. A copy between them is done when the next step begins: until then it may
     read its source, and what it writes is worth nothing. A job works when it ends."""
 
-    def __init__(self, rng: random.Random, disk: dict[str, list]) -> None:
-        super().__init__()
+    def __init__(self, rng: random.Random, disk: dict[str, list], window: int | None) -> None:
+        super().__init__(window)
         self.rng = rng
         self.disk = disk
         self.host: dict[object, object] = {}
         self.jobs: list = []
-        self.copies: list[tuple[bool, int, object, object]] = []
+        self.copies: list[tuple[bool, tuple[Group, int], object, object]] = []
 
     def run(self, plan, token, heads, max_num_seqs) -> list[int]:
         self.join()
@@ -39,11 +49,14 @@ class TieredDevice(Device):
 
     def begin_copies(self, plan) -> None:
         for image in plan.dropped:
-            for i in range(image.num_blocks):
+            for i in range(image.size):
                 self.host.pop(self.place(image, i), None)
         for transfer in plan.transfers:
-            blocks = [b for start, size in transfer.extents for b in range(start, start + size)]
-            assert len(blocks) == transfer.image.num_blocks
+            # A block of the window group is as large as one of the full group here.
+            extents = ((self.full, transfer.extents), (self.windows, transfer.window_extents))
+            blocks = [(g, b) for g, some in extents for start, size in some for b in range(start, start + size)]
+            assert len(blocks) == transfer.image.size
+            assert transfer.image.num_extra == transfer.image.num_window_blocks
             for i in range(transfer.first, transfer.first + transfer.count):
                 place, block = self.place(transfer.image, i), blocks[i]
                 source = self.block(block) if transfer.to_host else self.host[place]
@@ -67,12 +80,14 @@ class TieredDevice(Device):
                 self.put(block, source)
         self.copies = []
 
-    def put(self, block: int, content: list) -> None:
+    def put(self, where: tuple[Group, int], content: list) -> None:
+        group, block = where
         for offset, slot in enumerate(content):
-            self.slots[block, offset] = slot
+            group.slots[block, offset] = slot
 
-    def block(self, block: int) -> list:
-        return [self.slots.get((block, offset)) for offset in range(BLOCK)]
+    def block(self, where: tuple[Group, int]) -> list:
+        group, block = where
+        return [group.slots.get((block, offset)) for offset in range(BLOCK)]
 
     @staticmethod
     def place(image, i: int) -> object:
@@ -83,7 +98,7 @@ class TieredDevice(Device):
         job = self.jobs.pop(0)
         key, outcome = job.record.prompt_id, "ok"
         if job.op == "save":
-            content = [self.host[self.place(job.image, i)] for i in range(job.image.num_blocks)]
+            content = [self.host[self.place(job.image, i)] for i in range(job.image.size)]
             if self.rng.random() < 0.2:
                 outcome = "error"
             else:
@@ -93,19 +108,21 @@ class TieredDevice(Device):
         elif job.op == "load":
             content = self.disk.get(key)
             outcome = "missing" if content is None else "damaged" if self.rng.random() < 0.3 else "ok"
-            for i in range(job.image.num_blocks):
+            for i in range(job.image.size):
                 self.host[self.place(job.image, i)] = content[i] if outcome == "ok" else [(-2, -2)] * BLOCK
             if outcome == "damaged":
                 del self.disk[key]
         return EndedJob(job.op, key, outcome)
 
 
-def snapshot(tokens: list[int]) -> tuple[SnapshotRecord, list]:
+def snapshot(tokens: list[int], window: int | None) -> tuple[SnapshotRecord, list]:
     """A snapshot that an earlier run has left."""
     count = -(-len(tokens) // BLOCK)
     slots = [(token, i) for i, token in enumerate(tokens)] + [None] * (count * BLOCK - len(tokens))
-    record = SnapshotRecord(prompt_id(tokens), tokens, 0, count, "automatic")
-    return record, [slots[i * BLOCK : (i + 1) * BLOCK] for i in range(count)]
+    full = [slots[i * BLOCK : (i + 1) * BLOCK] for i in range(count)]
+    kept = full[WindowLayout(window, BLOCK, 1).first_of_tail(len(tokens)) :] if window is not None else []
+    record = SnapshotRecord(prompt_id(tokens), tokens, 0, count, "automatic", num_window_blocks=len(kept))
+    return record, [*full, *kept]
 
 
 class TieredMachine(Machine):
@@ -129,16 +146,22 @@ class TieredMachine(Machine):
         self, extra, budget, caching, seqs, batched, mode, depth, markers, ttl, host, keeps, stored, copied, seed
     ):
         self.rng = random.Random(seed)
-        found = [snapshot(list(PROMPTS[i])) for i in stored] if keeps else []
+        window = self.make_window(seed)
+        found = [snapshot(list(PROMPTS[i]), window) for i in stored] if keeps else []
         self.disk = {record.prompt_id: content for record, content in found}
-        self.tiers = PromptTiers(host, keeps, [r for r, _ in found], copied, clock=lambda: self.now)
+        share = 0.0 if window is None else 1.0
+        self.tiers = PromptTiers(host, keeps, [r for r, _ in found], copied, share, clock=lambda: self.now)
         super().start(extra, budget, caching, seqs, batched, mode, depth, False, markers, ttl, None, None, seed)
+
+    def make_window(self, seed):
+        """A window group beside the full one, half of the time."""
+        return [1, 2, BLOCK, BLOCK + 1, 6, 9, 13, 20, 31, *[None] * 9][seed % 18]
 
     def make_tiers(self):
         return self.tiers
 
-    def make_device(self):
-        return TieredDevice(self.rng, self.disk)
+    def make_device(self, window):
+        return TieredDevice(self.rng, self.disk, window)
 
     def one_step(self, token):
         super().one_step(token)

@@ -23,6 +23,7 @@ class ForwardContext:
         prepared: The backend's own view of the batch, for each of the network's different specs.
         positions: Position of each token; int64 [T].
         slot_mapping: Slot of each token; int64 [T].
+        window_slots: The same in the window group; None where there is none.
         k_caches, v_caches: Per layer [num_slots, num_kv_heads, head_dim].
         wanted: The tokens whose hidden states are wanted; int64 [R]. None: of all. The others only leave K and V, and
             the last layer does no more for them: 3 % of a prefill of 32 layers.
@@ -35,6 +36,11 @@ class ForwardContext:
     k_caches: list[torch.Tensor]
     v_caches: list[torch.Tensor]
     wanted: torch.Tensor | None = None
+    window_slots: torch.Tensor | None = None
+
+    def slots(self, spec: AttentionSpec) -> torch.Tensor:
+        """Slot of each token in a layer that asks for `spec`."""
+        return self.slot_mapping if spec.window is None or self.window_slots is None else self.window_slots
 
 
 class Attention(nn.Module):
@@ -58,7 +64,9 @@ class Attention(nn.Module):
         """What the layer keeps."""
         spec = self.spec
         return PagedKV(
-            Row(spec.num_kv_heads, spec.head_dim, spec.dtype), Row(spec.num_kv_heads, spec.v_dim, spec.dtype)
+            Row(spec.num_kv_heads, spec.head_dim, spec.dtype),
+            Row(spec.num_kv_heads, spec.v_dim, spec.dtype),
+            spec.window,
         )
 
     def forward(
@@ -84,5 +92,5 @@ class Attention(nn.Module):
         """Only writes K and V; returns the queries, normalised and turned, [T, num_heads, D]."""
         k_cache, v_cache = context.k_caches[self.layer_index], context.v_caches[self.layer_index]
         return context.backend.rope_and_write(
-            qkv, context.positions, rope, qk_norm, context.slot_mapping, k_cache, v_cache, self.spec.num_heads
+            qkv, context.positions, rope, qk_norm, context.slots(self.spec), k_cache, v_cache, self.spec.num_heads
         )

@@ -1,55 +1,38 @@
-"""Who holds which schedulable KV block, and which full blocks can be found again by what they contain."""
+"""Who holds which schedulable KV block."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
+from vllm.core.block_pool import BlockPool, Content
+from vllm.core.window_blocks import WindowBlocks
 from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence
 
 
-class BlockManager:
-    """Blocks of suffixes.
+class Copies(NamedTuple):
+    """Block copies (source, destination) to make, in each group."""
 
-    A block is *free* (nobody reads it; it may still be cached), *used* (`ref_count > 0`) or *pinned* (taken out by
-    `vacate`, returned by `give_back`). A cached block is one whose content is indexed by its key; blocks are evicted in
-    least-recently-used order, those without cached content first.
+    full: list[tuple[int, int]]
+    window: list[tuple[int, int]]
+
+
+class BlockManager(BlockPool):
+    """Blocks of suffixes, of the full group, and with them what the window group keeps.
 
     Args:
-        num_blocks: Blocks in the KV cache.
+        num_blocks: Blocks in the full group.
         block_size: Tokens in a block.
         enable_caching: Keep full blocks for reuse.
+        windows: Blocks of the window group, where the network has one.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_caching: bool = True) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.enable_caching = enable_caching
-        self._ref_count = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._block_of_key: dict[bytes, int] = {}
-        self._content: dict[int, tuple[bytes, bytes]] = {}
-        self._num_cached_free = 0
-        self._num_pinned = 0
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that can be handed out, cached ones included."""
-        return len(self._free)
-
-    @property
-    def num_cached_blocks(self) -> int:
-        """Free blocks whose content can still be found."""
-        return self._num_cached_free
-
-    @property
-    def num_used_blocks(self) -> int:
-        return self.num_blocks - self._num_pinned - len(self._free)
-
-    @property
-    def num_schedulable_blocks(self) -> int:
-        return self.num_blocks - self._num_pinned
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_caching: bool = True, windows: WindowBlocks | None = None
+    ) -> None:
+        super().__init__(num_blocks, block_size, enable_caching)
+        self.windows = windows
 
     def blocks_for(self, seq: Sequence, num_tokens: int) -> int:
         """Own blocks that `seq` needs for its first `num_tokens` tokens."""
@@ -58,13 +41,22 @@ class BlockManager:
     def grow(self, seq: Sequence, num_tokens: int) -> list[int] | None:
         """Gives `seq` the blocks that its first `num_tokens` tokens need.
 
-        Returns the new blocks, or None (and changes nothing) when not enough are free.
+        In the window group it gives back what lies behind its window first, and gets as many blocks as in the full one.
+
+        Returns the new blocks, or None (and takes nothing) when not enough are free.
         """
         missing = self.blocks_for(seq, num_tokens) - len(seq.block_table)
-        if missing > len(self._free):
+        if missing <= 0:
+            return []
+        windows = self.windows
+        if windows is not None:
+            windows.slide(seq)
+        if missing > len(self._free) or (windows is not None and missing > windows.num_free_blocks):
             return None
-        new = [self._take_free() for _ in range(missing)]
+        new = [self.take() for _ in range(missing)]
         seq.block_table.extend(new)
+        if windows is not None:
+            windows.grow(seq, missing)
         return new
 
     def find_cached(self, seq: Sequence) -> list[int]:
@@ -76,48 +68,76 @@ class BlockManager:
             return []
         most = (seq.num_tokens - 1 - seq.prefix_len) // self.block_size
         found = []
-        start = seq.prefix_len
-        for key in seq.keys_of_full_blocks(most, self.block_size):
-            block = self._block_of_key.get(key)
-            if block is None or self._content[block][1] != seq.token_ids[start : start + self.block_size].tobytes():
+        for content in self._contents(seq, most):
+            block = self.find(content)
+            if block is None:
                 break
             found.append(block)
-            start += self.block_size
+        if self.windows is not None:
+            del found[self.windows.longest_hit(self._contents(seq, len(found))) :]
         return found
 
+    def _contents(self, seq: Sequence, count: int) -> Iterator[Content]:
+        """Keys and token ids of the first `count` own blocks."""
+        start = seq.prefix_len
+        for key in seq.keys_of_full_blocks(count, self.block_size):
+            yield key, seq.token_ids[start : start + self.block_size].tobytes()
+            start += self.block_size
+
     def adopt(self, seq: Sequence, blocks: list[int]) -> None:
-        """Lets `seq`, which holds no blocks yet, read `blocks` as the head of its own tokens."""
+        """Lets `seq`, which holds no blocks yet, read `blocks`, which `find_cached` has found, as the head of its own
+        tokens."""
+        self._share(seq, blocks)
+        if self.windows is not None:
+            last = self.windows.window_behind(list(self._contents(seq, len(blocks))))
+            self.windows.adopt(seq, len(blocks), last)
+
+    def _share(self, seq: Sequence, blocks: list[int]) -> None:
         for block in blocks:
-            self._acquire(block)
+            self.acquire(block)
         seq.block_table = list(blocks)
         seq.num_committed_blocks = len(blocks)
         seq.num_computed_tokens = seq.prefix_len + len(blocks) * self.block_size
 
-    def num_free_after(self, blocks: list[int]) -> int:
-        """Free blocks that would be left if `blocks` were adopted."""
-        return len(self._free) - sum(self._ref_count[b] == 0 for b in blocks)
+    def can_begin(self, seq: Sequence, found: list[int], num_tokens: int) -> bool:
+        """Whether `seq` gets the blocks of its first `num_tokens` tokens if it adopts `found`."""
+        missing = self.blocks_for(seq, num_tokens) - len(found)
+        if missing > self.num_free_after(found):
+            return False
+        windows = self.windows
+        if windows is None:
+            return True
+        return missing <= windows.num_free_after(windows.window_behind(list(self._contents(seq, len(found)))))
 
-    def fork(self, parent: Sequence, child: Sequence) -> list[tuple[int, int]] | None:
+    def fork(self, parent: Sequence, child: Sequence) -> Copies | None:
         """Lets `child` share the blocks of `parent` that hold the child's tokens, all but its last one.
 
         Full blocks are shared. A block that those tokens fill in part is copied.
 
-        Returns the block copies (source, destination) to make, or None when the parent does not hold the tokens or no
-        block is free.
+        Returns the block copies to make, or None when the parent does not hold the tokens, or no longer all that the
+        child reads of them, or no block is free.
         """
         num_shared = len(child.token_ids) - 1
-        full, rest = divmod(num_shared - child.prefix_len, self.block_size)
-        held = -(-(num_shared - child.prefix_len) // self.block_size)
+        own = num_shared - child.prefix_len
+        full, rest = divmod(own, self.block_size)
+        windows = self.windows
         if parent.system_prompt is not child.system_prompt or parent.num_computed_tokens < num_shared:
             return None
-        if held > len(parent.block_table) or (rest and not self._free):
+        if -(-own // self.block_size) > len(parent.block_table) or (rest and not self._free):
             return None
-        self.adopt(child, parent.block_table[:full])
-        copies = []
+        if windows is not None:
+            last = windows.shared_with(parent, own, full)
+            if last is None or (rest and not windows.num_free_blocks):
+                return None
+            windows.adopt(child, full, last)
+        self._share(child, parent.block_table[:full])
+        copies = Copies([], [])
         if rest:
-            block = self._take_free()
-            child.block_table.append(block)
-            copies.append((parent.block_table[full], block))
+            child.block_table.append(self.take())
+            copies.full.append((parent.block_table[full], child.block_table[full]))
+            if windows is not None:
+                windows.grow(child, 1)
+                copies.window.append((parent.window_table[full], child.window_table[full]))
         child.num_computed_tokens = num_shared
         child.num_committed_blocks = min(full, parent.num_committed_blocks)
         return copies
@@ -132,11 +152,11 @@ class BlockManager:
             return
         keys = seq.keys_of_full_blocks(full, self.block_size)
         for i in range(seq.num_committed_blocks, full):
-            if keys[i] not in self._block_of_key:
-                start = seq.prefix_len + i * self.block_size
-                block = seq.block_table[i]
-                self._block_of_key[keys[i]] = block
-                self._content[block] = (keys[i], seq.token_ids[start : start + self.block_size].tobytes())
+            start = seq.prefix_len + i * self.block_size
+            tokens = seq.token_ids[start : start + self.block_size].tobytes()
+            self.remember(seq.block_table[i], (keys[i], tokens))
+            if self.windows is not None:
+                self.windows.commit(seq, i, (keys[i], tokens))
         seq.num_committed_blocks = full
 
     def free(self, seq: Sequence) -> None:
@@ -145,7 +165,9 @@ class BlockManager:
             return
         # Tails first: when memory is short, the head of a conversation should outlive its end.
         for block in reversed(seq.block_table):
-            self._release(block)
+            self.release(block)
+        if self.windows is not None:
+            self.windows.free(seq)
         seq.block_table = []
         seq.num_committed_blocks = 0
         seq.num_computed_tokens = 0
@@ -157,72 +179,19 @@ class BlockManager:
         blocks) are patched. Returns the copies (source, destination) that must run before the next forward pass, all
         at once, or None (and changes nothing) when the used ones find no room elsewhere.
         """
-        window = [block for extent in extents for block in range(extent.start, extent.end)]
-        used = [b for b in window if self._ref_count[b] > 0]
-        if len(self._free) < len(window):
+        extents = list(extents)
+        if not self.has_room_for(extents):
             return None
-        ref_count, content_of, free = self._ref_count, self._content, self._free
-        for block in window:
-            if ref_count[block] == 0:
-                if block in content_of:
-                    self._drop_content(block)
-                del free[block]
-        moved: dict[int, int] = {}
-        for block in used:
-            target = self._take_free()
-            moved[block] = target
-            self._ref_count[target], self._ref_count[block] = self._ref_count[block], 0
-            content = self._content.pop(block, None)
-            if content is not None:
-                self._content[target] = content
-                self._block_of_key[content[0]] = target
+        moved = self.clear_out(extents)
         if moved:
             for seq in holders:
                 seq.block_table = [moved.get(b, b) for b in seq.block_table]
-        self._num_pinned += len(window)
         return list(moved.items())
 
-    def give_back(self, extent: Extent) -> None:
-        """Makes blocks that `vacate` took out schedulable again."""
-        for block in range(extent.start, extent.end):
-            self._free[block] = None
-            self._free.move_to_end(block, last=False)
-        self._num_pinned -= extent.num_blocks
-
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached content; used blocks stay used."""
-        self._block_of_key.clear()
-        self._content.clear()
-        self._num_cached_free = 0
-
-    def _take_free(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        if block in self._content:
-            self._num_cached_free -= 1
-            key, _ = self._content.pop(block)
-            del self._block_of_key[key]
-        self._ref_count[block] = 1
-        return block
-
-    def _acquire(self, block: int) -> None:
-        if self._ref_count[block] == 0:
-            del self._free[block]
-            self._num_cached_free -= block in self._content
-        self._ref_count[block] += 1
-
-    def _release(self, block: int) -> None:
-        self._ref_count[block] -= 1
-        if self._ref_count[block] == 0:
-            self._free[block] = None
-            if block in self._content:
-                self._num_cached_free += 1
-            else:
-                self._free.move_to_end(block, last=False)
-
-    def _drop_content(self, block: int) -> None:
-        """Forgets what a free, cached block holds."""
-        del self._block_of_key[self._content.pop(block)[0]]
-        self._num_cached_free -= 1
+        super().reset_prefix_cache()
+        if self.windows is not None:
+            self.windows.reset_prefix_cache()
 
     def check_integrity(self, holders: Iterable[Sequence], pinned: set[int]) -> None:
         """Raises AssertionError with numbers when blocks are lost, shared wrongly or double-booked.
@@ -231,17 +200,8 @@ class BlockManager:
             holders: Every sequence that holds blocks.
             pinned: Every block of a pinned extent.
         """
-        counts = [0] * self.num_blocks
+        holds: list[int] = []
         for seq in holders:
             assert len(set(seq.block_table)) == len(seq.block_table), seq
-            for block in seq.block_table:
-                counts[block] += 1
-        assert counts == self._ref_count, [i for i in range(self.num_blocks) if counts[i] != self._ref_count[i]]
-        used = {b for b, n in enumerate(counts) if n}
-        free = set(self._free)
-        assert not used & free and not used & pinned and not free & pinned, (used & free, used & pinned, free & pinned)
-        assert len(used) + len(free) + len(pinned) == self.num_blocks, (len(used), len(free), len(pinned))
-        assert self._num_pinned == len(pinned), (self._num_pinned, len(pinned))
-        assert self._num_cached_free == sum(b in self._content for b in free)
-        assert {key: b for b, (key, _) in self._content.items()} == self._block_of_key
-        assert not pinned & set(self._content)
+            holds += seq.block_table
+        self.check_books(holds, pinned)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import cast
 
 import numpy as np
 
 from vllm.kv_cache.extents import Extent
+from vllm.kv_cache.windows import WindowLayout
 from vllm.outputs import SystemPromptInfo
 from vllm.sequence import Sequence
-from vllm.step import PrefixExtent
+from vllm.step import PrefixExtent, WindowExtent
 from vllm.token_ids import TokenIds
 
 MAX_CHAIN = 8
@@ -84,6 +86,26 @@ class SystemPromptRefusedError(RuntimeError):
         self.outcome = outcome
 
 
+@dataclass(frozen=True)
+class BlockCount:
+    """Blocks of both cache groups."""
+
+    full: int
+    window: int = 0
+
+    @classmethod
+    def of(cls, num_own_tokens: int, block_size: int, windows: WindowLayout | None) -> BlockCount:
+        """What a prompt keeps of its own tokens."""
+        kept = windows.tail_blocks(num_own_tokens) if windows is not None else 0
+        return cls(-(-num_own_tokens // block_size), kept)
+
+    def __add__(self, other: BlockCount) -> BlockCount:
+        return BlockCount(self.full + other.full, self.window + other.window)
+
+    def __neg__(self) -> BlockCount:
+        return BlockCount(-self.full, -self.window)
+
+
 def prompt_id(token_ids: Iterable[int], scope: bytes = b"") -> str:
     """Identity of a system prompt: `sp-` and 128 bits of SHA-256 over its scope and its token ids as int64."""
     return "sp-" + hashlib.sha256(scope + np.array(token_ids, np.int64).tobytes()).hexdigest()[:32]
@@ -108,6 +130,9 @@ class PinnedPrompt:
         sequence: The prefill of the prompt itself (`is_system_prompt`), which reads its parent; its block table is the
             extents. Its priority and order are the best of those that brought it or wait for it.
         extents: Blocks of its own tokens; empty while it has no place.
+        size: Blocks that it takes in each group.
+        window_extents: Blocks of its last own tokens in the window group.
+        window_prefix: What its readers may read of the chain in the window group.
         prefix: The chain of extents that its readers read; empty while it has no place.
         order_key: Brings the readers of one chain side by side when a batch is sorted by it.
         children: Prompts whose parent it is; they hold it as readers do.
@@ -135,6 +160,7 @@ class PinnedPrompt:
         scope: bytes,
         on_probation: bool,
         now: float,
+        windows: WindowLayout | None = None,
     ) -> None:
         self.id = prompt_id(token_ids, scope)
         self.token_ids = token_ids
@@ -151,6 +177,8 @@ class PinnedPrompt:
         self.doomed = False
         self.extents: tuple[Extent, ...] = ()
         self.prefix: tuple[PrefixExtent, ...] = ()
+        self.window_extents: tuple[Extent, ...] = ()
+        self.window_prefix: tuple[WindowExtent, ...] = ()
         self.order_key: tuple[int, ...] = ()
         self.sequence = Sequence(self.id, token_ids, order=UNORDERED, priority=UNORDERED, is_system_prompt=True)
         self.hits = 0
@@ -165,8 +193,9 @@ class PinnedPrompt:
         self.prefill_started = 0.0
         self.next_expiry: float | None = None
         self._block_size = block_size
+        self._windows = windows
         self.parent: PinnedPrompt | None = None
-        self.num_blocks = 0
+        self.size = BlockCount(0)
         self.follow(parent)
 
     def __repr__(self) -> str:
@@ -179,9 +208,14 @@ class PinnedPrompt:
         self.parent = self.sequence.system_prompt = parent
         if parent is not None:
             parent.children.add(self)
-        self.num_blocks = -(-self.num_own_tokens // self._block_size)
+        self.size = BlockCount.of(self.num_own_tokens, self._block_size, self._windows)
 
-    def place(self, extents: tuple[Extent, ...]) -> None:
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of its extents."""
+        return self.size.full
+
+    def place(self, extents: tuple[Extent, ...], window_extents: tuple[Extent, ...] = ()) -> None:
         """Gives it the blocks of its own tokens; its parent has its own already."""
         prefix = list(self.parent.prefix) if self.parent is not None else []
         left = self.num_own_tokens
@@ -192,10 +226,25 @@ class PinnedPrompt:
         self.order_key = tuple(e.start_block for e in self.prefix)
         self.sequence.block_table = [block for e in extents for block in range(e.start, e.end)]
         self.sequence.num_computed_tokens = self.start
+        if self._windows is not None:
+            self._place_window(self._windows, window_extents)
+
+    def _place_window(self, windows: WindowLayout, extents: tuple[Extent, ...]) -> None:
+        # What of the chain lies before the window of the first token behind this prompt is left out.
+        seen_from = self.num_tokens - windows.window + 1
+        above = self.parent.window_prefix if self.parent is not None else ()
+        prefix = [e for e in above if e.position + e.num_tokens > seen_from]
+        position = self.start + windows.first_of_tail(self.num_own_tokens) * self._block_size
+        for extent in extents:
+            count = min(self.num_tokens - position, extent.num_blocks * self._block_size)
+            prefix.append(WindowExtent(extent.start, count, position))
+            position += count
+        self.window_extents, self.window_prefix = extents, tuple(prefix)
 
     def leave(self) -> None:
         """It has no place any more."""
         self.extents, self.prefix, self.order_key, self.sequence.block_table = (), (), (), []
+        self.window_extents, self.window_prefix = (), ()
 
     @property
     def rank(self) -> Rank:
@@ -255,7 +304,7 @@ class PinnedPrompt:
             prompt.first_use = prompt.first_use or number
             prompt = prompt.parent
 
-    def info(self, bytes_per_block: int = 0) -> SystemPromptInfo:
+    def info(self, bytes_per_block: int = 0, window_bytes_per_block: int = 0) -> SystemPromptInfo:
         state = self.state
         if self.doomed and state != PromptState.REMOVED:
             state = PromptState.REMOVING
@@ -276,7 +325,7 @@ class PinnedPrompt:
             uses=self.uses,
             readers=self.readers,
             pin=self.pin.name.lower(),
-            num_bytes=self.num_blocks * bytes_per_block,
+            num_bytes=self.size.full * bytes_per_block + self.size.window * window_bytes_per_block,
             tokens_saved=self.tokens_saved,
             parent=self.parent.id if self.parent is not None else None,
             children=len(self.children),

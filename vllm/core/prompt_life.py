@@ -97,12 +97,13 @@ class PromptLife:
             scope=want.scope,
             on_probation=not self._demand.is_reused(token_ids, want),
             now=self._clock(),
+            windows=self._room.layout,
         )
         self._demand.hand_over(prompt, is_use)
         if not prompt.on_probation and parent is not None:
             self.promote(parent)
         # Evict only now, when the new prompt is sure to be registered.
-        self.make_room(prompt, lambda: self._room.fits(prompt.num_blocks))
+        self.make_room(prompt, lambda: self._room.fits(prompt.size))
         self._log.note_prompt(prompt.id, token_ids, want)
         self._registry.add(prompt)
         self._enqueue(prompt)
@@ -130,11 +131,11 @@ class PromptLife:
                 self.recall(prompt.parent)
             self._enter(prompt, PromptState.PENDING)
 
-    def place(self, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
+    def place(self, prompt: PinnedPrompt, extents: tuple[Extent, ...], window_extents: tuple[Extent, ...] = ()) -> None:
         """Gives a pending prompt its extents. It is computed from now on, or loaded where a tier has it."""
         may_load = self._tiers.can_load(prompt)
         self._enter(prompt, PromptState.LOADING if may_load else PromptState.COMPUTING)
-        self._room.give(prompt, extents)
+        self._room.give(prompt, extents, window_extents)
         self._save_before_it_is_full()
         if may_load:
             self._tiers.begin_load(prompt)
@@ -213,11 +214,11 @@ class PromptLife:
         parent = prompt.parent
         for child in list(prompt.children):
             if child.state == PromptState.PENDING:
-                self._room.promise(-child.num_blocks)
+                self._room.promise(-child.size)
                 # The child must hold more tokens now than its image has.
                 self._tiers.drop(child)
                 child.follow(parent)
-                self._room.promise(child.num_blocks)
+                self._room.promise(child.size)
         waiters, prompt.waiters = prompt.waiters, []
         prompt.readers -= len(waiters)
         self.num_readers -= len(waiters)
@@ -270,7 +271,7 @@ class PromptLife:
         if self._tiers.wants_room(prompt):
             for other in self._room.leaving_host_for(prompt):
                 self._leave_host(other)
-                if self._tiers.has_room(prompt.num_blocks):
+                if self._tiers.has_room(self._tiers.blocks_of(prompt.size)):
                     break
         prompt.is_being_saved = self._tiers.save(prompt)
 
@@ -366,7 +367,7 @@ class PromptLife:
     def _enter(self, prompt: PinnedPrompt, state: PromptState) -> None:
         if prompt.state == PromptState.PENDING:
             self.pending.remove(prompt)
-            self._room.promise(-prompt.num_blocks)
+            self._room.promise(-prompt.size)
         if prompt.state == PromptState.COMPUTING:
             self.computing.remove(prompt)
         if prompt.state == PromptState.LOADING:
@@ -383,7 +384,7 @@ class PromptLife:
 
     def _enqueue(self, prompt: PinnedPrompt) -> None:
         self.pending.append(prompt)
-        self._room.promise(prompt.num_blocks)
+        self._room.promise(prompt.size)
 
     def check_integrity(self, readers: dict[str, int]) -> None:
         """Raises AssertionError when states, queues and readers do not add up.

@@ -7,16 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Several
+from dataclasses import dataclass
 from itertools import accumulate
 
 from vllm.core.demand import Demand
 from vllm.core.pin_policy import Claim, claim_of, giving_way, leaving_host, worth_now
-from vllm.core.pinned_prompt import MAX_CHAIN, MAX_DEPTH, Outcome, PinClass, PinnedPrompt, PromptState, prompt_id
+from vllm.core.pinned_prompt import (
+    MAX_CHAIN,
+    MAX_DEPTH,
+    BlockCount,
+    Outcome,
+    PinClass,
+    PinnedPrompt,
+    PromptState,
+    prompt_id,
+)
 from vllm.core.prompt_registry import PromptRegistry
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.wants import Want
 from vllm.kv_cache.extents import Extent, PinnedBlockPool
+from vllm.kv_cache.windows import WindowLayout
 from vllm.token_ids import TokenIds
+
+
+@dataclass(frozen=True)
+class WindowRoom:
+    """The pinned part of the window group.
+
+    Attributes:
+        blocks: Where its extents lie.
+        layout: What prompts keep there.
+        on_release: Called with an extent whose pin has ended.
+        bytes_per_block: Of K and V, over its layers and all ranks.
+    """
+
+    blocks: PinnedBlockPool
+    layout: WindowLayout
+    on_release: Callable[[Extent], None]
+    bytes_per_block: int = 0
 
 
 class PromptRoom:
@@ -27,6 +55,7 @@ class PromptRoom:
         block_size: Tokens in a block.
         min_tokens: Shortest prompt that is pinned.
         on_release: Called with an extent whose pin has ended, so that its blocks become schedulable again.
+        windows: The same of the window group, where there is one; a prompt needs room in both.
 
     Attributes:
         pinned_tokens: Tokens in extents, on probation or not.
@@ -42,8 +71,10 @@ class PromptRoom:
         registry: PromptRegistry,
         demand: Demand,
         tiers: PromptTiers,
+        windows: WindowRoom | None = None,
     ) -> None:
         self.blocks = blocks
+        self.windows = windows
         self.block_size = block_size
         self.pinned_tokens = 0
         self.probation_tokens = 0
@@ -52,46 +83,64 @@ class PromptRoom:
         self._registry = registry
         self._demand = demand
         self._tiers = tiers
-        self._promised_blocks = 0
+        self._promised = BlockCount(0)
 
     # Budget ----------------------------------------------------------------------------------------------------
 
-    def blocks_of(self, num_tokens: int) -> int:
-        """Blocks that hold so many tokens."""
-        return -(-num_tokens // self.block_size)
+    @property
+    def layout(self) -> WindowLayout | None:
+        """What prompts keep in the window group; None where there is none."""
+        return self.windows.layout if self.windows is not None else None
+
+    def blocks_of(self, num_own_tokens: int) -> BlockCount:
+        """Blocks that a prompt of so many own tokens takes."""
+        return BlockCount.of(num_own_tokens, self.block_size, self.layout)
 
     @property
     def taken_blocks(self) -> int:
-        """Blocks that are pinned or promised."""
-        return self.blocks.pinned_blocks + self._promised_blocks
+        """Blocks of the full group that are pinned or promised."""
+        return self.blocks.pinned_blocks + self._promised.full
 
     @property
     def is_filling(self) -> bool:
         """Whether more than half of the budget is taken, so that prompts may soon have to leave the device."""
-        return 2 * self.taken_blocks > self.blocks.budget_blocks
+        missing = self._missing(BlockCount(0))
+        if self.windows is not None and 2 * -missing.window < self.windows.blocks.budget_blocks:
+            return True
+        return 2 * -missing.full < self.blocks.budget_blocks
 
-    def fits(self, num_blocks: int) -> bool:
+    def fits(self, size: BlockCount) -> bool:
         """Whether a prompt of so many blocks finds room besides all that is promised, and displaces nothing."""
-        return self.blocks.fits(self._promised_blocks + num_blocks)
+        return _is_none(self._missing(size))
 
-    def promise(self, num_blocks: int) -> None:
+    def _missing(self, size: BlockCount) -> BlockCount:
+        """Blocks by which the budgets are too small for so many more; negative where some are left."""
+        full = self.taken_blocks + size.full - self.blocks.budget_blocks
+        if self.windows is None:
+            return BlockCount(full)
+        window = self.windows.blocks
+        return BlockCount(full, window.pinned_blocks + self._promised.window + size.window - window.budget_blocks)
+
+    def promise(self, size: BlockCount) -> None:
         """Counts blocks for a prompt that waits for its place; a negative number ends such a promise."""
-        self._promised_blocks += num_blocks
+        self._promised += size
 
     def refusal(
-        self, token_ids: TokenIds, want: Want, num_blocks: int, keep: Several[PinnedPrompt] = ()
+        self, token_ids: TokenIds, want: Want, size: BlockCount, keep: Several[PinnedPrompt] = ()
     ) -> Outcome | None:
-        """Why a prompt that needs `num_blocks` cannot be pinned; None if it can.
+        """Why a prompt that needs so many blocks cannot be pinned; None if it can.
 
         Args:
             keep: Prompts that must not give way to it.
         """
         if len(token_ids) < self._min_tokens:
             return Outcome.TOO_SHORT
-        missing = self.taken_blocks + num_blocks - self.blocks.budget_blocks
-        if missing <= 0:
+        missing = self._missing(size)
+        if _is_none(missing):
             return None
-        if num_blocks > self.blocks.budget_blocks:
+        if size.full > self.blocks.budget_blocks:
+            return Outcome.OVER_BUDGET
+        if self.windows is not None and size.window > self.windows.blocks.budget_blocks:
             return Outcome.OVER_BUDGET
         claim, value = Claim.NEW, 0.0
         if want.pin == PinClass.HARD:
@@ -99,10 +148,10 @@ class PromptRoom:
         elif self._demand.is_reused(token_ids, want):
             claim = Claim.REUSED
             value = self._demand.worth_of_newcomer(prompt_id(token_ids, want.scope))
-        returns = self._has_host_room(num_blocks, claim != Claim.NEW, value)
+        returns = self._has_host_room(size, claim != Claim.NEW, value)
         for prompt in self._giving_way(claim, want.pin, value, returns, keep):
-            missing -= prompt.num_blocks
-            if missing <= 0:
+            missing += -prompt.size
+            if _is_none(missing):
                 return None
         return Outcome.OVER_BUDGET
 
@@ -111,9 +160,7 @@ class PromptRoom:
     def going_for(self, prompt: PinnedPrompt) -> Iterator[PinnedPrompt]:
         """Prompts that give way to `prompt`, in the order in which they leave the device. Its parents stay."""
         value = self._demand.worth_of(prompt)
-        returns = self._tiers.is_on_host(prompt) or self._has_host_room(
-            prompt.num_blocks, not prompt.on_probation, value
-        )
+        returns = self._tiers.is_on_host(prompt) or self._has_host_room(prompt.size, not prompt.on_probation, value)
         parents, above = [], prompt.parent
         while above is not None:
             parents.append(above)
@@ -137,14 +184,15 @@ class PromptRoom:
     def _leaving_host(self, is_reused: bool, value: float) -> Iterator[PinnedPrompt]:
         return leaving_host(self._tiers.idle_owners(), is_reused, value, self._demand.num_requests)
 
-    def _has_host_room(self, num_blocks: int, is_reused: bool, value: float) -> bool:
+    def _has_host_room(self, size: BlockCount, is_reused: bool, value: float) -> bool:
         """Whether the host tier has room for a prompt, or would make some."""
+        num_blocks = self._tiers.blocks_of(size)
         if num_blocks > self._tiers.host.budget_blocks:
             return False
         if self._tiers.has_room(num_blocks):
             return True
         going = self._leaving_host(is_reused, value)
-        return any(num_blocks <= total for total in accumulate(p.num_blocks for p in going))
+        return any(num_blocks <= total for total in accumulate(self._tiers.blocks_of(p.size) for p in going))
 
     # Places ----------------------------------------------------------------------------------------------------
 
@@ -153,12 +201,22 @@ class PromptRoom:
         above = len(prompt.parent.prefix) if prompt.parent is not None else 0
         # A chain of extents has a limit. One extent is left for each prompt that may continue this one.
         most = MAX_CHAIN - above - (MAX_DEPTH - prompt.depth)
+        if self.windows is not None and self.find_window(prompt) is None:
+            return None
         return self.blocks.find_room(prompt.num_blocks, most)
 
-    def give(self, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
-        """Pins `extents` for a prompt."""
+    def find_window(self, prompt: PinnedPrompt) -> tuple[Extent, ...] | None:
+        """The same in the window group; empty where there is none."""
+        if self.windows is None:
+            return ()
+        return self.windows.blocks.find_room(prompt.size.window, MAX_CHAIN // MAX_DEPTH)
+
+    def give(self, prompt: PinnedPrompt, extents: tuple[Extent, ...], window_extents: tuple[Extent, ...] = ()) -> None:
+        """Pins extents for a prompt."""
         self.blocks.pin(prompt.id, extents)
-        prompt.place(extents)
+        if self.windows is not None:
+            self.windows.blocks.pin(prompt.id, window_extents)
+        prompt.place(extents, window_extents)
         self._count_tokens(prompt, prompt.num_own_tokens)
 
     def take_back(self, prompt: PinnedPrompt) -> None:
@@ -167,6 +225,9 @@ class PromptRoom:
             return
         for extent in self.blocks.unpin(prompt.id):
             self._on_release(extent)
+        if self.windows is not None:
+            for extent in self.windows.blocks.unpin(prompt.id):
+                self.windows.on_release(extent)
         self._count_tokens(prompt, -prompt.num_own_tokens)
         prompt.leave()
 
@@ -186,12 +247,19 @@ class PromptRoom:
         placed = [p for p in prompts if p.extents]
         extents = {p.id: p.extents for p in placed}
         assert extents == self.blocks.extents, (extents, self.blocks.extents)
-        assert self._promised_blocks == sum(p.num_blocks for p in prompts if p.state == PromptState.PENDING)
+        assert self._promised == sum((p.size for p in prompts if p.state == PromptState.PENDING), BlockCount(0))
+        if self.windows is not None:
+            self.windows.blocks.check_integrity()
+            assert {p.id: p.window_extents for p in placed} == self.windows.blocks.extents
         assert self.pinned_tokens == sum(p.num_own_tokens for p in placed)
         assert self.probation_tokens == sum(p.num_own_tokens for p in placed if p.on_probation)
         for p in prompts:
-            assert p.num_blocks == self.blocks_of(p.num_own_tokens), p
+            assert p.size == self.blocks_of(p.num_own_tokens), p
             assert not p.extents or p.parent is None or p.parent.extents, (p, p.parent)
         for p in placed:
             assert sum(e.num_tokens for e in p.prefix) == p.num_tokens, p.prefix
-            assert len(p.prefix) <= MAX_CHAIN
+            assert len(p.prefix) <= MAX_CHAIN and len(p.window_prefix) <= MAX_CHAIN
+
+
+def _is_none(missing: BlockCount) -> bool:
+    return missing.full <= 0 and missing.window <= 0

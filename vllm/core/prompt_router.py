@@ -8,7 +8,7 @@ from collections.abc import Sequence as Several
 
 from vllm.config import SystemPromptConfig
 from vllm.core.demand import Demand
-from vllm.core.pinned_prompt import MAX_DEPTH, Outcome, PinClass, PinnedPrompt, prompt_id
+from vllm.core.pinned_prompt import MAX_DEPTH, BlockCount, Outcome, PinClass, PinnedPrompt, prompt_id
 from vllm.core.pool_log import PoolLog
 from vllm.core.prompt_index import may_extend
 from vllm.core.prompt_life import PromptLife
@@ -109,7 +109,7 @@ class PromptRouter:
         chain = [(p.num_tokens, p.depth, p.scope) for p in known]
         creates: list[Want] = []
         refused: list[tuple[Want, Outcome]] = []
-        num_blocks = 0
+        size = BlockCount(0)
         for want in wants:
             n = want.num_tokens
             if n <= longest:
@@ -118,7 +118,7 @@ class PromptRouter:
                 ((m, d) for m, d, scope in chain if m < n and d < MAX_DEPTH and may_extend(want.scope, scope)),
                 default=(0, 0),
             )
-            more = num_blocks + self._room.blocks_of(n - start)
+            more = size + self._room.blocks_of(n - start)
             if n in doomed:
                 refusal: Outcome | None = Outcome.BUSY
             elif self._config.mode == "declared" and want.pin != PinClass.HARD:
@@ -128,7 +128,7 @@ class PromptRouter:
             if refusal is not None:
                 refused.append((want, refusal))
                 continue
-            num_blocks = more
+            size = more
             creates.append(want)
             chain.append((n, depth + 1, want.scope))
         return Decision(known, creates, refused)

@@ -9,6 +9,7 @@ the prompt may leave the device and come back. Copies go in slices, so many bloc
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from vllm.core.pinned_prompt import PinClass, PinnedPrompt
+from vllm.core.pinned_prompt import BlockCount, PinClass, PinnedPrompt
 from vllm.kv_cache.extents import Extent, PinnedBlockPool
 from vllm.step import EndedJob, ExtentCopy, HostImage, SnapshotJob, SnapshotOp, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
@@ -91,6 +92,7 @@ class PromptTiers:
         stored: Snapshots that are there already.
         copy_blocks: Blocks that a decode step saves: what the tokens of others may be late by. Loads, long steps and
             an idle engine take a multiple.
+        window_share: Bytes of a block of the window group, in blocks of the full group.
         clock: Seconds; replaced in tests.
     """
 
@@ -100,12 +102,14 @@ class PromptTiers:
         keeps_snapshots: bool = False,
         stored: Iterable[SnapshotRecord] = (),
         copy_blocks: int = 1,
+        window_share: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.host = PinnedBlockPool(host_blocks, host_blocks, 0)
         self.keeps_snapshots = keeps_snapshots
         self.copy_blocks = copy_blocks
         self.outcomes: Counter[tuple[str, str]] = Counter()
+        self._window_share = window_share
         self._clock = clock
         self._stored = {record.prompt_id: record for record in stored}
         self._images: dict[str, _Image] = {}
@@ -118,6 +122,13 @@ class PromptTiers:
         self._dropped: list[HostImage] = []
 
     # What there is ---------------------------------------------------------------------------------------------
+
+    def blocks_of(self, size: BlockCount) -> int:
+        """Blocks of the host tier, as large as those of the full group, that hold a prompt of this size."""
+        return size.full + self._extra(size)
+
+    def _extra(self, size: BlockCount) -> int:
+        return math.ceil(size.window * self._window_share)
 
     def can_load(self, prompt: PinnedPrompt) -> bool:
         """Whether the K/V of a prompt need not be computed, as far as is known."""
@@ -135,9 +146,13 @@ class PromptTiers:
 
     def wants_room(self, prompt: PinnedPrompt) -> bool:
         """Whether a prompt would be kept on the host if others left it."""
-        if prompt.pin == PinClass.HARD or prompt.num_blocks > self.host.budget_blocks or prompt.id in self._images:
+        if (
+            prompt.pin == PinClass.HARD
+            or self.blocks_of(prompt.size) > self.host.budget_blocks
+            or prompt.id in self._images
+        ):
             return False
-        return not self.has_room(prompt.num_blocks)
+        return not self.has_room(self.blocks_of(prompt.size))
 
     def idle_owners(self) -> list[PinnedPrompt]:
         """Prompts whose images in the host tier nothing needs just now."""
@@ -157,7 +172,9 @@ class PromptTiers:
 
     def _is_stored(self, prompt: PinnedPrompt) -> bool:
         record = self._stored.get(prompt.id)
-        return record is not None and (record.start, record.num_blocks) == (prompt.start, prompt.num_blocks)
+        if record is None or record.start != prompt.start:
+            return False
+        return (record.num_blocks, record.num_window_blocks) == (prompt.size.full, prompt.size.window)
 
     @property
     def has_work(self) -> bool:
@@ -194,15 +211,14 @@ class PromptTiers:
                 self._loads.remove(load)
                 self._drop_image(image)
                 ended.failed.append(prompt)
-            elif load.num_loaded == prompt.num_blocks:
+            elif load.num_loaded == image.place.size:
                 self._loads.remove(load)
                 self._drop_unless_kept(image)
                 ended.done.append(prompt)
             elif image.filled:
-                count = min(left, prompt.num_blocks - load.num_loaded)
+                count = min(left, image.place.size - load.num_loaded)
                 if count > 0:
-                    copy = ExtentCopy(image.place, prompt.extents, load.num_loaded, count, to_host=False)
-                    plan.transfers.append(copy)
+                    plan.transfers.append(_copy(image, prompt, load.num_loaded, count, to_host=False))
                 load.num_loaded += count
                 left -= count
         return ended
@@ -217,7 +233,7 @@ class PromptTiers:
             if self.is_on_host(prompt) and self._wants_snapshot(prompt):
                 self._begin_job("save", record_of(prompt), image)
             return False
-        may_leave = prompt.pin != PinClass.HARD and self.has_room(prompt.num_blocks)
+        may_leave = prompt.pin != PinClass.HARD and self.has_room(self.blocks_of(prompt.size))
         if not may_leave and not self._wants_snapshot(prompt):
             return False
         self._make_image(prompt)
@@ -244,11 +260,11 @@ class PromptTiers:
         while self._saves and left > 0:
             prompt = self._saves[0]
             image = self._images[prompt.id]
-            count = min(left, prompt.num_blocks - self._num_saved)
-            plan.transfers.append(ExtentCopy(image.place, prompt.extents, self._num_saved, count, to_host=True))
+            count = min(left, image.place.size - self._num_saved)
+            plan.transfers.append(_copy(image, prompt, self._num_saved, count, to_host=True))
             self._num_saved += count
             left -= count
-            if self._num_saved == prompt.num_blocks:
+            if self._num_saved == image.place.size:
                 self._num_saved = 0
                 saved.append(self._saves.popleft())
                 self._end_save(prompt, image)
@@ -338,10 +354,12 @@ class PromptTiers:
 
     def _make_image(self, prompt: PinnedPrompt) -> _Image:
         """Memory for a prompt's K/V: in the host tier if it may leave the device and there is room, else its own."""
-        start = self.host.find_window(prompt.num_blocks) if prompt.pin != PinClass.HARD else None
+        size, count = prompt.size, self.blocks_of(prompt.size)
+        start = self.host.find_window(count) if prompt.pin != PinClass.HARD else None
         if start is not None:
-            self.host.pin(prompt.id, (Extent(start, prompt.num_blocks),))
-        image = self._images[prompt.id] = _Image(HostImage(prompt.id, prompt.num_blocks, start), prompt)
+            self.host.pin(prompt.id, (Extent(start, count),))
+        place = HostImage(prompt.id, size.full, start, size.window, self._extra(size))
+        image = self._images[prompt.id] = _Image(place, prompt)
         return image
 
     def _drop_unless_kept(self, image: _Image) -> None:
@@ -375,13 +393,18 @@ class PromptTiers:
                 assert prompts.get(key) is image.owner and (image.stays or going), (key, image.place)
 
 
+def _copy(image: _Image, prompt: PinnedPrompt, first: int, count: int, *, to_host: bool) -> ExtentCopy:
+    return ExtentCopy(image.place, prompt.extents, first, count, to_host, prompt.window_extents)
+
+
 def record_of(prompt: PinnedPrompt) -> SnapshotRecord:
     """What a snapshot of a prompt says about it."""
     return SnapshotRecord(
         prompt_id=prompt.id,
         token_ids=prompt.token_ids.tolist(),
         start=prompt.start,
-        num_blocks=prompt.num_blocks,
+        num_blocks=prompt.size.full,
+        num_window_blocks=prompt.size.window,
         scope=prompt.scope.hex(),
         **_pinning(prompt),
     )

@@ -11,13 +11,13 @@ from collections.abc import Sequence as Several
 from typing import Any, NamedTuple
 
 from vllm.config import SchedulerConfig
-from vllm.core.block_manager import BlockManager
+from vllm.core.block_manager import BlockManager, Copies
 from vllm.core.pinned_prompt import UNORDERED, Rank
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptPool
 from vllm.inputs import CacheMark
 from vllm.kv_cache.extents import Extent
 from vllm.sequence import Sequence, SequenceStatus
-from vllm.step import PROMPT_ROWS, FreedSequence, PrefixExtent, SequenceStart, StepPlan
+from vllm.step import PROMPT_ROWS, FreedSequence, SequenceStart, StepPlan
 from vllm.system_prompt_store.manifest import SnapshotRecord
 
 
@@ -224,25 +224,51 @@ class Scheduler:
             if extents is None:
                 self._wake(self.pool.refuse(prompt))
                 continue
-            moves = self.blocks.vacate(extents, [*self.running, *self._held])
-            while moves is None and self._reclaim(prompt.sequence):
+            window_extents = self.pool.find_window_room(prompt)
+            is_vacated = self._vacate(plan, extents, window_extents)
+            while not is_vacated and self._reclaim(prompt.sequence):
                 extents = self.pool.find_room(prompt) or extents
-                moves = self.blocks.vacate(extents, [*self.running, *self._held])
-            if moves is None:
+                window_extents = self.pool.find_window_room(prompt) or window_extents
+                is_vacated = self._vacate(plan, extents, window_extents)
+            if not is_vacated:
                 held_up_from = prompt.rank
                 break
-            _add_moves(plan.moves, moves)
-            self._place_prompt(plan, prompt, extents)
+            self._place_prompt(plan, prompt, extents, window_extents)
             left -= prompt.num_own_tokens if must_compute else 0
         if plan.moves:
             plan.new_blocks.extend((s.row, 0, list(s.block_table)) for s in self.running)
+        if plan.window.moves:
+            begun = [p.sequence for p in self.pool.computing if p.sequence.row >= 0]
+            plan.window.new_blocks.extend((s.row, 0, _window_blocks(s)) for s in (*self.running, *begun))
         return held_up_from
 
-    def _place_prompt(self, plan: StepPlan, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
-        self.pool.place(prompt, extents)
+    def _vacate(self, plan: StepPlan, extents: tuple[Extent, ...], window_extents: tuple[Extent, ...]) -> bool:
+        """Takes extents of both groups out of the schedulable memory, and plans the moves for that. Returns False (and
+        changes nothing) where what is used in them finds no room elsewhere."""
+        windows, holders = self.blocks.windows, [*self.running, *self._held]
+        if windows is not None and not windows.has_room_for(window_extents):
+            return False
+        moves = self.blocks.vacate(extents, holders)
+        if moves is None:
+            return False
+        _add_moves(plan.moves, moves)
+        if windows is not None:
+            prompts = [p.sequence for p in self.pool.computing]
+            _add_moves(plan.window.moves, windows.vacate(window_extents, [*holders, *prompts]))
+        return True
+
+    def _place_prompt(
+        self,
+        plan: StepPlan,
+        prompt: PinnedPrompt,
+        extents: tuple[Extent, ...],
+        window_extents: tuple[Extent, ...],
+    ) -> None:
+        self.pool.place(prompt, extents, window_extents)
         if self.pool.tiers.keeps_snapshots and prompt.num_own_tokens % self.blocks.block_size:
             # Slots that the prompt leaves unused would take what a request has left there to disk.
             plan.cleared.append(extents[-1].end - 1)
+            plan.window.cleared.extend(extent.end - 1 for extent in window_extents[-1:])
 
     def _plan_chunk(self, plan: StepPlan, prompt: PinnedPrompt, budget: int) -> int:
         """Plans the next tokens of a system prompt, whole blocks of them until its end; returns how many."""
@@ -254,6 +280,9 @@ class Scheduler:
         if not count:
             return 0
         if seq.row < 0:
+            if not self._begin_windows(prompt):
+                self._short_of_blocks = seq
+                return 0
             seq.row = self._free_prompt_rows.pop()
             self.pool.begin_prefill(prompt)
             plan.started.append(self._sequence_start(seq, skipped=prompt.start))
@@ -265,8 +294,20 @@ class Scheduler:
             self._wake(self.pool.end_prefill(prompt))
         return count
 
+    def _begin_windows(self, prompt: PinnedPrompt) -> bool:
+        """Gives a prompt the blocks of the window group in which it is computed; returns whether there are so many."""
+        windows, seq = self.blocks.windows, prompt.sequence
+        if windows is None:
+            return True
+        while not windows.begin_prompt(seq, prompt.window_extents):
+            if not self._reclaim(seq):
+                return False
+        return True
+
     def _end_prefill(self, prompt: PinnedPrompt) -> None:
         """The row of a prompt whose last chunk is planned is free from the next plan on."""
+        if self.blocks.windows is not None:
+            self.blocks.windows.end_prompt(prompt.sequence)
         self._freed.append(FreedSequence(prompt.sequence.row, is_system_prompt=True))
         self._free_prompt_rows.append(prompt.sequence.row)
         prompt.sequence.row = -1
@@ -311,7 +352,10 @@ class Scheduler:
                 preempted = True
                 break
             if new:
-                plan.new_blocks.append((seq.row, len(seq.block_table) - len(new), new))
+                first = len(seq.block_table) - len(new)
+                plan.new_blocks.append((seq.row, first, new))
+                if self.blocks.windows is not None:
+                    plan.window.new_blocks.append((seq.row, first, seq.window_table[first:]))
             self._scheduled.append((seq, count))
             budget -= count
             i += 1
@@ -354,6 +398,8 @@ class Scheduler:
         while budget > 0:
             may_begin = self._free_rows and self._short_of_blocks is None
             seq = self._next_waiting(held_up_from, put_off) if may_begin else None
+            if prompts and self.blocks.windows is not None and self._short_of_blocks is not None:
+                prompts = []  # They need blocks, too.
             if prompts and (seq is None or prompts[-1].rank < _rank(seq)):
                 budget -= self._begin_prompt(plan, prompts.pop(), budget)
             elif seq is not None:
@@ -392,7 +438,8 @@ class Scheduler:
             self._short_of_blocks = seq
             return 0
         heapq.heappop(self._waiting)
-        plan.copies.extend(copies)
+        plan.copies.extend(copies.full)
+        plan.window.copies.extend(copies.window)
         if seq.status == SequenceStatus.HELD:
             self._held.remove(seq)
         else:
@@ -409,25 +456,30 @@ class Scheduler:
         return count
 
     def _sequence_start(self, seq: Sequence, skipped: int) -> SequenceStart:
+        prompt = seq.system_prompt
+        if prompt is not None and not prompt.prefix:
+            raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
         return SequenceStart(
             row=seq.row,
             token_ids=seq.token_ids[skipped:],
             num_skipped=skipped,
             num_prompt_tokens=seq.num_prompt_tokens,
             block_table=list(seq.block_table),
-            prefix=self._prefix(seq),
+            prefix=prompt.prefix if prompt is not None else (),
+            window_table=_window_blocks(seq),
+            window_prefix=prompt.window_prefix if prompt is not None else (),
             sampling_params=seq.sampling_params,
             seed=seq.seed,
             stop_token_ids=() if seq.is_system_prompt else self._stop_token_ids(seq),
             is_system_prompt=seq.is_system_prompt,
         )
 
-    def _start(self, seq: Sequence, budget: int) -> list[tuple[int, int]] | None:
+    def _start(self, seq: Sequence, budget: int) -> Copies | None:
         """Gives a waiting sequence what it can reuse and the blocks for its first step.
 
         Returns the block copies to make, or None (and changes nothing) when memory is short.
         """
-        copies: list[tuple[int, int]] = []
+        copies = Copies([], [])
         if seq.status == SequenceStatus.HELD:
             return None if self._grow(seq, seq.num_tokens) is None else copies
         seq.num_computed_tokens = seq.prefix_len
@@ -438,8 +490,7 @@ class Scheduler:
             found = self.blocks.find_cached(seq)
             reused = seq.prefix_len + len(found) * self.blocks.block_size
             first_step = reused + min(seq.num_tokens - reused, budget)
-            missing = self.blocks.blocks_for(seq, first_step) - len(found)
-            while missing > self.blocks.num_free_after(found):
+            while not self.blocks.can_begin(seq, found, first_step):
                 if not self._reclaim(seq):
                     return None
             self.blocks.adopt(seq, found)
@@ -455,13 +506,15 @@ class Scheduler:
                 self.prefix_cache_hits += seq.num_cached_tokens
         return copies
 
-    def _fork_blocks(self, seq: Sequence) -> list[tuple[int, int]] | None:
+    def _fork_blocks(self, seq: Sequence) -> Copies | None:
         """Lets `seq` share what its parent holds; see `BlockManager.fork`."""
         parent, seq.fork_parent = seq.fork_parent, None
         if parent is None or parent.is_finished:
             return None
-        while not self.blocks.num_free_blocks and self._reclaim(seq, keep=parent):
-            pass
+        windows = self.blocks.windows
+        while not (self.blocks.num_free_blocks and (windows is None or windows.num_free_blocks)):
+            if not self._reclaim(seq, keep=parent):
+                break
         return self.blocks.fork(parent, seq)
 
     def _fill_batch(self, plan: StepPlan) -> None:
@@ -577,14 +630,6 @@ class Scheduler:
         eos = () if params.ignore_eos else self.eos_token_ids
         return tuple({*eos, *(params.stop_token_ids or ())})
 
-    def _prefix(self, seq: Sequence) -> tuple[PrefixExtent, ...]:
-        prompt = seq.system_prompt
-        if prompt is None:
-            return ()
-        if not prompt.prefix:
-            raise RuntimeError(f"{seq} reads system prompt {prompt.id}, which has no extent")
-        return prompt.prefix
-
     # Beams of a search -----------------------------------------------------------------------------------------
 
     def fork(self, request_id: str, beams: list[tuple[int, int]]) -> None:
@@ -681,6 +726,11 @@ class Scheduler:
         extents = [e for several in self.pool.blocks.extents.values() for e in several]
         pinned = {b for e in extents for b in range(e.start, e.end)}
         self.blocks.check_integrity([*self.running, *self._held], pinned)
+        if self.blocks.windows is not None:
+            of_windows = (e for p in self.pool.prompts() for e in p.window_extents)
+            prompts = [p.sequence for p in self.pool.computing]
+            pinned_in_windows = {b for e in of_windows for b in range(e.start, e.end)}
+            self.blocks.windows.check_integrity([*self.running, *self._held, *prompts], pinned_in_windows)
         free, cached = self.blocks.num_free_blocks - self.blocks.num_cached_blocks, self.blocks.num_cached_blocks
         total = free + cached + self.blocks.num_used_blocks + self.pool.blocks.pinned_blocks
         assert total == self.blocks.num_blocks, (free, cached, self.blocks.num_used_blocks, len(pinned))
@@ -721,6 +771,11 @@ def _add_moves(moves: list[tuple[int, int]], more: list[tuple[int, int]]) -> Non
     for source, target in more:
         source_of[target] = source_of.pop(source, source)
     moves[:] = [(source, target) for target, source in source_of.items()]
+
+
+def _window_blocks(seq: Sequence) -> list[int]:
+    """Its window table as the ranks get it; they never read what a hole stands for."""
+    return [max(0, block) for block in seq.window_table]
 
 
 def _order_key(entry: tuple[Sequence, int]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from vllm.config import SystemPromptConfig
 from vllm.core import pool_report
 from vllm.core.demand import Demand
 from vllm.core.pinned_prompt import (
+    BlockCount,
     Outcome,
     PinClass,
     PinnedPrompt,
@@ -36,7 +37,7 @@ from vllm.core.prefix_tree import Walk
 from vllm.core.prompt_index import EVERYBODY
 from vllm.core.prompt_life import PromptLife
 from vllm.core.prompt_registry import PromptRegistry
-from vllm.core.prompt_room import PromptRoom
+from vllm.core.prompt_room import PromptRoom, WindowRoom
 from vllm.core.prompt_router import PromptRouter
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.wants import Decision, Want
@@ -64,6 +65,7 @@ class SystemPromptPool:
         clock: Seconds since the epoch; replaced in tests.
         bytes_per_block: Of K and V, over all layers and ranks; shown in listings.
         tiers: Where prompts are kept besides the device; by default nowhere.
+        windows: The pinned part of the window group, where there is one.
 
     Attributes:
         log: What the operator is told of prompts that ran unpinned or vary.
@@ -78,6 +80,7 @@ class SystemPromptPool:
         clock: Callable[[], float] = time.time,
         bytes_per_block: int = 0,
         tiers: PromptTiers | None = None,
+        windows: WindowRoom | None = None,
     ) -> None:
         self.config = config
         self.tiers = tiers or PromptTiers()
@@ -89,7 +92,7 @@ class SystemPromptPool:
         self._registry = PromptRegistry()
         self._demand = Demand()
         self._room = PromptRoom(
-            blocks, block_size, config.min_tokens, on_release, self._registry, self._demand, self.tiers
+            blocks, block_size, config.min_tokens, on_release, self._registry, self._demand, self.tiers, windows
         )
         self._life = PromptLife(self._registry, self._room, self._demand, self.tiers, self.log, clock)
         self._router = PromptRouter(
@@ -159,8 +162,8 @@ class SystemPromptPool:
         want = Want(len(token_ids), pin, ttl, source, EVERYBODY, reused=True)
         refusal: Outcome | None = Outcome.DISABLED
         if self.config.mode != "off":
-            _, num_blocks, parents = self._extension(token_ids, EVERYBODY)
-            refusal = self._room.refusal(token_ids, want, num_blocks, parents)
+            _, size, parents = self._extension(token_ids, EVERYBODY)
+            refusal = self._room.refusal(token_ids, want, size, parents)
         if refusal is not None:
             raise SystemPromptRefusedError(refusal, pool_report.reason(self, refusal, len(token_ids)))
         return self._life.register(token_ids, want, name)
@@ -174,13 +177,13 @@ class SystemPromptPool:
         if pin != PinClass.HARD and self.config.mode == "declared":
             return None
         token_ids = token_array(record.token_ids)
-        start, num_blocks, parents = self._extension(token_ids, scope)
+        start, size, parents = self._extension(token_ids, scope)
         # An operator's prompt is pinned anyway: what the snapshot cannot give is computed from its tokens.
         if start != record.start and pin != PinClass.HARD:
             return None
         want = Want(len(token_ids), pin, record.ttl, record.source, scope, reused=True)
-        refusal = self._room.refusal(token_ids, want, num_blocks, parents)
-        if pin != PinClass.HARD and not self._room.fits(num_blocks):
+        refusal = self._room.refusal(token_ids, want, size, parents)
+        if pin != PinClass.HARD and not self._room.fits(size):
             # No request has asked for it yet, so it displaces nothing.
             refusal = Outcome.OVER_BUDGET
         if refusal is not None:
@@ -188,7 +191,7 @@ class SystemPromptPool:
             return None
         return self._life.register(token_ids, want, record.name)
 
-    def _extension(self, token_ids: TokenIds, scope: bytes) -> tuple[int, int, list[PinnedPrompt]]:
+    def _extension(self, token_ids: TokenIds, scope: bytes) -> tuple[int, BlockCount, list[PinnedPrompt]]:
         """What a new prompt would add to the pool: the position of its first own token, the blocks of its own tokens,
         and the prompt that it would continue, if any."""
         parent = self._registry.index.parent_of(token_ids, scope)
@@ -282,15 +285,19 @@ class SystemPromptPool:
         self._life.make_room(prompt, is_enough)
         return found
 
+    def find_window_room(self, prompt: PinnedPrompt) -> tuple[Extent, ...]:
+        """Its place in the window group; there is one if `find_room` has just found one."""
+        return self._room.find_window(prompt) or ()
+
     def refuse(self, prompt: PinnedPrompt) -> list[Sequence]:
         """Gives up a pending prompt that finds no room: its children continue its parent instead, and its waiters read
         its parent or nothing. Returns those of the waiters that need not wait any more."""
         self._router.note_refused(prompt)
         return [seq for seq in self._life.refuse(prompt) if not self.is_waiting(seq)]
 
-    def place(self, prompt: PinnedPrompt, extents: tuple[Extent, ...]) -> None:
+    def place(self, prompt: PinnedPrompt, extents: tuple[Extent, ...], window_extents: tuple[Extent, ...] = ()) -> None:
         """Gives a pending prompt these (emptied) blocks; it is computed from now on, or loaded where a tier has it."""
-        self._life.place(prompt, extents)
+        self._life.place(prompt, extents, window_extents)
 
     def begin_prefill(self, prompt: PinnedPrompt) -> None:
         """Records that the first chunk of a prompt is planned."""
@@ -325,7 +332,8 @@ class SystemPromptPool:
         return self._registry.prompts()
 
     def describe(self, prompt: PinnedPrompt) -> SystemPromptInfo:
-        return prompt.info(self.bytes_per_block)
+        windows = self._room.windows
+        return prompt.info(self.bytes_per_block, 0 if windows is None else windows.bytes_per_block)
 
     def info(self) -> SystemPromptPoolInfo:
         return pool_report.info(self)

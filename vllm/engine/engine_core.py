@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import VllmConfig
 from vllm.core.block_manager import BlockManager
+from vllm.core.prompt_room import WindowRoom
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.scheduler import PlannedBatch, Scheduler
 from vllm.core.system_prompt_pool import PinClass, PinnedPrompt, PromptState, SystemPromptPool
+from vllm.core.window_blocks import WindowBlocks
 from vllm.engine.calls import PinName
 from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
 from vllm.executor.uniproc import UniprocExecutor
 from vllm.kv_cache.extents import PinnedBlockPool
+from vllm.kv_cache.windows import WindowLayout
 from vllm.logger import init_logger
 from vllm.sequence import Sequence
 from vllm.step import PositionLogprobs, StepPlan, StepResult
@@ -55,17 +58,22 @@ class EngineCore:
         self.executor = executor or UniprocExecutor(config)
         block_size = config.cache.block_size
         floor = -(-config.model.max_model_len // block_size)
-        num_blocks = self._num_blocks(floor)
-        self.executor.initialize_cache(num_blocks)
-        blocks = BlockManager(num_blocks, block_size, config.cache.enable_prefix_caching)
+        self._memory = self.executor.kv_memory()
+        layout = self._window_layout()
+        num_blocks, num_window_blocks = self._num_blocks(floor, layout)
+        self.executor.initialize_cache(num_blocks, num_window_blocks)
+        caching = config.cache.enable_prefix_caching
+        windows = None if layout is None else WindowBlocks(layout, num_window_blocks, caching)
+        blocks = BlockManager(num_blocks, block_size, caching, windows)
         pinned = PinnedBlockPool(num_blocks, self._budget_blocks(num_blocks), floor)
         self.pool = SystemPromptPool(
             config.system_prompt,
             pinned,
             block_size,
             on_release=blocks.give_back,
-            bytes_per_block=self._bytes_per_block * config.parallel.tensor_parallel_size,
+            bytes_per_block=self._memory.block_bytes * config.parallel.tensor_parallel_size,
             tiers=self._tiers(),
+            windows=None if windows is None else self._window_room(windows),
         )
         self.scheduler = Scheduler(
             config.scheduler, blocks, self.pool, config.model.max_model_len, config.model.eos_token_ids
@@ -85,31 +93,62 @@ class EngineCore:
     def num_blocks(self) -> int:
         return self.scheduler.blocks.num_blocks
 
-    def _num_blocks(self, floor: int) -> int:
-        cache = self.config.cache
-        available, block_bytes = self.executor.kv_memory()
-        self._bytes_per_block = block_bytes
+    def _window_layout(self) -> WindowLayout | None:
+        """What the window group keeps; None where there is none."""
+        block_size = self.config.cache.block_size
+        if self._memory.window is None:
+            return None
+        return WindowLayout(
+            self._memory.window, block_size, max(block_size, self.config.scheduler.max_num_batched_tokens)
+        )
+
+    def _window_room(self, windows: WindowBlocks) -> WindowRoom:
+        """The pinned part of the window group. A budget in tokens is one of the full group; what it lets in finds room
+        here as long as a sequence of any length does."""
+        pool, num_blocks = self.config.system_prompt, windows.num_blocks
+        budget = num_blocks if pool.budget_tokens is not None else int(num_blocks * pool.budget_fraction)
+        floor = windows.layout.most_blocks(self.config.model.max_model_len)
+        return WindowRoom(
+            PinnedBlockPool(num_blocks, budget, floor),
+            windows.layout,
+            windows.give_back,
+            self._memory.window_block_bytes * self.config.parallel.tensor_parallel_size,
+        )
+
+    def _num_blocks(self, floor: int, layout: WindowLayout | None) -> tuple[int, int]:
+        """Blocks of the full and of the window group.
+
+        Raises:
+            StartupError: there is no room for a sequence of the longest length.
+        """
+        cache, memory, longest = self.config.cache, self._memory, self.config.model.max_model_len
+        num_bytes, source = memory.available, "the memory that is left"
+        if cache.kv_cache_memory_bytes is not None:
+            num_bytes, source = cache.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+        num_blocks, num_window_blocks = num_bytes // memory.block_bytes, 0
         if cache.num_blocks is not None:
             num_blocks, source = cache.num_blocks, "--num-gpu-blocks-override"
-        elif cache.kv_cache_memory_bytes is not None:
-            num_blocks, source = cache.kv_cache_memory_bytes // block_bytes, "--kv-cache-memory-bytes"
-        else:
-            num_blocks, source = available // block_bytes, "the memory that is left"
+            num_window_blocks = 0 if layout is None else layout.blocks_beside(num_blocks, longest)
+        elif layout is not None:
+            num_blocks, num_window_blocks = layout.split(
+                num_bytes, memory.block_bytes, memory.window_block_bytes, longest
+            )
         if num_blocks < floor:
             raise StartupError(
                 f"The KV cache has room for {max(0, num_blocks) * cache.block_size} tokens ({source}), fewer than one "
                 f"sequence of {self.config.model.max_model_len}; lower --max-model-len, or raise "
                 "--kv-cache-memory-bytes or --gpu-memory-utilization."
             )
-        return num_blocks
+        return num_blocks, num_window_blocks
 
     def _tiers(self) -> PromptTiers:
         pool = self.config.system_prompt
         return PromptTiers(
-            host_blocks=pool.host_blocks(self._bytes_per_block, self.config.parallel.tensor_parallel_size),
+            host_blocks=pool.host_blocks(self._memory.block_bytes, self.config.parallel.tensor_parallel_size),
             keeps_snapshots=pool.snapshot_dir is not None,
             stored=self.executor.snapshots(),
-            copy_blocks=max(1, pool.copy_bytes // self._bytes_per_block),
+            copy_blocks=max(1, pool.copy_bytes // self._memory.block_bytes),
+            window_share=self._memory.window_block_bytes / self._memory.block_bytes,
         )
 
     def _restore_snapshots(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from vllm.kv_cache.windows import KVMemory
 from vllm.step import StepPlan
 from vllm.system_prompt_store import SnapshotRecord
 from vllm.worker.running_step import RunningStep
@@ -16,12 +17,16 @@ class Executor(ABC):
     """
 
     @abstractmethod
-    def kv_memory(self) -> tuple[int, int]:
-        """(Bytes that KV may take, bytes of a block), of the rank with the least room."""
+    def kv_memory(self) -> KVMemory:
+        """What there is for KV, on the rank with the least room."""
 
     @abstractmethod
-    def initialize_cache(self, num_blocks: int) -> None:
-        """Makes the KV cache of `num_blocks` blocks on every rank."""
+    def initialize_cache(self, num_blocks: int, num_window_blocks: int = 0) -> None:
+        """Makes the KV cache on every rank.
+
+        Args:
+            num_window_blocks: Blocks of the window group; only where `kv_memory` speaks of one.
+        """
 
     @abstractmethod
     def snapshots(self) -> list[SnapshotRecord]:

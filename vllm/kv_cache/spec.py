@@ -22,10 +22,15 @@ class Row:
 
 @dataclass(frozen=True)
 class PagedKV:
-    """A slot of keys and one of values for each token, in blocks; this rank's share of the heads."""
+    """A slot of keys and one of values for each token, in blocks; this rank's share of the heads.
+
+    Attributes:
+        window: W, where a token is read by itself and the W - 1 behind it only.
+    """
 
     k: Row
     v: Row
+    window: int | None = None
 
     @property
     def slot_bytes(self) -> int:

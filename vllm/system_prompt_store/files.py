@@ -107,27 +107,31 @@ def read_small(path: Path) -> bytes:
     return data
 
 
-def tensor_name(index: int, num_layers: int) -> str:
-    """`k.0 …`, then `v.0 …`."""
-    return f"k.{index}" if index < num_layers else f"v.{index - num_layers}"
+def tensor_name(index: int, num_tensors: int, num_window_tensors: int = 0) -> str:
+    """`k.0 …`, then `v.0 …`; then `window.k.0 …` and `window.v.0 …`."""
+    num_full = num_tensors - num_window_tensors
+    if index >= num_full:
+        return f"window.{tensor_name(index - num_full, num_window_tensors)}"
+    return f"k.{index}" if index < num_full // 2 else f"v.{index - num_full // 2}"
 
 
-def safetensors_header(num_blocks: int, block_bytes: Sequence[int]) -> bytes:
+def safetensors_header(shapes: Sequence[tuple[int, int]], num_window_tensors: int = 0) -> bytes:
     """All that a safetensors file of such an image has ahead of its data.
 
     It follows from the shape alone, so a reader compares it and never parses what it finds.
 
     Args:
-        block_bytes: Bytes of a block in K of every layer, then in V of every layer.
+        shapes: Blocks, and bytes of one, of K of every layer, then of V of every layer.
+        num_window_tensors: How many of them, at the end, are of the window group.
     """
-    ends = [num_blocks * end for end in accumulate(block_bytes, initial=0)]
+    ends = list(accumulate((blocks * size for blocks, size in shapes), initial=0))
     entries = {
-        tensor_name(i, len(block_bytes) // 2): {
+        tensor_name(i, len(shapes), num_window_tensors): {
             "dtype": "U8",
-            "shape": [num_blocks, size],
+            "shape": list(shape),
             "data_offsets": [ends[i], ends[i + 1]],
         }
-        for i, size in enumerate(block_bytes)
+        for i, shape in enumerate(shapes)
     }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

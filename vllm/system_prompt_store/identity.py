@@ -10,7 +10,7 @@ import msgspec
 
 from vllm.config import ModelConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "max_position_embeddings")
 _NOT_OF_THE_NETWORK = ("_name_or_path", "transformers_version", "architectures", *_ROPE_KEYS)
@@ -27,7 +27,9 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         kv_dtype: Of the K/V bytes.
         arithmetic: Which of several ways to multiply the processor takes, where they round differently.
         layout: How the attention backend orders the bytes inside a block.
-        block_bytes: Bytes of a block of one rank in K of every layer, then in V of every layer.
+        block_bytes: Bytes of a block of one rank in K of every layer, then in V of every layer; those of the full group
+            first, then those of the window group.
+        num_window_tensors: How many of them are of the window group.
         block_size: Tokens in a block.
         rank, num_ranks: Which share of the KV heads it is.
     """
@@ -47,6 +49,7 @@ class SnapshotIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size: int
     rank: int
     num_ranks: int
+    num_window_tensors: int = 0
 
     @property
     def digest(self) -> str:
@@ -68,6 +71,7 @@ def snapshot_identity(
     block_bytes: tuple[int, ...],
     rank: int,
     num_ranks: int,
+    num_window_tensors: int = 0,
 ) -> SnapshotIdentity:
     """The identity of the K/V that one rank computes with `model`."""
     shape = model.hf_config.to_dict()
@@ -90,6 +94,7 @@ def snapshot_identity(
         block_size=block_size,
         rank=rank,
         num_ranks=num_ranks,
+        num_window_tensors=num_window_tensors,
     )
 
 

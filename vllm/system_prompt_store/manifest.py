@@ -18,6 +18,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         token_ids: All of its tokens, from position 0 on.
         start: Position of the first token whose K/V the snapshot holds; not 0 for a prompt that extends another one.
         num_blocks: Blocks of the extent.
+        num_window_blocks: Blocks of what the window group keeps.
         pin: Its class; what is pinned `hard` is brought back by a restart before it serves.
         name, source, ttl: As the pool has them.
         scope: Who may read it, in hexadecimal; empty for everybody.
@@ -32,6 +33,7 @@ class SnapshotRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: str = "auto"
     ttl: float | None = None
     scope: str = ""
+    num_window_blocks: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

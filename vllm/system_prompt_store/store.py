@@ -102,7 +102,7 @@ class SnapshotStore:
 
         Args:
             record: What is asked for; tokens, start and size are compared with what the snapshot says.
-            image: K of every layer, then V; uint8 [num_blocks, block_bytes] each, contiguous.
+            image: K of every layer, then V, group by group; uint8 [num_blocks, block_bytes] each, contiguous.
         """
         path = self.folder / self._name(record.prompt_id)
         try:
@@ -127,14 +127,22 @@ class SnapshotStore:
         if differences:
             raise _MismatchError(f"it is of another setup ({', '.join(differences)})")
         found = manifest.record
-        wanted = (record.prompt_id, record.token_ids, record.start, record.num_blocks)
-        if (found.prompt_id, found.token_ids, found.start, found.num_blocks) != wanted:
+        if _extent_of(found) != _extent_of(record):
             raise _MismatchError("it is of other tokens")
-        if [tensor.shape for tensor in image] != [(record.num_blocks, size) for size in self.identity.block_bytes]:
+        if [tensor.shape for tensor in image] != self._shapes(record):
             raise _MismatchError("it has another shape")
 
+    def _header(self, record: SnapshotRecord) -> bytes:
+        return files.safetensors_header(self._shapes(record), self.identity.num_window_tensors)
+
+    def _shapes(self, record: SnapshotRecord) -> list[tuple[int, int]]:
+        """Blocks, and bytes of one, of every tensor."""
+        sizes, num_window = self.identity.block_bytes, self.identity.num_window_tensors
+        blocks = [record.num_blocks] * (len(sizes) - num_window) + [record.num_window_blocks] * num_window
+        return list(zip(blocks, sizes, strict=True))
+
     def _read_tensors(self, path: Path, manifest: Manifest, image: Sequence[np.ndarray]) -> None:
-        header = files.safetensors_header(manifest.record.num_blocks, self.identity.block_bytes)
+        header = self._header(manifest.record)
         descriptor = files.open_regular(path)
         try:
             if os.fstat(descriptor).st_size != len(header) + sum(tensor.nbytes for tensor in image):
@@ -143,7 +151,7 @@ class SnapshotStore:
                 raise ValueError(f"{path.name} has another header than it must have")
             for i, expected in enumerate(manifest.tensor_digests):
                 if files.read_tensor(descriptor, image[i]) != expected:
-                    name = files.tensor_name(i, len(image) // 2)
+                    name = files.tensor_name(i, len(image), self.identity.num_window_tensors)
                     raise ValueError(f"tensor {name} does not match its checksum")
         finally:
             os.close(descriptor)
@@ -166,9 +174,9 @@ class SnapshotStore:
         """Writes a snapshot in place of an older one of the same prompt, and makes room for it first.
 
         Args:
-            image: K of every layer, then V; uint8 [num_blocks, block_bytes] each, contiguous.
+            image: K of every layer, then V, group by group; uint8 [num_blocks, block_bytes] each, contiguous.
         """
-        header = files.safetensors_header(record.num_blocks, self.identity.block_bytes)
+        header = self._header(record)
         temporary = self.folder / f"{files.TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         held: int | None = None
         try:
@@ -299,3 +307,8 @@ class SnapshotStore:
 
 class _MismatchError(Exception):
     """A snapshot is whole, but not of what was asked for."""
+
+
+def _extent_of(record: SnapshotRecord) -> tuple[str, list[int], int, int, int]:
+    """What its bytes are of."""
+    return record.prompt_id, record.token_ids, record.start, record.num_blocks, record.num_window_blocks

@@ -5,19 +5,16 @@ All ranks hold the same block numbering; which blocks are pinned says `PinnedBlo
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from vllm.kv_cache.extents import Extent as Extent
 from vllm.kv_cache.extents import PinnedBlockPool as PinnedBlockPool
 from vllm.kv_cache.spec import LayerCache
-from vllm.ops.staging import to_device, write
-from vllm.platforms.devices import is_gpu
+from vllm.step import StepPlan
+from vllm.worker.cache_group import CacheGroup
 
 
 class HasRow(Protocol):
@@ -33,12 +30,21 @@ class CacheEngine:
     Per layer one K and one V tensor `[num_blocks * block_size, num_kv_heads, head_dim]`: a slot is a row, and an extent
     is a plain slice that any dense attention can read without a block table. Layers may differ in heads and their size.
 
+    Layers lie in the full group, or in the window group where there is one; see `kv_cache.windows`. What is said here
+    of blocks without a group's name is said of those of the full one.
+
     Args:
         layers: What each layer keeps.
         num_blocks, block_size: Blocks, and slots in each.
         max_num_seqs: Rows of `block_tables`, those for system prompts included.
         max_blocks_per_seq: Columns of `block_tables`.
         device: Of the K/V tensors.
+        num_window_blocks: Blocks of the window group, which has the layers with a window; 0: all layers keep all.
+
+    Attributes:
+        k_caches, v_caches: Of every layer, whatever its group.
+        full, window: The groups; there may be no window group.
+        block_tables: int64 [max_num_seqs, max_blocks_per_seq].
     """
 
     def __init__(
@@ -50,114 +56,55 @@ class CacheEngine:
         max_num_seqs: int,
         max_blocks_per_seq: int,
         device: torch.device,
+        num_window_blocks: int = 0,
     ) -> None:
-        self.block_size = block_size
         self.num_blocks = num_blocks
-        rows = [*(layer.k for layer in layers), *(layer.v for layer in layers)]
-        # Tensors of one shape lie in one piece, so that an extent of all of them is a rectangle of memory: one copy to
-        # the host.
-        alike = {
-            row: iter(
-                torch.zeros(
-                    (count, num_blocks * block_size, row.num_heads, row.dim), dtype=row.dtype, device=device
-                ).unbind()
-            )
-            for row, count in Counter(rows).items()
+        self.block_size = block_size
+        in_window = [bool(num_window_blocks) and layer.window is not None for layer in layers]
+
+        def group(inside: bool, count: int) -> CacheGroup:
+            members = [layer for layer, is_inside in zip(layers, in_window, strict=True) if is_inside == inside]
+            return CacheGroup(members, count, block_size, max_num_seqs, max_blocks_per_seq, device)
+
+        self.full = group(False, num_blocks)
+        self.window = group(True, num_window_blocks) if num_window_blocks else None
+        self.block_tables = self.full.block_tables
+        self.copy, self.clear, self.set_blocks = self.full.copy, self.full.clear, self.full.set_blocks
+        self.extent_slots = self.full.extent_slots
+        next_of = {
+            inside: iter(zip(of_group.k_caches, of_group.v_caches, strict=True))
+            for inside, of_group in ((False, self.full), (True, self.window))
+            if of_group is not None
         }
-        caches = [next(alike[row]) for row in rows]
-        self.k_caches, self.v_caches = caches[: len(layers)], caches[len(layers) :]
-        self.block_tables = torch.zeros((max_num_seqs, max_blocks_per_seq), dtype=torch.int64, device=device)
-        self._num_blocks_of_row = [0] * max_num_seqs
-        self._device = device
-        self._copy = self._copier()
-
-    def _copier(self) -> Callable[[list[tuple[int, int]]], None]:
-        """What copies blocks fastest on this device."""
-        from vllm.ops.cpu import kernels as cpu_kernels
-
-        caches = [*self.k_caches, *self.v_caches]
-        if is_gpu(self._device):
-            from vllm.ops.triton.copy import BlockCopier
-
-            sizes = {cache[0].nbytes for cache in caches}
-            copiers = [BlockCopier([c for c in caches if c[0].nbytes == n], self.block_size) for n in sizes]
-
-            def copy(pairs: list[tuple[int, int]]) -> None:
-                for copier in copiers:
-                    copier.copy(pairs)
-
-            return copy
-        if cpu_kernels.library() is not None:
-            return cpu_kernels.BlockCopier(caches, self.block_size).copy
-        return self._copy_by_index
+        caches = [next(next_of[inside]) for inside in in_window]
+        self.k_caches, self.v_caches = [k for k, _ in caches], [v for _, v in caches]
 
     def block_bytes(self) -> tuple[int, ...]:
-        """Bytes of one block in K of every layer, then in V of every layer."""
-        return tuple(self.block_size * cache[0].nbytes for cache in (*self.k_caches, *self.v_caches))
+        """Bytes of one block in K of every layer, then in V of every layer; first of the full group, then of the window
+        group."""
+        tensors = [*self.full.tensors, *(self.window.tensors if self.window is not None else ())]
+        return tuple(self.block_size * tensor[0].nbytes for tensor in tensors)
 
     @staticmethod
     def bytes_per_block(layers: Sequence[LayerCache], block_size: int) -> int:
-        """Bytes of K and V of one block over all layers."""
+        """Bytes of K and V of one block over some layers."""
         return block_size * sum(layer.slot_bytes for layer in layers)
 
-    def extent_slots(self, start_block: int, num_tokens: int) -> slice:
-        """Rows of a K/V tensor that hold the first `num_tokens` tokens of an extent."""
-        first = start_block * self.block_size
-        return slice(first, first + num_tokens)
-
-    def set_blocks(self, updates: list[tuple[int, int, list[int]]]) -> None:
-        """Writes block ids into the block tables, all at once.
-
-        Args:
-            updates: (row, first column, block ids); of two that touch the same entry, the later one counts.
-
-        Raises:
-            RuntimeError: an update leaves a gap in a row's table; the plan is not one for this rank.
-        """
-        if not updates:
-            return
-        for row, first, blocks in updates:
-            if first > self._num_blocks_of_row[row]:
-                raise RuntimeError(f"row {row} has {self._num_blocks_of_row[row]} blocks, cannot add at {first}")
-            self._num_blocks_of_row[row] = max(self._num_blocks_of_row[row], first + len(blocks))
-        if len(updates) == 1:
-            write(self.block_tables[row, first : first + len(blocks)], np.array(blocks, np.int64))
-            return
-        lengths = np.array([len(blocks) for _, _, blocks in updates])
-        rows = np.repeat([row for row, _, _ in updates], lengths)
-        starts = np.array([first for _, first, _ in updates]) - (lengths.cumsum() - lengths)
-        columns = np.arange(len(rows)) + np.repeat(starts, lengths)
-        values = np.fromiter(chain.from_iterable(blocks for _, _, blocks in updates), np.int64, len(rows))
-        # Of two that touch the same entry the later one counts, so entries are looked for from the end.
-        _, kept = np.unique((rows * self.block_tables.shape[1] + columns)[::-1], return_index=True)
-        rows, columns, values = (x[::-1][kept] for x in (rows, columns, values))
-        where_row, where_column, written = to_device(np.stack((rows, columns, values)), self._device)
-        self.block_tables[where_row, where_column] = written
-
-    def copy(self, pairs: list[tuple[int, int]]) -> None:
-        """Copies whole blocks, all layers: `pairs` of (source, destination).
-
-        All sources are read before any destination is written, so that a block may be both.
-        """
-        if pairs:
-            self._copy(pairs)
-
-    def _copy_by_index(self, pairs: list[tuple[int, int]]) -> None:
-        moves = torch.tensor(pairs, dtype=torch.int64, device=self._device)
-        offsets = torch.arange(self.block_size, device=self._device)
-        source = (moves[:, :1] * self.block_size + offsets).flatten()
-        destination = (moves[:, 1:] * self.block_size + offsets).flatten()
-        for cache in (*self.k_caches, *self.v_caches):
-            cache[destination] = cache[source]
-
-    def clear(self, blocks: list[int]) -> None:
-        """Fills blocks with zeros, all layers."""
-        for block in blocks:
-            slots = self.extent_slots(block, self.block_size)
-            for cache in (*self.k_caches, *self.v_caches):
-                cache[slots].zero_()
+    def apply(self, plan: StepPlan) -> None:
+        """Brings blocks and block tables into the state that the batch of a plan speaks of."""
+        self.full.arrange(plan)
+        if self.window is not None:
+            self.window.arrange(plan.window)
+        for freed in plan.freed:
+            self.free(freed)
+        self.full.set_blocks([*plan.new_blocks, *((seq.row, 0, seq.block_table) for seq in plan.started)])
+        if self.window is not None:
+            started = ((seq.row, 0, seq.window_table) for seq in plan.started)
+            self.window.set_blocks([*plan.window.new_blocks, *started])
 
     def free(self, seq: HasRow) -> None:
         """Forgets the block table of a sequence that no longer runs. Of a system prompt, too, that is all that ends:
         its KV lies in extents, read by others, which only their unpinning ends."""
-        self._num_blocks_of_row[seq.row] = 0
+        self.full.forget(seq.row)
+        if self.window is not None:
+            self.window.forget(seq.row)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.sampling import NO_MASK
 from vllm.ops.staging import to_device, write
 from vllm.platforms.devices import is_gpu
-from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult
+from vllm.step import PROMPT_ROWS, PositionLogprobs, PrefixExtent, SequenceStart, StepPlan, StepResult, WindowExtent
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.running_step import Draw
 
@@ -63,12 +63,13 @@ class ModelRunner:
         self.token_ids = torch.zeros((num_rows + 1, max_model_len + 1), dtype=torch.int64, device=device)
         self._prefix: list[tuple[PrefixExtent, ...]] = [()] * num_rows
         self._prefix_len = np.zeros(num_rows, np.int64)
+        self._window_prefix: list[tuple[WindowExtent, ...]] = [()] * num_rows
         # Of rows that are prefills of system prompts: the pieces that their own tokens go into.
         self._own_extents: list[tuple[PrefixExtent, ...]] = [()] * num_rows
         self._num_prompt_logprobs = np.zeros(num_rows, np.int64)
         self.graphs: GraphRunner | None = None
         self._compiled: CompiledSteps | None = None
-        if not is_gpu(device):
+        if not is_gpu(device) and cache.window is None:
             rows = SequenceRows(
                 self.token_ids, cache.block_tables, torch.from_numpy(self._prefix_len), cache.block_size
             )
@@ -137,12 +138,7 @@ class ModelRunner:
     @torch.inference_mode()
     def apply(self, plan: StepPlan) -> None:
         """Brings blocks and rows into the state that the batch of a plan speaks of; see `StepPlan` for the order."""
-        self.cache.copy(plan.moves)
-        self.cache.copy(plan.copies)
-        self.cache.clear(plan.cleared)
-        for freed in plan.freed:
-            self.cache.free(freed)
-        self.cache.set_blocks([*plan.new_blocks, *((seq.row, 0, seq.block_table) for seq in plan.started)])
+        self.cache.apply(plan)
         self._start(plan.started)
 
     @torch.inference_mode()
@@ -164,6 +160,7 @@ class ModelRunner:
             return
         for seq in sequences:
             self._prefix[seq.row] = seq.prefix
+            self._window_prefix[seq.row] = seq.window_prefix
             self._prefix_len[seq.row] = sum(e.num_tokens for e in seq.prefix)
             self._own_extents[seq.row] = self._pieces(seq.block_table) if seq.is_system_prompt else ()
             self._num_prompt_logprobs[seq.row] = seq.sampling_params.prompt_logprobs or 0
@@ -256,12 +253,36 @@ class ModelRunner:
             block_size=block_size,
             contiguous_from=self._contiguous_from(plan, dense),
         )
+        window = self._window_metadata(plan, rows, row_index, own, context_lens)
         wanted = None
         last = ends[plan.samples] - 1
         if len(last) < len(token_rows) and not any(plan.wants_prompt_logprobs):
             wanted = self._to_device(last)
-        hidden = self._forward(self.token_ids[row_index, positions], positions, metadata, wanted)
+        hidden = self._forward(self.token_ids[row_index, positions], positions, metadata, wanted, window)
         return self._draw_later(plan, hidden, rows, starts + counts, ends)
+
+    def _window_metadata(
+        self, plan: StepPlan, rows: np.ndarray, row_index: torch.Tensor, own: torch.Tensor, context_lens: np.ndarray
+    ) -> AttentionMetadata | None:
+        """What a batch reads and writes in the window group; None where there is none.
+
+        Args:
+            rows, context_lens: Row of each sequence, and its own tokens.
+            row_index, own: Row of each token, and its place among the own tokens.
+        """
+        group = self.cache.window
+        if group is None:
+            return None
+        tables, block_size = group.block_tables, group.block_size
+        columns = -(-int(context_lens.max()) // block_size)
+        return AttentionMetadata(
+            slot_mapping=tables[row_index, own // block_size] * block_size + own % block_size,
+            block_tables=tables[self._to_device(rows), :columns],
+            query_lens=plan.counts,
+            context_lens=context_lens.tolist(),
+            groups=self._joined_groups([self._window_prefix[row] for row in plan.rows], plan.counts),
+            block_size=block_size,
+        )
 
     def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Draw:
         """A step of decode alone, as a captured graph."""
@@ -303,14 +324,20 @@ class ModelRunner:
         Args:
             dense: Own tokens of each row that are read as extents too.
         """
-        groups: list[PrefixGroup] = []
-        latest: dict[int, int] = {}  # By start block: the last group that reads the extent.
-        token = 0
-        for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        chains = []
+        for i, row in enumerate(rows):
             extents = self._prefix[row]
             if dense is not None and dense[i]:
                 extents = (*extents, *_head(self._own_extents[row], dense[i]))
-            position = 0
+            chains.append(_positioned(extents))
+        return self._joined_groups(chains, counts)
+
+    def _joined_groups(self, chains: list[Iterable[WindowExtent]], counts: list[int]) -> list[PrefixGroup]:
+        """The groups of sequences of so many tokens each, given what each of them reads."""
+        groups: list[PrefixGroup] = []
+        latest: dict[int, int] = {}  # By start block: the last group that reads the extent.
+        token = 0
+        for extents, count in zip(chains, counts, strict=True):
             for extent in extents:
                 at = latest.get(extent.start_block)
                 last = groups[at] if at is not None else None
@@ -321,8 +348,7 @@ class ModelRunner:
                 else:
                     latest[extent.start_block] = len(groups)
                     slot = extent.start_block * self.cache.block_size
-                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens, position))
-                position += extent.num_tokens
+                    groups.append(PrefixGroup(token, count, slot, extent.num_tokens, extent.position))
             token += count
         return groups
 
@@ -332,18 +358,33 @@ class ModelRunner:
         positions: torch.Tensor,
         metadata: AttentionMetadata,
         wanted: torch.Tensor | None = None,
+        window: AttentionMetadata | None = None,
     ) -> torch.Tensor:
-        """Hidden states of the tokens `wanted`, or of all."""
+        """Hidden states of the tokens `wanted`, or of all.
+
+        Args:
+            window: What the layers of the window group read and write, where there is one.
+        """
         context = ForwardContext(
             backend=self.backend,
-            prepared=self.backend.prepare(metadata, self.model.attention_specs),
+            prepared=self._prepare(metadata, window),
             positions=positions,
             slot_mapping=metadata.slot_mapping,
             k_caches=self.cache.k_caches,
             v_caches=self.cache.v_caches,
             wanted=wanted,
+            window_slots=None if window is None else window.slot_mapping,
         )
         return self.model(token_ids, context)
+
+    def _prepare(self, metadata: AttentionMetadata, window: AttentionMetadata | None) -> list[Any]:
+        """The plan of each of the network's different specs, in order."""
+        specs = self.model.attention_specs
+        if window is None:
+            return self.backend.prepare(metadata, specs)
+        full = iter(self.backend.prepare(metadata, [spec for spec in specs if spec.window is None]))
+        within = iter(self.backend.prepare(window, [spec for spec in specs if spec.window is not None]))
+        return [next(full) if spec.window is None else next(within) for spec in specs]
 
     def _draw_later(
         self, plan: StepPlan, hidden: torch.Tensor, rows: np.ndarray, num_tokens: np.ndarray, ends: np.ndarray
@@ -466,6 +507,15 @@ def _head(extents: tuple[PrefixExtent, ...], num_tokens: int) -> list[PrefixExte
         head.append(PrefixExtent(extent.start_block, min(num_tokens, extent.num_tokens)))
         num_tokens -= extent.num_tokens
     return head
+
+
+def _positioned(extents: Iterable[PrefixExtent]) -> list[WindowExtent]:
+    """A chain of extents that hold the first tokens of a sequence, with their positions."""
+    chain, position = [], 0
+    for extent in extents:
+        chain.append(WindowExtent(extent.start_block, extent.num_tokens, position))
+        position += extent.num_tokens
+    return chain
 
 
 def _joined(parts: list[LogprobTensors], tables: Iterator[np.ndarray]) -> PositionLogprobs:

@@ -3,8 +3,9 @@
     device  ⇄  image on the host  ⇄  disk
        slices, in steps      a thread
 
-An image is K of every layer, then V, uint8 [num_blocks, block_bytes] each, one after the other. It lies in the host
-tier, or in memory of its own until the plan drops it.
+An image is K of every layer, then V, uint8 [num_blocks, block_bytes] each, one after the other; those of the window
+group, which have blocks of their own, behind those of the full group. It lies in the host tier, or in memory of its own
+until the plan drops it.
 """
 
 from __future__ import annotations
@@ -48,14 +49,19 @@ class ExtentTransfers:
     """
 
     def __init__(self, cache: CacheEngine, host_blocks: int, store: SnapshotStore | None) -> None:
-        caches = (*cache.k_caches, *cache.v_caches)
-        self._caches = [tensor.view(cache.num_blocks, -1).view(torch.uint8) for tensor in caches]
+        groups = [cache.full, *([cache.window] if cache.window is not None else [])]
+        caches = cache.full.tensors
+        self._caches = [t.view(group.num_blocks, -1).view(torch.uint8) for group in groups for t in group.tensors]
         self._block_bytes = [tensor.shape[1] for tensor in self._caches]
-        self._all_block_bytes = sum(self._block_bytes)
+        self._num_full = len(caches)
+        # A block of the tier is as large as one of the full group.
+        self._all_block_bytes = sum(self._block_bytes[: self._num_full])
         # Whether a tensor lies right behind the one before it, which is of its size.
         self._follows = [False] + [
             a.shape == b.shape and b.data_ptr() == a.data_ptr() + a.nbytes for a, b in pairwise(self._caches)
         ]
+        if cache.window is not None:
+            self._follows[self._num_full] = False
         self._on_gpu = on_gpu(caches[0])
         self._max_pitch = max_pitch(caches[0].device.index) if self._on_gpu else 0
         self._arena = HostArena(host_blocks * self._all_block_bytes, caches[0].device)
@@ -117,7 +123,7 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
-            for area in _areas_of(transfer, self._block_bytes, self._follows):
+            for area in _areas_of(transfer, self._block_bytes, self._follows, self._num_full):
                 if self._on_gpu and transfer.image.start is not None:
                     self._copy_area(image, area, transfer.to_host)
                 else:
@@ -157,7 +163,7 @@ class ExtentTransfers:
 
     def _image(self, image: HostImage) -> list[torch.Tensor]:
         """Its tensors; uint8 [num_blocks, block_bytes] each."""
-        size = image.num_blocks * self._all_block_bytes
+        size = image.size * self._all_block_bytes
         if image.start is not None:
             first = image.start * self._all_block_bytes
             flat = self._arena.tensor[first : first + size]
@@ -165,8 +171,12 @@ class ExtentTransfers:
             if image.prompt_id not in self._own:
                 self._own[image.prompt_id] = torch.empty(size, dtype=torch.uint8)
             flat = self._own[image.prompt_id]
-        parts = flat.split([image.num_blocks * block for block in self._block_bytes])
-        return [part.view(image.num_blocks, -1) for part in parts]
+        tensors, at = [], 0
+        for i, size in enumerate(self._block_bytes):
+            blocks = image.num_blocks if i < self._num_full else image.num_window_blocks
+            tensors.append(flat[at : at + blocks * size].view(blocks, -1))
+            at += blocks * size
+        return tensors
 
     # Snapshots -------------------------------------------------------------------------------------------------
 
@@ -181,7 +191,7 @@ class ExtentTransfers:
         arrays = [tensor.numpy() for tensor in tensors]
         ready = None
         if job.image.start is not None:
-            size = job.image.num_blocks * self._all_block_bytes
+            size = job.image.size * self._all_block_bytes
             ready = self._arena.prepare(int(tensors[0].storage_offset()), size)
 
         def work() -> str:
@@ -233,7 +243,7 @@ class Area(NamedTuple):
     num_blocks: int
 
 
-def _areas_of(transfer: ExtentCopy, block_bytes: list[int], follows: list[bool]) -> Iterator[Area]:
+def _areas_of(transfer: ExtentCopy, block_bytes: list[int], follows: list[bool], num_full: int) -> Iterator[Area]:
     """What a copy is of.
 
     Copies carry whole tensors one after the other, as many bytes as their blocks take in all of them. So each lies in
@@ -243,14 +253,16 @@ def _areas_of(transfer: ExtentCopy, block_bytes: list[int], follows: list[bool])
 
     Args:
         block_bytes: Bytes of a block in each tensor.
-        follows: Whether a tensor lies right behind the one before it, which is of its size.
+        follows: Whether a tensor lies right behind the one before it, which is of its size and group.
+        num_full: Tensors of the full group, which come first.
     """
-    num_blocks, bytes_of_all = transfer.image.num_blocks, sum(block_bytes)
+    bytes_of_all = sum(block_bytes[:num_full])
     begin, end = transfer.first * bytes_of_all, (transfer.first + transfer.count) * bytes_of_all
     # (first tensor, tensors, first block of each, end) of what may go together.
     runs: list[tuple[int, int, int, int]] = []
     offset = 0
     for i, size in enumerate(block_bytes):
+        num_blocks = transfer.image.num_blocks if i < num_full else transfer.image.num_window_blocks
         block, stop = (min(num_blocks, max(0, -((offset - at) // size))) for at in (begin, end))
         offset += num_blocks * size
         if runs and follows[i] and runs[-1][0] + runs[-1][1] == i and runs[-1][2:] == (block, stop):
@@ -259,7 +271,7 @@ def _areas_of(transfer: ExtentCopy, block_bytes: list[int], follows: list[bool])
             runs.append((i, 1, block, stop))
     for i, tensors, block, stop in runs:
         before = 0
-        for start, count in transfer.extents:
+        for start, count in transfer.extents if i < num_full else transfer.window_extents:
             first, last = max(block, before), min(stop, before + count)
             if first < last:
                 yield Area(i, tensors, first, start + first - before, last - first)

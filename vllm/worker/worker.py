@@ -15,6 +15,7 @@ from vllm.attention.spec import AttentionSpec
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
+from vllm.kv_cache.windows import KVMemory, window_of
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
@@ -131,9 +132,20 @@ class Worker:
         compiled = misfit is None and isinstance(self.backend, CpuAttentionBackend)
         return replace(plain, method=CpuPacked(int8), compiled=compiled)
 
-    @property
-    def bytes_per_block(self) -> int:
-        return CacheEngine.bytes_per_block(self.model.caches(), self.config.cache.block_size)
+    def kv_memory(self) -> KVMemory:
+        """What this rank has for KV, weights loaded and room kept for the largest step."""
+        return self._memory_of_blocks(self.available_kv_bytes())
+
+    def _memory_of_blocks(self, available: int) -> KVMemory:
+        layers, block_size = self.model.caches(), self.config.cache.block_size
+        window = window_of(layers) if self.backend.has_window_group else None
+        if window is None:
+            return KVMemory(available, CacheEngine.bytes_per_block(layers, block_size))
+        full = [layer for layer in layers if layer.window is None]
+        within = [layer for layer in layers if layer.window is not None]
+        sizes = (CacheEngine.bytes_per_block(some, block_size) for some in (full, within))
+        block_bytes, window_block_bytes = sizes
+        return KVMemory(available, block_bytes, window, window_block_bytes)
 
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
@@ -154,11 +166,13 @@ class Worker:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             num_blocks = -(-scheduler.max_num_batched_tokens // self.config.cache.block_size)
+            # Of one group: where blocks lie makes no difference to a trial.
             trial = self._make_runner(num_blocks)
+            bytes_per_block = CacheEngine.bytes_per_block(self.model.caches(), self.config.cache.block_size)
             capture = not self.config.enforce_eager
             num_logprobs = self.config.model.max_logprobs
             trial.try_largest_step(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, capture, num_logprobs)
-            needed = torch.cuda.max_memory_allocated() - before - num_blocks * self.bytes_per_block
+            needed = torch.cuda.max_memory_allocated() - before - num_blocks * bytes_per_block
         except torch.OutOfMemoryError as error:
             raise self._step_too_large(error) from None
         del trial
@@ -166,11 +180,12 @@ class Worker:
         # Captured steps have at most 1,024 tokens, and memory of their own.
         return needed + needed // 4 if capture else needed
 
-    def _make_runner(self, num_blocks: int) -> ModelRunner:
+    def _make_runner(self, num_blocks: int, num_window_blocks: int = 0) -> ModelRunner:
         model, scheduler = self.config.model, self.config.scheduler
         kv = CacheEngine(
             layers=self.model.caches(),
             num_blocks=num_blocks,
+            num_window_blocks=num_window_blocks,
             block_size=self.config.cache.block_size,
             max_num_seqs=scheduler.max_num_seqs + PROMPT_ROWS,
             max_blocks_per_seq=-(-model.max_model_len // self.config.cache.block_size) + 1,
@@ -180,22 +195,23 @@ class Worker:
             self.model, kv, self.backend, model.vocab_size, scheduler.max_num_seqs, model.max_model_len, self.device
         )
 
-    def initialize_cache(self, num_blocks: int) -> None:
-        """Makes the K/V tensors and the host tier, and looks for snapshots.
+    def initialize_cache(self, num_blocks: int, num_window_blocks: int = 0) -> None:
+        """Makes the K/V tensors of so many blocks of each group, and the host tier, and looks for snapshots.
 
         Raises:
             StartupError: there is not enough memory.
         """
-        needed = num_blocks * self.bytes_per_block
+        sizes = self._memory_of_blocks(0)
+        needed = num_blocks * sizes.block_bytes + num_window_blocks * sizes.window_block_bytes
         left = self.platform.available_memory_bytes() - self._step_bytes
         if needed > left:
             # A CPU would hand out the memory and be killed for using it.
             raise self._too_large(needed, f"{left / 2**30:.1f} GiB are left")
         try:
-            self.runner = self._make_runner(num_blocks)
+            self.runner = self._make_runner(num_blocks, num_window_blocks)
         except (MemoryError, RuntimeError) as error:
             raise self._too_large(needed, str(error).splitlines()[0]) from None
-        self.transfers = self._open_tiers(self.runner.cache)
+        self.transfers = self._open_tiers(self.runner.cache, sizes)
         if is_gpu(self.device) and not self.config.enforce_eager:
             scheduler = self.config.scheduler
             try:
@@ -212,18 +228,18 @@ class Worker:
             "--gpu-memory-utilization, --max-num-batched-tokens or --max-num-seqs."
         )
 
-    def _open_tiers(self, kv: CacheEngine) -> ExtentTransfers:
+    def _open_tiers(self, kv: CacheEngine, memory: KVMemory) -> ExtentTransfers:
         tiers, model = self.config.system_prompt, self.config.model
-        host_blocks = tiers.host_blocks(self.bytes_per_block, self.tp.world_size)
+        host_blocks = tiers.host_blocks(memory.block_bytes, self.tp.world_size)
+        size = host_blocks * memory.block_bytes
         left = self.platform.available_host_memory_bytes()
-        if host_blocks * self.bytes_per_block > left:
+        if size > left:
             raise StartupError(
-                f"--system-prompt-host-cache-gib asks for {host_blocks * self.bytes_per_block / 2**30:.1f} GiB of host "
+                f"--system-prompt-host-cache-gib asks for {size / 2**30:.1f} GiB of host "
                 f"memory, but only {left / 2**30:.1f} GiB are left; lower it."
             )
         if host_blocks:
-            size = host_blocks * self.bytes_per_block / 2**30
-            logger.info("System prompts may take %.1f GiB of host memory, as they come to need it.", size)
+            logger.info("System prompts may take %.1f GiB of host memory, as they come to need it.", size / 2**30)
         store = None
         if tiers.snapshot_dir is not None:
             identity = snapshot_identity(
@@ -233,6 +249,7 @@ class Worker:
                 layout=self.backend.kv_layout,
                 block_size=self.config.cache.block_size,
                 block_bytes=kv.block_bytes(),
+                num_window_tensors=0 if kv.window is None else len(kv.window.tensors),
                 rank=self.tp.rank,
                 num_ranks=self.tp.world_size,
             )

@@ -28,6 +28,14 @@ class AttentionBackend(ABC):
         """
         return "slots"
 
+    @property
+    def has_window_group(self) -> bool:
+        """Whether layers with a window may keep it in blocks of their own (see `kv_cache.windows`): plans are then made
+        for the layers of each group with that group's slots, block tables and extents; what a token reads before its
+        own tokens ends where the last of its groups ends, but need not begin with the sequence; entries of block tables
+        that lie behind the window of all query tokens are not read."""
+        return False
+
     @abstractmethod
     def misfit(self, spec: AttentionSpec) -> str | None:
         """Why this backend cannot serve a layer that asks for `spec`, or None."""

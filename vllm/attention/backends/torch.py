@@ -19,8 +19,8 @@ class SuffixBucket:
 
     Attributes:
         tokens: Query tokens; int64 [b * m].
-        slots: K/V slots of the own tokens, padded with slot 0; int64 [b, n].
-        positions: Own position of each query token; int64 [b, m].
+        slots: K/V slots of the own tokens that are read, padded with slot 0; int64 [b, n].
+        positions: Place of each query token among those; int64 [b, m].
         num_queries: m.
     """
 
@@ -58,17 +58,27 @@ class TorchAttentionBackend(AttentionBackend):
     The query heads that share a KV head are rows of one matrix, so grouped-query attention needs no copy of K or V.
     """
 
+    @property
+    def has_window_group(self) -> bool:
+        return True
+
     def misfit(self, spec: AttentionSpec) -> str | None:
         return None
 
     def prepare(self, metadata: AttentionMetadata, specs: Sequence[AttentionSpec]) -> list[PreparedBatch]:
-        buckets = self._buckets(metadata)
-        reads = {window: self._reads(metadata, buckets, window) for window in {spec.window for spec in specs}}
-        return [PreparedBatch(buckets, reads[spec.window]) for spec in specs]
+        plans = {
+            window: PreparedBatch(self._buckets(metadata, window), self._reads(metadata, window))
+            for window in {spec.window for spec in specs}
+        }
+        return [plans[spec.window] for spec in specs]
 
-    def _buckets(self, metadata: AttentionMetadata) -> list[SuffixBucket]:
+    def _buckets(self, metadata: AttentionMetadata, window: int | None) -> list[SuffixBucket]:
         members: dict[tuple[int, int], list[int]] = {}
-        for i, (m, n) in enumerate(zip(metadata.query_lens, metadata.context_lens, strict=True)):
+        # What lies behind the window of all query tokens is left out: it may be another sequence's by now.
+        pairs = list(zip(metadata.query_lens, metadata.context_lens, strict=True))
+        skipped = [0 if window is None else max(0, n - m - window + 1) for m, n in pairs]
+        context_lens = [n - skip for (_, n), skip in zip(pairs, skipped, strict=True)]
+        for i, (m, n) in enumerate(zip(metadata.query_lens, context_lens, strict=True)):
             # Context lengths within a factor of two share a bucket: padding costs at most that factor.
             members.setdefault((m, n.bit_length()), []).append(i)
         device = metadata.block_tables.device
@@ -77,13 +87,15 @@ class TorchAttentionBackend(AttentionBackend):
             first_tokens.append(first_tokens[-1] + m)
         buckets = []
         for (m, _), sequences in members.items():
-            lens = torch.tensor([metadata.context_lens[i] for i in sequences], device=device)
+            lens = torch.tensor([context_lens[i] for i in sequences], device=device)
+            behind = torch.tensor([skipped[i] for i in sequences], device=device)[:, None]
             first = torch.tensor([first_tokens[i] for i in sequences], device=device)
             offsets = torch.arange(m, device=device)
-            own = torch.arange(max(metadata.context_lens[i] for i in sequences), device=device)
+            read = torch.arange(max(context_lens[i] for i in sequences), device=device)
+            own = behind + torch.minimum(read, lens[:, None] - 1)
             table = metadata.block_tables[torch.tensor(sequences, device=device)]
-            slots = table[:, own // metadata.block_size] * metadata.block_size + own % metadata.block_size
-            slots = torch.where(own < lens[:, None], slots, 0)
+            slots = table.gather(1, own // metadata.block_size) * metadata.block_size + own % metadata.block_size
+            slots = torch.where(read < lens[:, None], slots, 0)
             buckets.append(
                 SuffixBucket(
                     tokens=(first[:, None] + offsets).flatten(),
@@ -94,17 +106,17 @@ class TorchAttentionBackend(AttentionBackend):
             )
         return buckets
 
-    def _reads(self, metadata: AttentionMetadata, buckets: list[SuffixBucket], window: int | None) -> list[PrefixRead]:
+    def _reads(self, metadata: AttentionMetadata, window: int | None) -> list[PrefixRead]:
         device = metadata.block_tables.device
         tokens = [torch.arange(g.first_token, g.first_token + g.num_tokens, device=device) for g in metadata.groups]
         if window is None:
             return [PrefixRead(t, g.first_slot, g.length) for t, g in zip(tokens, metadata.groups, strict=True)]
-        # All that a token reads before its own tokens lies in its groups, so their lengths say where these begin.
-        positions = torch.zeros(sum(metadata.query_lens), dtype=torch.int64, device=device)
-        for bucket in buckets:
-            positions[bucket.tokens] = bucket.positions.flatten()
+        # A token's own tokens begin where the last of its groups ends.
+        starts = torch.zeros(sum(metadata.query_lens), dtype=torch.int64, device=device)
         for of_group, group in zip(tokens, metadata.groups, strict=True):
-            positions[of_group] += group.length
+            starts[of_group] = starts[of_group].clamp(min=group.position + group.length)
+        own = [torch.arange(n - m, n) for m, n in zip(metadata.query_lens, metadata.context_lens, strict=True)]
+        positions = starts + torch.cat(own).to(device)
         return [
             read
             for of_group, group in zip(tokens, metadata.groups, strict=True)

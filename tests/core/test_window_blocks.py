@@ -1,0 +1,110 @@
+"""What the window group keeps: its arithmetic at the edges, and who holds its blocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm.core.block_manager import BlockManager
+from vllm.core.window_blocks import HOLE, WindowBlocks
+from vllm.kv_cache.extents import Extent
+from vllm.kv_cache.windows import WindowLayout
+from vllm.sequence import Sequence
+
+BLOCK = 4
+WINDOW = 9
+
+
+def make_blocks(num_window_blocks: int = 16) -> tuple[BlockManager, WindowBlocks]:
+    windows = WindowBlocks(WindowLayout(WINDOW, BLOCK, 8), num_window_blocks)
+    return BlockManager(32, BLOCK, windows=windows), windows
+
+
+def compute(blocks: BlockManager, seq: Sequence, chunk: int) -> Sequence:
+    """Computes `seq` in chunks of so many tokens."""
+    while seq.num_computed_tokens < seq.num_tokens:
+        end = min(seq.num_tokens, seq.num_computed_tokens + chunk)
+        assert blocks.grow(seq, end) is not None
+        seq.num_computed_tokens = end
+        blocks.commit(seq)
+    return seq
+
+
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 1024])
+@pytest.mark.parametrize("num_tokens", [1, 15, 16, 17, 1022, 1023, 1024, 1025, 5000])
+def test_a_pin_keeps_its_window_in_whole_blocks(window: int, num_tokens: int) -> None:
+    layout = WindowLayout(window, 16, 2048)
+    kept_from = layout.first_of_tail(num_tokens) * 16
+    assert kept_from <= max(0, num_tokens - window + 1), "the token behind it finds all that it reads"
+    assert num_tokens - kept_from <= max(1, min(num_tokens, window - 1)) + 15, "and no more than a block besides"
+    assert layout.tail_blocks(num_tokens) == -(-num_tokens // 16) - layout.first_of_tail(num_tokens)
+
+
+def test_a_long_prompt_takes_less_than_a_third_with_the_shape_of_gemma_3() -> None:
+    """27B: 62 layers, of which 52 read a window of 1,024."""
+    layout = WindowLayout(1024, 16, 2048)
+    taken = 10 * (32768 // 16) + 52 * layout.tail_blocks(32768)
+    assert taken <= 0.3 * 62 * (32768 // 16)
+
+
+def test_split_takes_no_more_than_there_is_and_keeps_the_longest_sequence() -> None:
+    layout = WindowLayout(1024, 16, 2048)
+    for num_bytes in (10**9, 10**10):
+        full, window = layout.split(num_bytes, 5 * 4096 * 16, 29 * 4096 * 16, 32768)
+        assert full * 5 * 4096 * 16 + window * 29 * 4096 * 16 <= num_bytes
+        assert window >= layout.most_blocks(32768) and full > window
+
+
+def test_a_request_gives_back_what_lies_behind_its_window() -> None:
+    blocks, windows = make_blocks()
+    seq = compute(blocks, Sequence("a", range(40)), chunk=8)
+    assert windows.num_used_blocks < blocks.num_used_blocks == 10
+    assert seq.window_table[:4] == [HOLE] * 4 and len(seq.window_table) == 10
+    windows.check_integrity([seq], set())
+    blocks.free(seq)
+    assert windows.num_used_blocks == 0
+
+
+def test_a_hit_needs_the_window_in_both_groups() -> None:
+    blocks, windows = make_blocks()
+    blocks.free(compute(blocks, Sequence("a", range(40)), chunk=8))
+    again = Sequence("b", [*range(40), 99])
+    found = blocks.find_cached(again)
+    assert len(found) == 10
+    blocks.adopt(again, found)
+    assert windows.num_used_blocks == 2 and again.window_start == 8, "eight tokens behind the next one"
+    blocks.free(again)
+    # Others take block after block: a hit only ends where the window before it is complete.
+    others, lengths = [], set[int]()
+    while windows.num_free_blocks:
+        others.append(windows.take())
+        found = blocks.find_cached(Sequence("c", [*range(40), 99]))
+        keys = Sequence("c", range(40)).keys_of_full_blocks(len(found), BLOCK)
+        contents = [
+            (key, Sequence("c", range(40)).token_ids[i * 4 : i * 4 + 4].tobytes()) for i, key in enumerate(keys)
+        ]
+        assert len(windows.window_behind(contents)) == min(len(found), 2)
+        lengths.add(len(found))
+    assert max(lengths) == 10 and min(lengths) == 0
+
+
+def test_fork_from_a_parent_whose_window_has_moved_on() -> None:
+    blocks, _ = make_blocks()
+    parent = compute(blocks, Sequence("a", range(40)), chunk=8)
+    near, far = Sequence("a", range(39), index=1), Sequence("a", range(14), index=2)
+    assert blocks.fork(parent, near) is not None
+    assert near.window_table[near.window_start : 9] == parent.window_table[near.window_start : 9]
+    assert blocks.fork(parent, far) is None and not far.block_table and not far.window_table
+
+
+def test_a_prompt_goes_round_a_ring_and_ends_in_its_extent() -> None:
+    blocks, windows = make_blocks()
+    prompt = Sequence("p", range(60), is_system_prompt=True)
+    size = windows.layout.tail_blocks(60)
+    extent = Extent(16 - size, size)
+    windows.vacate([extent], [])
+    assert windows.begin_prompt(prompt, [extent])
+    assert prompt.window_table[-size:] == list(range(extent.start, extent.end))
+    assert len(set(prompt.window_table)) < len(prompt.window_table) == 15
+    windows.check_integrity([prompt], set(range(extent.start, extent.end)))
+    windows.end_prompt(prompt)
+    assert windows.num_used_blocks == 0 and blocks.num_used_blocks == 0
