@@ -49,7 +49,7 @@ BENEATH: dict[str, set[str]] = {
         "step",
         "system_prompt_store",
     },
-    "executor": {"distributed", "step", "system_prompt_store", "worker"},
+    "executor": {"distributed", "kv_cache", "step", "system_prompt_store", "worker"},
     "core": {"kv_cache", "sequence", "step", "system_prompt_store"},
     "engine": {
         "attention",

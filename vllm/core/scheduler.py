@@ -398,8 +398,6 @@ class Scheduler:
         while budget > 0:
             may_begin = self._free_rows and self._short_of_blocks is None
             seq = self._next_waiting(held_up_from, put_off) if may_begin else None
-            if prompts and self.blocks.windows is not None and self._short_of_blocks is not None:
-                prompts = []  # They need blocks, too.
             if prompts and (seq is None or prompts[-1].rank < _rank(seq)):
                 budget -= self._begin_prompt(plan, prompts.pop(), budget)
             elif seq is not None:
@@ -425,7 +423,9 @@ class Scheduler:
         return most is not None and running >= most and len(self.running) > running
 
     def _begin_prompt(self, plan: StepPlan, prompt: PinnedPrompt, budget: int) -> int:
-        """Plans the first tokens of a prompt, unless it must wait for its parent or for a row; returns how many."""
+        """Plans the first tokens of a prompt, unless it must wait for its parent, a row or blocks; returns how many."""
+        if self.blocks.windows is not None and self._short_of_blocks is not None:
+            return 0  # Who waits for blocks comes before it.
         if not self._free_prompt_rows or (prompt.parent is not None and prompt.parent.state != PromptState.PINNED):
             return 0
         return self._plan_chunk(plan, prompt, budget)

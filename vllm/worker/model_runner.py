@@ -332,7 +332,7 @@ class ModelRunner:
             chains.append(_positioned(extents))
         return self._joined_groups(chains, counts)
 
-    def _joined_groups(self, chains: list[Iterable[WindowExtent]], counts: list[int]) -> list[PrefixGroup]:
+    def _joined_groups(self, chains: Iterable[Iterable[WindowExtent]], counts: list[int]) -> list[PrefixGroup]:
         """The groups of sequences of so many tokens each, given what each of them reads."""
         groups: list[PrefixGroup] = []
         latest: dict[int, int] = {}  # By start block: the last group that reads the extent.
