@@ -75,7 +75,7 @@ class _Names:
         if stem in self._top and kind in ("weight", "bias"):
             return f"{self._top[stem]}.{kind}", -1, stem
         match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-        part = None if match is None else self._parts.get(match[2])
+        part = "" if match is None else self._parts.get(match[2], "")
         names = self.spec.names
         if match is None or part not in names.parts or int(match[1]) >= len(self.spec.layers):
             raise self._unknown(name)
