@@ -227,7 +227,9 @@ def test_min_tokens(make_tiny: MakeEngine) -> None:
 def test_ttl(make_tiny: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_tiny()
     now = [1000.0]
-    monkeypatch.setattr(engine.core.pool, "_clock", lambda: now[0])
+    pool = engine.core.pool
+    for owner in (pool, pool._life, pool._router):
+        monkeypatch.setattr(owner, "_clock", lambda: now[0])
     info = engine.add_system_prompt(list(range(100, 140)), ttl=60.0)
     assert info.expires == 1060.0
     now[0] = 1050.0

@@ -31,7 +31,9 @@ def server(server_factory, tiny_model_dir, tmp_path_factory):
     flags = ("--dtype", "float32", "--max-model-len", "2048", "--num-gpu-blocks-override", "400")
     limits = ("--system-prompt-cache-tokens", "3200", "--system-prompt-min-tokens", "12")
     keys = ("--api-key", *KEYS, "--admin-api-key", ADMIN, "--engine-restarts", "1")
-    return server_factory("--model", str(tiny_model_dir), *flags, *limits, *files, *keys, api_key=KEYS[0])
+    # A test looks for the engine by its command line.
+    options = [*flags, *limits, *files, *keys]
+    return server_factory("--model", str(tiny_model_dir), *options, api_key=KEYS[0], cold=True)
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ def test_tool_turns_are_read(client):
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format must have a schema"),
         (
             {"output_config": {"format": {"type": "json_schema", "schema": {"type": "objekt"}}}},
-            "output_config.format is not valid",
+            "output_config.format has a JSON schema that is not valid: type must be one or several of",
         ),
         ({"output_config": {"effort": "zzz"}}, "output_config.effort"),
         ({"stop_sequences": ["x"] * 300}, "stop_sequences"),
