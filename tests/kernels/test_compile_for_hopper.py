@@ -28,7 +28,10 @@ def compile_cases(*arguments: str) -> str:
 @pytest.mark.skipif(not ASSEMBLER.exists(), reason="this Triton comes without NVIDIA's assembler")
 @pytest.mark.parametrize(
     ("case", "kernels"),
-    [("llama", ("_kernel", "_prefix_kernel", "_suffix_kernel")), ("all", ("_prefix_kernel", "_suffix_kernel"))],
+    [
+        ("llama", ("_kernel", "_prefix_kernel", "_suffix_kernel")),
+        pytest.param("all", ("_prefix_kernel", "_suffix_kernel"), marks=pytest.mark.nightly),
+    ],
 )
 def test_kernels_compile(case: str, kernels: tuple[str, ...]) -> None:
     printed = compile_cases("--once", case)

@@ -180,7 +180,7 @@ def test_the_last_layer_goes_on_with_what_is_wanted(cpu_instructions: str, name:
 
 @every_instructions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 47, 64, 600, 5000])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 47, 64, pytest.param(600, marks=pytest.mark.nightly), 5000])
 def test_edges_of_windows(cpu_instructions: str, dtype: torch.dtype, window: int) -> None:
     """Extents shorter and longer than the window, own tokens on either side of it, one token at a time and in chunks;
     what no query sees is not read."""
