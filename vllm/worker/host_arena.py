@@ -69,7 +69,8 @@ class HostArena:
 
     def lock_first(self) -> None:
         """Locks the slabs that are used first, in threads."""
-        self._lock_ahead(-(-len(self.tensor) // _SLAB) - 1)
+        if self._threads is not None:
+            self._lock_ahead(self._threads, -(-len(self.tensor) // _SLAB) - 1)
 
     def parts_of(self, first: int, width: int, pitch: int, height: int) -> Iterator[tuple[int, int, slice]]:
         """Makes a rectangle of the arena ready to be copied from or to, perhaps waiting for that.
@@ -106,10 +107,10 @@ class HostArena:
 
         Making memory ready fills it with zeros, so what is written before would be lost.
         """
-        slabs = range(first // _SLAB, -(-(first + num_bytes) // _SLAB)) if self._threads is not None else range(0)
-        for slab in slabs:
-            self._lock_ahead(slab)
-        ready = [self._slabs[slab] for slab in slabs]
+        ready: list[Future[bool]] = []
+        if self._threads is not None:
+            slabs = range(first // _SLAB, -(-(first + num_bytes) // _SLAB))
+            ready = [self._lock_ahead(self._threads, slab) for slab in slabs]
 
         def wait() -> None:
             for slab in ready:
@@ -119,17 +120,18 @@ class HostArena:
 
     def _prepare(self, slab: int) -> None:
         if self._threads is not None:
-            self._lock_ahead(slab)
-            self._slabs[slab].result()
+            self._lock_ahead(self._threads, slab).result()
 
-    def _lock_ahead(self, slab: int) -> None:
-        """Has a slab locked, and those that are used next: the tier is filled from its end on."""
-        if self._threads is None:
-            return
+    def _lock_ahead(self, threads: ThreadPoolExecutor, slab: int) -> Future[bool]:
+        """Has a slab locked, and those that are used next: the tier is filled from its end on. Returns the slab's."""
         count = max(1, min(_AHEAD, len(self.tensor) // _SLAB // 8))
-        for ahead in range(slab, max(-1, slab - count), -1):
-            if ahead not in self._slabs:
-                self._slabs[ahead] = self._threads.submit(self._lock, ahead)
+        last = max(0, slab - count + 1)
+        # Each part of each copy asks, mostly for what has been begun.
+        if slab not in self._slabs or last not in self._slabs:
+            for ahead in range(slab, last - 1, -1):
+                if ahead not in self._slabs:
+                    self._slabs[ahead] = threads.submit(self._lock, ahead)
+        return self._slabs[slab]
 
     def _lock(self, slab: int) -> bool:
         """Page-locks a slab; without that, its copies are slower and hold up the steps, but right."""
