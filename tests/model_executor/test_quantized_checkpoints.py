@@ -136,9 +136,7 @@ def test_what_cannot_be_split_over_ranks() -> None:
             layer.load((), kind, tensor)
         layer.finish()
 
-    with pytest.raises(
-        ValueError, match="qzeros has an entry for 128 features, which do not divide 64|do not divide 64"
-    ):
+    with pytest.raises(ValueError, match=r"has an entry for 128 features, which do not divide 64"):
         row_layer(awq(128), 128)
     with pytest.raises(ValueError, match="activation order cannot be split over tensor-parallel ranks"):
         row_layer(gptq(32, act_order=True), 128)
@@ -152,16 +150,14 @@ def test_wrong_tensors_are_named() -> None:
     name = "model.layers.1.mlp.up_proj.weight_scale"
     with pytest.raises(StartupError, match=rf"lacks 1 tensors, among them {name}"):
         load(config, {n: t for n, t in packed.items() if n != name}, form)
-    with pytest.raises(
-        StartupError, match=rf"{name} does not fit its configuration: up.weight_scale has shape \(3, 1\)|"
-    ):
+    with pytest.raises(StartupError, match=rf"{name} does not fit its configuration: up.weight_scale has shape"):
         load(config, packed | {name: torch.ones(3, 1)}, form)
     weight = "model.layers.1.mlp.up_proj.weight"
-    with pytest.raises(StartupError, match="up.weight has dtype bfloat16, expected float8_e4m3fn"):
+    with pytest.raises(StartupError, match=r"up.weight has dtype bfloat16, expected float8_e4m3fn"):
         load(config, packed | {weight: torch.ones(384, 128, dtype=torch.bfloat16)}, form)
     with pytest.raises(StartupError, match=r"layers\.1\.ffn\.gate_up cannot be used: weight_scale holds numbers that"):
         load(config, packed | {name: torch.full((384, 1), torch.nan)}, form)
-    with pytest.raises(StartupError, match="up.weight has dtype float8_e4m3fn, expected float32"):
+    with pytest.raises(StartupError, match=r"q.weight has dtype float8_e4m3fn, expected float32"):
         load(config, packed)
 
 
