@@ -50,6 +50,11 @@ class Packed4(NamedTuple):
         return self.data.shape[1] * 2 // BLOCK
 
 
+def fits(in_features: int) -> bool:
+    """The kernels take rows of so many features."""
+    return in_features % 4 == 0
+
+
 def pack(
     codes: torch.Tensor,
     scales: torch.Tensor,

@@ -16,6 +16,8 @@ from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.stored import OUT, Stored
 from vllm.ops.cpu.kernels import PackedMatrix
+from vllm.ops.packed4 import Packed4
+from vllm.ops.packed8 import Packed8
 
 
 class LinearBase(nn.Module):
@@ -30,6 +32,8 @@ class LinearBase(nn.Module):
     Attributes:
         sizes: Output features of each part.
         packed: The weights for the compiled CPU kernels, where they have been packed.
+        matrix: The weights for the kernels of quantised ones, where they stay so.
+        order: The order in which `matrix` wants the input features; None: theirs.
     """
 
     weight: nn.Parameter
@@ -49,6 +53,8 @@ class LinearBase(nn.Module):
         bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
         self.packed: PackedMatrix | None = None
+        self.matrix: Packed4 | Packed8 | None = None
+        self.order: torch.Tensor | None = None
         self._loaded: set[str] = set()
 
     def _load(self, kind: str, index: int, tensor: torch.Tensor, name: str) -> None:

@@ -45,6 +45,7 @@ class Build:
         tp: Its place among the tensor-parallel ranks.
         method: How linear layers hold weights that are whole.
         quantization: Which weights of the checkpoint are not; None: all are whole.
+        kernels: The device has kernels for these; otherwise they are dequantised as they are loaded.
         max_positions: Longest sequence.
         dtype: Of weights and activations.
         compiled: `finish` hands the layers over to the compiled CPU program; `method` packs for it, and
@@ -57,6 +58,7 @@ class Build:
     dtype: torch.dtype
     compiled: bool = False
     quantization: QuantizationConfig | None = None
+    kernels: bool = False
 
 
 def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.dtype) -> AttentionSpec:
@@ -298,7 +300,7 @@ class Decoder(CausalLM):
     def _methods(self, index: int) -> Methods:
         formats = layer_formats(self.spec, index, self.build.quantization)
         names = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")
-        return {name: linear_method(formats.get(name), self.build.method) for name in names}
+        return {name: linear_method(formats.get(name), self.build.method, self.build.kernels) for name in names}
 
     def caches(self) -> list[LayerCache]:
         return [layer.mixer.attention.cache for layer in self.layers]

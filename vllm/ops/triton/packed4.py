@@ -20,6 +20,7 @@ import triton.language as tl
 from vllm.ops.launch import follow, launch
 from vllm.ops.packed4 import Packed4
 from vllm.ops.triton.packed4_row import constants, packed4_row
+from vllm.ops.triton.sum_parts import sum_parts
 from vllm.platforms.devices import is_gpu, num_multiprocessors
 
 # From so many rows on the matrix is dequantised ahead of the product.
@@ -250,22 +251,6 @@ def _tile4_kernel(
 
 
 @triton.jit
-def _sum_kernel(
-    parts_ptr, out_ptr, size, SPLIT: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    """Partial sums [SPLIT, size] → out [size], added to what is there if ADD."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    follow(PDL)
-    total = tl.load(parts_ptr + at, mask=mask, other=0.0)
-    for i in tl.static_range(1, SPLIT):
-        total += tl.load(parts_ptr + i * size + at, mask=mask, other=0.0)
-    if ADD:
-        total += tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _unpack_kernel(
     data_ptr,
     scales_ptr,
@@ -384,8 +369,7 @@ def _tile(x: torch.Tensor, weight: Packed4, out: torch.Tensor, add: bool, how: T
         **constants(weight),
     )
     if how.split > 1:
-        grid = (triton.cdiv(out.numel(), 1024),)
-        launch(_sum_kernel, grid, parts, out, out.numel(), SPLIT=how.split, ADD=add, BLOCK=1024, num_warps=4)
+        sum_parts(parts, out, add)
 
 
 def unpack(weight: Packed4, dtype: torch.dtype) -> torch.Tensor:
