@@ -8,11 +8,14 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near, randn
-from vllm.ops import packed4, packed8
+from vllm.ops import activation, packed4, packed8
+from vllm.ops.norm import Norm
 from vllm.ops.packed4 import Packed4
 from vllm.ops.packed8 import Packed8
 from vllm.ops.triton import packed4 as kernels
 from vllm.ops.triton import packed8 as kernels8
+from vllm.ops.triton import rows8
+from vllm.ops.triton.norm import row_norm_reference
 
 
 def make_packed(
@@ -107,7 +110,7 @@ def make_packed8(rows: int, features: int, dtype: torch.dtype, by_block: bool) -
 @pytest.mark.parametrize(("rows", "size"), [(3, 64), (5, 300), (2, 1536)])
 def test_rows_are_quantised(rows: int, size: int, by_block: bool, dtype: torch.dtype) -> None:
     x = 3 * randn(rows, size, dtype=torch.bfloat16)
-    found, want = kernels8.quantise_rows(x, dtype, by_block), packed8.quantise_rows(x, dtype, by_block)
+    found, want = rows8.quantise_rows(x, dtype, by_block), packed8.quantise_rows(x, dtype, by_block)
     torch.testing.assert_close(found.scales, want.scales)
     # A quotient on the middle between two codes may go to either.
     assert float((found.data.float() != want.data.float()).double().mean()) < 0.005
@@ -128,7 +131,7 @@ def test_rows_are_quantised(rows: int, size: int, by_block: bool, dtype: torch.d
 def test_packed8_linear(rows: int, features: int, dtype: torch.dtype, by_block: bool, tokens: int) -> None:
     weight = make_packed8(rows, features, dtype, by_block)
     x = randn(tokens, features, dtype=torch.bfloat16)
-    inputs = x if tokens == 1 else packed8.dequantise(*kernels8.quantise_rows(x, dtype, by_block))
+    inputs = x if tokens == 1 else packed8.dequantise(*rows8.quantise_rows(x, dtype, by_block))
     want = inputs.double() @ packed8.dequantise(*weight).double().T
     assert_near(kernels8.packed8_linear(x, weight, None), want, TOLERANCE[torch.bfloat16])
     residual = randn(tokens, rows, dtype=torch.bfloat16, seed=1)
@@ -136,3 +139,17 @@ def test_packed8_linear(rows: int, features: int, dtype: torch.dtype, by_block: 
     want = want + residual.double() + bias.double()
     assert kernels8.packed8_linear(x, weight, bias, residual) is residual
     assert_near(residual, want, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("by_block", [False, True])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_norms_and_activations_of_quantised_rows(kind: str, by_block: bool) -> None:
+    x, weight = 3 * randn(3, 384, dtype=torch.bfloat16), randn(384, dtype=torch.bfloat16, seed=1)
+    bias = randn(384, dtype=torch.bfloat16, seed=2) if kind == "layer" else None
+    norm = Norm(1e-5, kind=kind)  # type: ignore[arg-type]
+    found = rows8.norm_rows(x, weight, bias, norm, torch.float8_e4m3fn, by_block)
+    # Three bits of mantissa; the rounding of the norm itself, too, may go another way.
+    assert_near(packed8.dequantise(*found), row_norm_reference(x, weight, bias, norm), 0.04)
+    for gated in (False, True):
+        found = rows8.activate_rows(x, "silu", gated, torch.float8_e4m3fn, by_block)
+        assert_near(packed8.dequantise(*found), activation.activate(x, "silu", gated), 0.04)

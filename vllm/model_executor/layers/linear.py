@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.stored import OUT, Stored
 from vllm.ops.cpu.kernels import PackedMatrix
 from vllm.ops.packed4 import Packed4
-from vllm.ops.packed8 import Packed8
+from vllm.ops.packed8 import Packed8, Rows8
 
 
 class LinearBase(nn.Module):
@@ -117,7 +117,7 @@ class MergedColumnParallelLinear(LinearBase):
             else:
                 self._load(kind, index, source, name)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rows8) -> torch.Tensor:
         """[T, in_features] → [T, features of all parts]."""
         return self.method.apply(self, x)
 
@@ -141,7 +141,7 @@ class RowParallelLinear(LinearBase):
             source = stored.share(tensor, "in", self.in_features, self.tp.rank, self.tp.world_size, kind)
             self._load(kind, 0, source, kind)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rows8, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream [T, out_features] after this layer, or the layer's result alone; the stream before it may
         be overwritten."""
         # Only one rank adds the residual, or the sum would hold it world_size times.

@@ -184,7 +184,7 @@ def _decode_block(
     return low, high
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tile4_kernel(
     x_ptr,
     x_stride,
@@ -328,7 +328,7 @@ def packed4_linear(
     if x.shape[1] != weight.in_features or x.stride(1) != 1 or x.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"x {tuple(x.shape)} in {x.dtype} does not fit weights of {weight.in_features} features")
     if bias is not None:
-        residual = bias.expand(rows, -1).contiguous() if residual is None else residual.add_(bias)
+        residual = bias.repeat(rows, 1) if residual is None else residual.add_(bias)
     if rows >= DEQUANTISE_FROM:
         whole = unpack(weight, x.dtype)
         return torch.nn.functional.linear(x, whole) if residual is None else residual.addmm_(x, whole.t())

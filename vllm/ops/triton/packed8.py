@@ -15,89 +15,12 @@ import triton
 import triton.language as tl
 
 from vllm.ops.launch import follow, launch
-from vllm.ops.packed8 import BLOCK, INT8_MAX, Packed8, Rows8
-from vllm.ops.quantization import FP8_MAX
+from vllm.ops.packed8 import BLOCK, Packed8, Rows8
+from vllm.ops.triton.rows8 import quantise_rows
 from vllm.ops.triton.sum_parts import sum_parts
 from vllm.platforms.devices import gpu_generation, is_gpu, num_multiprocessors
 
 _ROWS = 4
-
-
-@triton.jit
-def store_codes(values, mask, data_ptr, scales_ptr, row, SIZE: tl.constexpr, MOST: tl.constexpr):
-    """Quantises a row, float32 [blocks, columns], a factor for each of its blocks, and stores it."""
-    dtype: tl.constexpr = data_ptr.dtype.element_ty
-    blocks: tl.constexpr = values.shape[0]
-    columns: tl.constexpr = values.shape[1]
-    scale = tl.maximum(tl.max(tl.abs(tl.where(mask, values, 0.0)), 1), 1e-10) / MOST
-    codes = tl.minimum(tl.maximum(values / scale[:, None], -MOST), MOST)
-    if dtype == tl.int8:
-        # To the nearest: 1.5 · 2^23 leaves no bits behind the point.
-        codes = (codes + 12582912.0) - 12582912.0
-    at = tl.arange(0, blocks)[:, None] * columns + tl.arange(0, columns)[None, :]
-    tl.store(data_ptr + row * SIZE + at, codes.to(dtype), mask=mask)
-    count: tl.constexpr = 1 if blocks == 1 else (SIZE + columns - 1) // columns
-    block = tl.arange(0, blocks)
-    tl.store(scales_ptr + row * count + block, scale, mask=block < count)
-
-
-@triton.jit
-def _quantise_kernel(
-    x_ptr,
-    x_stride,
-    data_ptr,
-    scales_ptr,
-    SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    MOST: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    follow(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCKS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = at < SIZE
-    x = tl.load(x_ptr + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-    store_codes(x, mask, data_ptr, scales_ptr, row, SIZE, MOST)
-
-
-def row_blocks(size: int, by_block: bool) -> tuple[int, int]:
-    """(blocks, columns) of a row of `size` numbers as one tile."""
-    if by_block:
-        return triton.next_power_of_2(triton.cdiv(size, BLOCK)), BLOCK
-    return 1, triton.next_power_of_2(size)
-
-
-def empty_rows(rows: int, size: int, dtype: torch.dtype, by_block: bool, device: torch.device) -> Rows8:
-    """Memory for quantised rows."""
-    data = torch.empty((rows, size), dtype=dtype, device=device)
-    count = triton.cdiv(size, BLOCK) if by_block else 1
-    return Rows8(data, torch.empty((rows, count), dtype=torch.float32, device=device))
-
-
-def most(dtype: torch.dtype) -> float:
-    """The largest magnitude of a kind of codes."""
-    return FP8_MAX if dtype == torch.float8_e4m3fn else INT8_MAX
-
-
-def quantise_rows(x: torch.Tensor, dtype: torch.dtype, by_block: bool) -> Rows8:
-    """`vllm.ops.packed8.quantise_rows`, the rows contiguous."""
-    rows, size = x.shape
-    out = empty_rows(rows, size, dtype, by_block, x.device)
-    blocks, columns = row_blocks(size, by_block)
-    launch(
-        _quantise_kernel,
-        (rows,),
-        x,
-        x.stride(0),
-        *out,
-        SIZE=size,
-        BLOCKS=blocks,
-        COLUMNS=columns,
-        MOST=most(dtype),
-        num_warps=min(16, max(1, blocks * columns // 512)),
-    )
-    return out
 
 
 @triton.jit
@@ -147,7 +70,7 @@ def _row8_kernel(
     tl.store(out_ptr + rows, out.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _tile8_kernel(
     x_ptr,
     x_scales_ptr,
@@ -251,7 +174,7 @@ def _start(
 ) -> torch.Tensor:
     """What the product is added to, or memory for it."""
     if bias is not None:
-        return bias.expand(len(x), -1).contiguous() if residual is None else residual.add_(bias)
+        return bias.repeat(len(x), 1) if residual is None else residual.add_(bias)
     return torch.empty((len(x), len(weight.data)), dtype=dtype, device=x.device) if residual is None else residual
 
 
@@ -275,6 +198,8 @@ def _row(x: torch.Tensor, weight: Packed8, out: torch.Tensor, add: bool) -> None
         BLOCK_K=min(2048, triton.next_power_of_2(size)),
         ADD=add,
         num_warps=4,
+        # Four programs on a multiprocessor: fewer do not keep the memory busy.
+        maxnreg=128,
     )
 
 

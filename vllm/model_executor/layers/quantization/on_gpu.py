@@ -15,11 +15,13 @@ from vllm.model_executor.layers.quantization.fp8 import Fp8
 from vllm.model_executor.layers.quantization.int4 import Int4
 from vllm.model_executor.layers.quantization.int8 import Int8
 from vllm.ops import packed4, packed8
+from vllm.ops.activation import Activation
 from vllm.ops.packed4 import Packed4
-from vllm.ops.packed8 import Packed8
+from vllm.ops.packed8 import Packed8, Rows8
 from vllm.ops.quantization import unpack_nibbles
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.layernorm import RowNorm
     from vllm.model_executor.layers.linear import LinearBase
 
 
@@ -104,7 +106,24 @@ class EightBits(Packed):
         scales = self.scheme.row_scales(tensors, layer.sizes, layer.in_features)
         layer.matrix = Packed8(tensors["weight"], scales.float().contiguous())
 
-    def apply(self, layer: LinearBase, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def normalised(self, layer: LinearBase, x: torch.Tensor, norm: RowNorm) -> torch.Tensor | Rows8:
+        if len(x) == 1 or layer.matrix is None:
+            return super().normalised(layer, x, norm)
+        from vllm.ops.triton.rows8 import norm_rows
+
+        weight = layer.matrix
+        return norm_rows(x, norm.weight, norm.bias, norm.norm, weight.data.dtype, weight.by_block)
+
+    def activated(
+        self, layer: LinearBase, x: torch.Tensor, activation: Activation, gated: bool
+    ) -> torch.Tensor | Rows8:
+        if len(x) == 1 or layer.matrix is None:
+            return super().activated(layer, x, activation, gated)
+        from vllm.ops.triton.rows8 import activate_rows
+
+        return activate_rows(x, activation, gated, layer.matrix.data.dtype, layer.matrix.by_block)
+
+    def apply(self, layer: LinearBase, x: torch.Tensor | Rows8, residual: torch.Tensor | None = None) -> torch.Tensor:
         from vllm.ops.triton.packed8 import packed8_linear
 
         assert isinstance(layer.matrix, Packed8)
