@@ -25,6 +25,11 @@ _BLOCKS = 32
 
 
 @triton.jit
+def _permuted(ASM: tl.constexpr, codes):
+    return tl.inline_asm_elementwise(ASM, "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _number(codes, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
     """The code in a byte of an int32 as float32: 128 + q of an integer, the number itself of a float."""
     if CODE == "e2m1":
@@ -38,14 +43,13 @@ def _number(codes, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
     elif ASM:
         # Its byte between 0x43 and zeros.
         if BYTE == 0:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7044;"
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7044;", codes)
         elif BYTE == 1:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7144;"
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7144;", codes)
         elif BYTE == 2:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7244;"
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7244;", codes)
         else:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7344;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7344;", codes)
     else:
         return 128.0 + ((codes >> (8 * BYTE)) & 15).to(tl.float32)
 

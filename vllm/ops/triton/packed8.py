@@ -159,7 +159,7 @@ def packed8_linear(
             return out
         x = quantise_rows(x, weight.data.dtype, weight.by_block)
     device = x.data.device
-    if not weight.by_block and weight.data.dtype == torch.float8_e4m3fn and _library_has_it(device):
+    if not weight.by_block and weight.data.dtype == torch.float8_e4m3fn and _library_has_it(device, dtype):
         out = torch._scaled_mm(
             x.data, weight.data.t(), x.scales, weight.scales.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
@@ -178,9 +178,9 @@ def _start(
     return torch.empty((len(x), len(weight.data)), dtype=dtype, device=x.device) if residual is None else residual
 
 
-def _library_has_it(device: torch.device) -> bool:
-    """torch multiplies e4m3 with a factor a row."""
-    return is_gpu(device) and gpu_generation(device) >= (9, 0)
+def _library_has_it(device: torch.device, dtype: torch.dtype) -> bool:
+    """torch multiplies e4m3 with a factor a row, to results in a dtype."""
+    return is_gpu(device) and gpu_generation(device) >= (9, 0) and dtype == torch.bfloat16
 
 
 def _row(x: torch.Tensor, weight: Packed8, out: torch.Tensor, add: bool) -> None:
