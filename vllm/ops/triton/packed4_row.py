@@ -144,16 +144,20 @@ def _row4_kernel(
     word0, word1 = tl.load(at0, mask=inside, other=0), tl.load(at1, mask=inside, other=0)
     word2, word3 = tl.load(at2, mask=inside, other=0), tl.load(at3, mask=inside, other=0)
     follow(PDL)
+    one: tl.constexpr = GROUP >= 128
     acc0 = tl.zeros((BLOCK_B, 16), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for first in tl.static_range(0, BLOCKS, BLOCK_B):
         block = first + blocks
         inside = block + words * 0 < BLOCKS
-        if first > 0:
-            word0 = tl.load(at0 + first * 16, mask=inside, other=0)
-            word1 = tl.load(at1 + first * 16, mask=inside, other=0)
-            word2 = tl.load(at2 + first * 16, mask=inside, other=0)
-            word3 = tl.load(at3 + first * 16, mask=inside, other=0)
+        next0, next1, next2, next3 = word0, word1, word2, word3
+        if first + BLOCK_B < BLOCKS:
+            # The words that come next are on their way while these are multiplied.
+            there = block + BLOCK_B + words * 0 < BLOCKS
+            next0 = tl.load(at0 + (first + BLOCK_B) * 16, mask=there, other=0)
+            next1 = tl.load(at1 + (first + BLOCK_B) * 16, mask=there, other=0)
+            next2 = tl.load(at2 + (first + BLOCK_B) * 16, mask=there, other=0)
+            next3 = tl.load(at3 + (first + BLOCK_B) * 16, mask=there, other=0)
         feature = block * 128 + words * 4
         # Whole blocks need one mask only.
         fits = inside if K % 128 == 0 else feature < K
@@ -173,7 +177,6 @@ def _row4_kernel(
             t0, t1, t2, t3 = _four(tl.load(scales_ptr + group, mask=fits2, other=0), BF16_SCALES)
             if CODE == "int4_zeros":
                 zeros2 = tl.load(zeros_ptr + group, mask=fits2, other=0)
-        one: tl.constexpr = GROUP >= 128
         acc0 += _word_product(
             word0, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s0, t0, zeros, zeros2, 0, CODE, one, ASM
         )
@@ -186,6 +189,7 @@ def _row4_kernel(
         acc3 += _word_product(
             word3, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s3, t3, zeros, zeros2, 3, CODE, one, ASM
         )
+        word0, word1, word2, word3 = next0, next1, next2, next3
     every = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))
     out = tl.sum(tl.reshape(every, (BLOCK_B * 16, 4)), 0)
     rows = first_row + tl.arange(0, 4)
