@@ -257,7 +257,7 @@ class EngineArgs:
         )
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
-        add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
+        add("tensor_parallel_size", "Ranks that share the model: one GPU each, or a process each on a CPU.", type=int)
         add("attention_backend", "TORCH, or the device's: CPU, TRITON, XFORMERS; the device's own choice if not given.")
         add("enforce_eager", "Never capture CUDA graphs.")
         add = adder("logging")
@@ -438,10 +438,6 @@ class EngineArgs:
     def _check_ranges(self) -> None:
         if self.block_size not in _BLOCK_SIZES:
             raise StartupError(f"--block-size must be a power of two up to {_BLOCK_SIZES[-1]}, got {self.block_size}.")
-        if self.tensor_parallel_size != 1:
-            raise StartupError(
-                f"--tensor-parallel-size {self.tensor_parallel_size} is not supported in this version; only 1 is."
-            )
         if self.scheduling_policy not in _choices("scheduling_policy"):
             raise StartupError(f"--scheduling-policy must be fcfs or priority, got {self.scheduling_policy}.")
         if self.dtype not in _DTYPES:
@@ -453,6 +449,7 @@ class EngineArgs:
             "kv_cache_memory_bytes": (1, 2**60),
             "max_num_seqs": (1, _MAX_SEQS),
             "max_num_batched_tokens": (1, 2**31 - 1),
+            "tensor_parallel_size": (1, 1024),
             "max_num_queued_reqs": (1, 2**31 - 1),
             "long_prefill_token_threshold": (0, 2**31 - 1),
             "system_prompt_cache_tokens": (0, 2**40),

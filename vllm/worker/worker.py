@@ -49,7 +49,8 @@ class Worker:
         self.config = config
         self.tp = tp or TensorParallelGroup()
         self.platform = current_platform(config.device)
-        self.device = torch.device(config.device)
+        ranked = is_gpu(torch.device(config.device)) and self.tp.world_size > 1
+        self.device = torch.device(config.device, self.tp.rank) if ranked else torch.device(config.device)
         self.dtype = getattr(torch, config.model.dtype)
         self.spec: DecoderSpec | None = None
         if config.model.impl == "vllm":
@@ -60,7 +61,7 @@ class Worker:
             raise StartupError(f"{config.model.model} cannot be built: {error}.") from None
         self.backend = get_backend(config.attention_backend, wishes, config.cache.block_size, self.device)
         if not is_gpu(self.device):
-            torch.set_num_threads(self.platform.num_threads())
+            torch.set_num_threads(self.platform.take_processors(self.tp.rank, self.tp.world_size))
         started = time.perf_counter()
         try:
             build = self._build()
@@ -149,7 +150,7 @@ class Worker:
 
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
-        available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
+        available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization, self.tp.world_size)
         if is_gpu(self.device):
             self._step_bytes = self._bytes_of_largest_step()
         return max(0, available - self._step_bytes)
