@@ -87,6 +87,13 @@ def test_tokens_are_those_of_one_rank(
     assert again.core.pool.num_prefills == 0
 
 
+def test_more_ranks_than_kv_heads(make_tiny: Callable[..., LLMEngine], make_pair: Callable[..., LLMEngine]) -> None:
+    """Some have the same ones."""
+    want = [tokens(run(make_tiny(**FLAGS), REQUESTS, params)) for params in (greedy(12), SAMPLED)]
+    many = make_pair(tensor_parallel_size=4)
+    assert [tokens(run(many, REQUESTS, params)) for params in (greedy(12), SAMPLED)] == want
+
+
 def test_a_rank_that_cannot_start_says_why_in_one_line(
     make_pair: Callable[..., LLMEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +105,7 @@ def test_a_rank_that_cannot_start_says_why_in_one_line(
         make_pair(tensor_parallel_size=3)
 
 
+@pytest.mark.nightly
 def test_a_rank_that_dies_ends_the_engine(server_factory: ServerFactory, tiny_model_dir: Path) -> None:
     """Open requests get an error, and the engine that takes the place of the dead one has its ranks."""
     server = server_factory(

@@ -45,6 +45,16 @@ class TensorParallelGroup:
             raise ValueError(f"{what} ({size}) cannot be split over {self.world_size} tensor-parallel ranks")
         return size // self.world_size
 
+    def share_kv_heads(self, num_kv_heads: int) -> tuple[int, int]:
+        """KV heads of this rank, and how many ranks have the same ones: with more ranks than KV heads, each has one.
+
+        Raises:
+            ValueError: neither number divides the other.
+        """
+        if num_kv_heads < self.world_size and self.world_size % num_kv_heads == 0:
+            return 1, self.world_size // num_kv_heads
+        return self.divide(num_kv_heads, "KV heads"), 1
+
 
 def join_ranks(device: str, rank: int, world_size: int, folder: Path) -> TensorParallelGroup:
     """Waits for the other ranks of this host.
