@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 
 from tests.conftest import ServerFactory
 from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
@@ -92,6 +93,20 @@ def test_more_ranks_than_kv_heads(make_tiny: Callable[..., LLMEngine], make_pair
     want = [tokens(run(make_tiny(**FLAGS), REQUESTS, params)) for params in (greedy(12), SAMPLED)]
     many = make_pair(tensor_parallel_size=4)
     assert [tokens(run(many, REQUESTS, params)) for params in (greedy(12), SAMPLED)] == want
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_tokens_on_two_gpus(make_tiny: Callable[..., LLMEngine], enforce_eager: bool) -> None:
+    flags = FLAGS | {"enforce_eager": enforce_eager, "dtype": "bfloat16"}
+    found = []
+    for ranks in (1, 2):
+        engine = make_tiny(**flags, tensor_parallel_size=ranks)
+        found.append([tokens(run(engine, REQUESTS, params)) for params in (greedy(12), SAMPLED) for _ in range(2)])
+        assert_nothing_held(engine)
+        engine.shutdown()
+    assert found[0] == found[1]
 
 
 def test_a_rank_that_cannot_start_says_why_in_one_line(

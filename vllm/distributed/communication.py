@@ -21,10 +21,22 @@ def all_reduce(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
     return x
 
 
-def all_gather_last_dim(x: torch.Tensor, group: TensorParallelGroup) -> torch.Tensor:
-    """Concatenation of the ranks' `x` along the last dimension."""
+def all_gather_last_dim(
+    x: torch.Tensor, group: TensorParallelGroup, size: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The first `size` columns of all ranks' `x` beside each other.
+
+    Args:
+        x: [T, n] on each rank.
+        out: [T, size], which the result is written into.
+    """
     if group.world_size == 1:
-        return x
+        return x[:, :size] if out is None else out.copy_(x[:, :size])
     parts = x.new_empty((group.world_size, *x.shape))
     _gather(parts.flatten(0, 1), x.contiguous(), group=group.process_group)
-    return torch.cat(parts.unbind(), dim=-1)
+    if out is None:
+        out = x.new_empty((len(x), size))
+    for rank, part in enumerate(parts):
+        columns = out[:, rank * x.shape[1] : (rank + 1) * x.shape[1]]
+        columns.copy_(part[:, : columns.shape[1]])
+    return out
