@@ -12,6 +12,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
 from tests.engine.helpers import Request, assert_nothing_held, greedy, make_engine, run, tokens
 from vllm.engine.llm_engine import LLMEngine
+from vllm.ops.cpu import kernels as cpu_kernels
 
 WINDOW = 40
 VOCABULARY = 300
@@ -49,13 +50,20 @@ def windowed_model(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Pat
     return folder, model
 
 
-@pytest.fixture
-def make_windowed(windowed_model: tuple[Path, PreTrainedModel]) -> Iterator[Callable[..., LLMEngine]]:
+@pytest.fixture(params=["TORCH", "CPU"])
+def make_windowed(
+    request: pytest.FixtureRequest, windowed_model: tuple[Path, PreTrainedModel]
+) -> Iterator[Callable[..., LLMEngine]]:
+    """Engines whose layers torch drives one by one, and such whose steps are calls into the compiled kernels."""
+    if request.param == "CPU" and cpu_kernels.library() is None:
+        pytest.skip("the compiled CPU kernels are not built")
     engines: list[LLMEngine] = []
 
     def make(**args: Any) -> LLMEngine:
-        options = {"attention_backend": "TORCH", "max_model_len": 512, "num_gpu_blocks_override": 128}
+        options = {"attention_backend": request.param, "max_model_len": 512, "num_gpu_blocks_override": 128}
         engines.append(make_engine(windowed_model[0], **(options | args)))
+        runner = engines[-1].core.executor._worker.runner
+        assert (runner._compiled is not None) == (request.param == "CPU") and runner.cache.window is not None
         return engines[-1]
 
     yield make

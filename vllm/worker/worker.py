@@ -138,7 +138,7 @@ class Worker:
 
     def _memory_of_blocks(self, available: int) -> KVMemory:
         layers, block_size = self.model.caches(), self.config.cache.block_size
-        window = window_of(layers) if self.backend.has_window_group else None
+        window = window_of(layers)
         if window is None:
             return KVMemory(available, CacheEngine.bytes_per_block(layers, block_size))
         full = [layer for layer in layers if layer.window is None]
