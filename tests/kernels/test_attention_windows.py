@@ -200,7 +200,11 @@ def test_steps_of_mixed_layers_are_replayed(decode: bool) -> None:
 @pytest.mark.parametrize("window", [40, *(pytest.param(window, marks=heavy) for window in (1, 39, 41, 500))])
 def test_windows_in_blocks_of_their_own(window: int) -> None:
     batch = make(AROUND, (4, 2, 32), torch.float32, seed=window)
-    part, spec, backend = WindowPart(batch, window, seed=1), batch.spec(window=window), TritonAttentionBackend(DEVICE, 16)
+    part, spec, backend = (
+        WindowPart(batch, window, seed=1),
+        batch.spec(window=window),
+        TritonAttentionBackend(DEVICE, 16),
+    )
     (prepared,) = backend.prepare(on_device(part), [spec])
     out = backend.attend(*(x.to(DEVICE) for x in (batch.q, part.k, part.v)), spec, prepared)
     assert_near(out.cpu(), batch.reference(spec), TOLERANCE[torch.float32])
@@ -215,9 +219,7 @@ def on_device(part: WindowPart) -> AttentionMetadata:
 def test_steps_with_a_window_group_are_replayed(decode: bool) -> None:
     """Layers of either group, each with its block tables and extents, by the same buffers."""
     rng, size, shape = random.Random(1), 8 if decode else 96, (4, 2, 32)
-    steps = [
-        [Member(m.chain, m.context, 1 if decode else m.queries) for m in AROUND[i : i + 7]] for i in (0, 6, 3)
-    ]
+    steps = [[Member(m.chain, m.context, 1 if decode else m.queries) for m in AROUND[i : i + 7]] for i in (0, 6, 3)]
     specs = [make(AROUND, shape, torch.float32).spec(window=w) for w in (None, WINDOW)]
     backend = TritonAttentionBackend(DEVICE, 16)
     tables = [torch.zeros(9, 40, dtype=torch.int64, device=DEVICE) for _ in specs]

@@ -26,7 +26,7 @@ long texts get 2.1 times what they would without groups, short ones 0.79 times.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm.kv_cache.spec import LayerCache
@@ -116,6 +116,19 @@ class KVMemory:
     block_bytes: int
     window: int | None = None
     window_block_bytes: int = 0
+
+    @classmethod
+    def of(cls, available: int, layers: Sequence[LayerCache], block_size: int) -> KVMemory:
+        """What a rank with these layers has."""
+
+        def bytes_of(some: Iterable[LayerCache]) -> int:
+            return block_size * sum(layer.slot_bytes for layer in some)
+
+        window = window_of(layers)
+        if window is None:
+            return cls(available, bytes_of(layers))
+        full = bytes_of(layer for layer in layers if layer.window is None)
+        return cls(available, full, window, bytes_of(layers) - full)
 
 
 def window_of(layers: Sequence[LayerCache]) -> int | None:
