@@ -15,7 +15,7 @@ from vllm.attention.spec import AttentionSpec
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
-from vllm.kv_cache.windows import KVMemory, window_of
+from vllm.kv_cache.windows import KVMemory
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
@@ -137,18 +137,10 @@ class Worker:
 
     def kv_memory(self) -> KVMemory:
         """What this rank has for KV, weights loaded and room kept for the largest step."""
-        return self._memory_of_blocks(self.available_kv_bytes())
+        return self._memory(self.available_kv_bytes())
 
-    def _memory_of_blocks(self, available: int) -> KVMemory:
-        layers, block_size = self.model.caches(), self.config.cache.block_size
-        window = window_of(layers) if self.backend.has_window_group else None
-        if window is None:
-            return KVMemory(available, CacheEngine.bytes_per_block(layers, block_size))
-        full = [layer for layer in layers if layer.window is None]
-        within = [layer for layer in layers if layer.window is not None]
-        sizes = (CacheEngine.bytes_per_block(some, block_size) for some in (full, within))
-        block_bytes, window_block_bytes = sizes
-        return KVMemory(available, block_bytes, window, window_block_bytes)
+    def _memory(self, available: int) -> KVMemory:
+        return KVMemory.of(available, self.model.caches(), self.config.cache.block_size)
 
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
@@ -204,7 +196,7 @@ class Worker:
         Raises:
             StartupError: there is not enough memory.
         """
-        sizes = self._memory_of_blocks(0)
+        sizes = self._memory(0)
         needed = num_blocks * sizes.block_bytes + num_window_blocks * sizes.window_block_bytes
         left = self.platform.available_memory_bytes() - self._step_bytes
         if needed > left:
