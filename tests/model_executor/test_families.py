@@ -168,14 +168,13 @@ def test_logits_on_a_gpu(architecture: str, changes: dict[str, Any]) -> None:
         want = reference(torch.tensor([TOKENS])).logits[0]
     with torch.device("cuda"):
         model = make_decoder(config_of(reference))
-        with torch.no_grad():
-            model.load_weights(checkpoint(reference).items())
-            model.finish()
-        model.to("cuda")
-        backend = get_backend("TRITON", model.attention_specs, 16, torch.device("cuda"))
-        for pinned, chunk in ((0, None), (3, 17), (20, 6)):
-            found = logits_of(model, TOKENS, backend, block=16, pinned=pinned, chunk=chunk)
-            torch.testing.assert_close(found.cpu(), want, atol=1e-3, rtol=2e-4)
+    with torch.no_grad():
+        model.load_weights(checkpoint(reference).items())
+        model.finish()
+    backend = get_backend("TRITON", model.attention_specs, 16, torch.device("cuda"))
+    for pinned, chunk in ((0, None), (3, 17), (20, 6)):
+        found = logits_of(model, TOKENS, backend, block=16, pinned=pinned, chunk=chunk, device="cuda")
+        torch.testing.assert_close(found.cpu(), want, atol=1e-3, rtol=2e-4)
 
 
 def logits_on_rank(rank: int, folder: str, results: Any) -> None:
