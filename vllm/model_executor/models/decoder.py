@@ -17,12 +17,19 @@ from vllm.kv_cache.spec import LayerCache
 from vllm.model_executor.cpu_program import CpuProgram
 from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear, copy_checked
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    copy_checked,
+    shard,
+)
+from vllm.model_executor.layers.moe import ExpertsBesideMLP, MixtureOfExperts, StackedExperts
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.layers.rotary_embedding import QueryFactors, RotaryEmbedding
 from vllm.model_executor.models.base import CausalLM
-from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
+from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec, MoE
 from vllm.model_executor.models.weight_map import Weight, weight_map
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.dispatch import activate
@@ -124,6 +131,14 @@ class AttentionBlock(nn.Module):
         self._head_norms = [(norm, first, end) for norm, first, end in norms if isinstance(norm, HeadNorms)]
         # In a tuple, so that the tables are no part of each layer that uses them.
         self._tables = (rotary, growth)
+        self._tp = build.tp
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads this rank's `sinks` (`kind`); it has no parts."""
+        sinks = self.attention.sinks
+        if sinks is None:
+            raise ValueError(f"{kind} are of no use to this attention")
+        copy_checked(sinks, shard(tensor, 0, len(sinks), self._tp, kind), kind)
 
     def attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The packed output of `qkv` → what `o` takes; writes K and V."""
@@ -168,22 +183,40 @@ class FeedForward(nn.Module):
         """What `down` takes."""
         return activate(self.gate_up(x), self.activation, self.gated)
 
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, join: Join) -> torch.Tensor:
+        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
+        out: torch.Tensor = join(self.down, self.middle(x), residual)
+        return out
+
 
 class Join(nn.Module):
-    """Adds what a block makes to the residual stream: `residual + multiplier · norm(linear(x))`."""
+    """Adds what a block makes to the residual stream: `residual + multiplier · norm(block(x))`.
+
+    Attributes:
+        is_sum: There is neither a norm nor a multiplier, so that a block may add the stream itself.
+    """
 
     def __init__(self, norm: RowNorm | None, multiplier: float) -> None:
         super().__init__()
         self.norm = norm
         self.multiplier = multiplier
-        self._in_linear = norm is None and multiplier == 1.0
+        self.is_sum = norm is None and multiplier == 1.0
 
     def forward(self, linear: RowParallelLinear, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
-        if self._in_linear:
-            return linear(x, residual)
-        out = linear(x)
+        """The stream [T, hidden_size] after a block that ends with `linear`; the one before it may be overwritten."""
+        return linear(x, residual) if self.is_sum else self.add(linear(x), residual)
+
+    def add(self, out: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The stream after a block that has made `out`."""
         return torch.add(residual, out if self.norm is None else self.norm(out), alpha=self.multiplier)
+
+
+def _feed_forward(spec: MLP | MoE, hidden_size: int, build: Build) -> FeedForward | MixtureOfExperts:
+    if isinstance(spec, MLP):
+        return FeedForward(spec, hidden_size, build)
+    shared = None if spec.shared is None else FeedForward(spec.shared, hidden_size, build)
+    kind = MixtureOfExperts if spec.beside is None else ExpertsBesideMLP
+    return kind(spec, hidden_size, shared, build.tp)
 
 
 class DecoderLayer(nn.Module):
@@ -198,7 +231,7 @@ class DecoderLayer(nn.Module):
 
         self.parallel = spec.parallel
         self.mixer = mixer
-        self.ffn = FeedForward(spec.ffn, hidden_size, build)
+        self.ffn = _feed_forward(spec.ffn, hidden_size, build)
         self.pre_mixer = norm(norms.pre_mixer) or nn.Identity()
         self.after_mixer = Join(norm(norms.post_mixer), spec.residual_multiplier)
         self.pre_ffn = norm(norms.pre_ffn and not spec.parallel) or nn.Identity()
@@ -222,7 +255,7 @@ class DecoderLayer(nn.Module):
             x, residual, normed = x[wanted], residual[wanted], normed[wanted]
         residual = self.after_mixer(mixer.o, x, residual)
         before_ffn = normed if self.parallel else self.pre_ffn(residual)
-        out: torch.Tensor = self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
+        out: torch.Tensor = ffn(before_ffn, residual, self.after_ffn)
         return out if self.scalar is None else out.mul_(self.scalar)
 
 
@@ -270,7 +303,7 @@ class Decoder(CausalLM):
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
         table = self.embedding if spec.tied else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
-        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap)
+        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap, spec.head_bias)
         self.program: CpuProgram | None = None
         self.embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
 
@@ -310,7 +343,12 @@ class Decoder(CausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         rows = weight_map(self.spec)
         names: CheckpointNames = self.spec.names
-        missing = set(rows)
+        missing = {name for name, row in rows.items() if row.whole is None}
+        pieces: dict[str, set[str]] = {}
+        for name, row in rows.items():
+            if row.whole is not None:
+                pieces.setdefault(row.whole, set()).add(name)
+        left = set(rows)
         head: torch.Tensor | None = None
         for stored, tensor in weights:
             name = names.plain(stored)
@@ -319,14 +357,21 @@ class Decoder(CausalLM):
             if self.spec.tied and name == f"{names.head}.weight":
                 head = tensor
                 continue
-            if name not in missing:
+            if name not in left:
                 what = "twice" if name in rows else "that this architecture does not know"
                 raise StartupError(f"The checkpoint has a tensor {stored!r} {what}.")
             try:
                 self._load(rows[name], tensor)
             except ValueError as error:
                 raise StartupError(f"The checkpoint's {stored} does not fit its configuration: {error}.") from None
-            missing.discard(name)
+            left.discard(name)
+            whole = rows[name].whole
+            if whole is None:
+                left -= pieces.get(name, set())
+            else:
+                left.discard(whole)
+                pieces[whole].discard(name)
+            missing.discard(name if whole is None or pieces[whole] else whole)
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise StartupError(f"The checkpoint lacks {len(missing)} tensors, among them {some}.")
@@ -347,7 +392,7 @@ class Decoder(CausalLM):
             self.program = CpuProgram(self)
         else:
             for module in self.modules():
-                if isinstance(module, LinearBase):
+                if isinstance(module, LinearBase | StackedExperts):
                     module.finish()
         method = self.build.method
         if isinstance(method, CpuPacked) and self.build.tp.world_size == 1:
