@@ -22,8 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn import functional
 
-from vllm.ops import activation as plain_activation
-from vllm.ops.activation import Activation
+from vllm.ops.activation import FUNCTIONS, Activation
 from vllm.platforms.devices import on_gpu
 
 Scoring = Literal["softmax", "chosen", "sigmoid", "sparsemixer"]
@@ -62,10 +61,11 @@ class Experts(NamedTuple):
     """Weights of all experts, stacked.
 
     Attributes:
-        gate_up: [E, 2F, H], the rows of the gate first; or packed, with `gate_up_scales`.
+        gate_up: [E, 2F, H], rows of gate and up alternating, so that one tile of a product has both of a feature; or
+            packed, with `gate_up_scales`.
         down: [E, H, F]; or packed, with `down_scales`.
         activation: Of the gate.
-        gate_up_bias, down_bias: [E, 2F] and [E, H].
+        gate_up_bias, down_bias: [E, 2F], alternating too, and [E, H].
         gate_up_scales, down_scales: Of MXFP4 weights; see `vllm.ops.mxfp4`.
     """
 
@@ -163,10 +163,10 @@ def apply_experts(
 
 
 def gated(gate_up: torch.Tensor, activation: Activation | ClampedSwiGLU) -> torch.Tensor:
-    """The activation of gates times the rest: [T, 2F], gates first → [T, F]."""
+    """The activation of gates times the rest: [T, 2F], alternating → [T, F]."""
     if not isinstance(activation, ClampedSwiGLU):
-        return plain_activation.activate(gate_up, activation, gated=True)
-    gate, up = gate_up.float().chunk(2, dim=-1)
+        return FUNCTIONS[activation](gate_up[:, ::2]) * gate_up[:, 1::2]
+    gate, up = gate_up[:, ::2].float(), gate_up[:, 1::2].float()
     gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
     return ((up + 1.0) * gate * torch.sigmoid(activation.alpha * gate)).to(gate_up.dtype)
 

@@ -137,7 +137,7 @@ class StackedExperts(nn.Module):
                 tensor = shard(tensor, dim + 1, target.shape[dim + 1], self.tp, f"{part} {kind}")
         else:
             tensor = shard(tensor, dim, self.size, self.tp, f"{part} {kind}")
-            target = target.narrow(dim, 0 if part == "gate" else self.size, self.size)
+            target = target.unflatten(dim, (self.size, 2)).select(dim + 1, 0 if part == "gate" else 1)
         copy_checked(target, tensor, f"{part} {kind}")
 
     def finish(self) -> None:

@@ -2,7 +2,7 @@
 
 A program multiplies one tile, up to `block_m` tokens of one expert, by `block_n` rows of its matrix:
 
-    1  gate and up of a tile side by side, and their activation, to rows in the order of the experts
+    1  gate and up of a tile, whose rows alternate, and their activation, to rows in the order of the experts
     2  down of those rows, to rows in the order of tokens and places
     3  residual + Σₖ weightₖ · rowₖ, in float32, places in order: the sum never depends on the batch
 
@@ -36,8 +36,7 @@ class ProductTiles:
     """How one of the two products is cut.
 
     Attributes:
-        block_m, block_n, block_k: Tokens, rows of the matrix (of the first product: of gate and up, each), and columns
-            at a time.
+        block_m, block_n, block_k: Tokens, rows of the matrix, and columns at a time.
         num_warps, num_stages: Of the compiler.
     """
 
@@ -50,10 +49,10 @@ class ProductTiles:
 
 # Most tokens that an expert gets, if all get as many → tiles of the first and the second product.
 TILES: tuple[tuple[float, ProductTiles, ProductTiles], ...] = (
-    (8, ProductTiles(16, 32, 128, 4, 4), ProductTiles(16, 64, 128, 4, 4)),
-    (24, ProductTiles(32, 32, 128, 4, 4), ProductTiles(32, 64, 128, 4, 4)),
-    (64, ProductTiles(64, 64, 64, 4, 4), ProductTiles(64, 128, 64, 4, 4)),
-    (float("inf"), ProductTiles(128, 128, 64, 8, 4), ProductTiles(128, 128, 64, 4, 3)),
+    (8, ProductTiles(16, 64, 128, 4, 4), ProductTiles(16, 64, 128, 4, 4)),
+    (24, ProductTiles(32, 64, 128, 4, 4), ProductTiles(32, 64, 128, 4, 4)),
+    (64, ProductTiles(64, 128, 64, 4, 4), ProductTiles(64, 128, 64, 4, 4)),
+    (float("inf"), ProductTiles(128, 256, 64, 8, 4), ProductTiles(128, 256, 64, 8, 4)),
 )
 # Of MXFP4 matrices.
 PACKED_TILES: tuple[tuple[float, ProductTiles, ProductTiles], ...] = (
@@ -72,8 +71,8 @@ def tiles_for(num_pairs: int, num_experts: int, packed: bool) -> tuple[ProductTi
 
 @triton.jit
 def gate_times_up(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, dtype: tl.constexpr):
-    """Float32 tiles of both → that of the middle; rounded to `dtype` where the operations one after the other are."""
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    """Tiles of both, in `dtype` → that of the middle; rounded to `dtype` where the operations one after the other are."""
+    gate, up = gate.to(tl.float32), up.to(tl.float32)
     if ACTIVATION == "clamped":
         gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
         return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
@@ -130,10 +129,8 @@ def _gate_up_kernel(
     columns, k = n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside = columns < N
     x_at = x_ptr + tokens.to(tl.int64)[:, None] * K + k[None, :]
-    row = expert * (2 * N) + n * BLOCK_N
-    gate_at = weight_ptr + (expert.to(tl.int64) * (2 * N) + columns)[:, None] * K + k[None, :]
-    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    weight_at = weight_ptr + (expert.to(tl.int64) * N + columns)[:, None] * K + k[None, :]
+    both = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         within = k < K - start
         if K_INSIDE:
@@ -141,18 +138,17 @@ def _gate_up_kernel(
         else:
             x = tl.load(x_at + start, mask=within[None, :], other=0.0)
         mask = inside[:, None] & within[None, :]
-        gate_rows = _weights(desc, gate_at, row, start, mask, N_INSIDE, K_INSIDE, TMA)
-        up_rows = _weights(desc, gate_at + N * K, row + N, start, mask, N_INSIDE, K_INSIDE, TMA)
-        gate = tl.dot(x, tl.trans(gate_rows), gate, input_precision="ieee")
-        up = tl.dot(x, tl.trans(up_rows), up, input_precision="ieee")
+        matrix = _weights(desc, weight_at, expert * N + n * BLOCK_N, start, mask, N_INSIDE, K_INSIDE, TMA)
+        both = tl.dot(x, tl.trans(matrix), both, input_precision="ieee")
     if HAS_BIAS:
-        bias_at = bias_ptr + expert * (2 * N) + columns
-        gate += tl.load(bias_at, mask=inside, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_at + N, mask=inside, other=0.0).to(tl.float32)[None, :]
+        both += tl.load(bias_ptr + expert * N + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = out_ptr.dtype.element_ty
+    # Gate and up alternate, so each thread holds both.
+    gate, up = tl.split(tl.reshape(both.to(dtype), [BLOCK_M, BLOCK_N // 2, 2]))
     out = gate_times_up(gate, up, ACTIVATION, ALPHA, LIMIT, dtype)
-    out_at = out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(out_at, out.to(dtype), mask=valid[:, None] & inside[None, :])
+    columns = n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    out_at = out_ptr + rows.to(tl.int64)[:, None] * (N // 2) + columns[None, :]
+    tl.store(out_at, out.to(dtype), mask=valid[:, None] & (columns < N // 2)[None, :])
 
 
 @triton.jit
@@ -270,7 +266,7 @@ def expert_rows(
     gate_up, down, num_tiles = experts.gate_up, experts.down, len(routed.tiles)
     launch(
         _gate_up_kernel,
-        (num_tiles * triton.cdiv(size, first.block_n),),
+        (num_tiles * triton.cdiv(2 * size, first.block_n),),
         x,
         gate_up,
         _descriptor(gate_up, first),
@@ -278,7 +274,7 @@ def expert_rows(
         *shared,
         middle,
         K=hidden,
-        N=size,
+        N=2 * size,
         TOP_K=top_k,
         **activation_options(experts),
         HAS_BIAS=experts.gate_up_bias is not None,
