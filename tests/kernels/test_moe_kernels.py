@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near, randn
-from vllm.ops import moe
+from vllm.ops import moe, mxfp4
 from vllm.ops.moe import ClampedSwiGLU, Experts, Routing
 from vllm.ops.triton.moe import ProductTiles, expert_rows, mix_experts, weighted_sum
 from vllm.ops.triton.routing import max_tiles, route_and_sort
@@ -112,6 +112,27 @@ def test_products_of_experts(
     out = weighted_sum(rows, routed.weights, residual)
     assert out is residual
     assert_near(out, want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "biases", "block_m"),
+    [(1, (4, 128, 64), False, 16), (21, (5, 160, 96), True, 16), (40, (3, 288, 64), True, 32)],
+)
+def test_products_of_mxfp4_experts(tokens: int, shape: tuple[int, int, int], biases: bool, block_m: int) -> None:
+    activation = ClampedSwiGLU(1.702, 7.0)
+    experts = make_experts(*shape, torch.bfloat16, activation, biases)
+    stored = [mxfp4.quantise(8 * stack) for stack in (experts.gate_up, experts.down)]
+    plain = experts._replace(
+        gate_up=mxfp4.dequantise(*stored[0], torch.bfloat16), down=mxfp4.dequantise(*stored[1], torch.bfloat16)
+    )
+    (gate_up, gate_up_scales), (down, down_scales) = (mxfp4.arrange(*one) for one in stored)
+    packed = experts._replace(gate_up=gate_up, down=down, gate_up_scales=gate_up_scales, down_scales=down_scales)
+    tiles = replace(TILES, block_m=block_m, block_n=64)
+    x = randn(tokens, shape[1], dtype=torch.bfloat16)
+    routed = route_and_sort(randn(tokens, shape[0], seed=8), None, None, Routing(2, renormalise=True), block_m)
+    want = moe.apply_experts(x, routed.chosen.long(), routed.weights, plain)
+    out = weighted_sum(expert_rows(x, routed, packed, tiles, tiles), routed.weights)
+    assert_near(out, want, TOLERANCE[torch.bfloat16])
 
 
 def test_the_whole_mixture() -> None:

@@ -142,23 +142,26 @@ class StackedExperts(nn.Module):
 
     def finish(self) -> None:
         """Brings the loaded weights into the form in which the device multiplies by them."""
-        if self.spec.mxfp4 and not on_gpu(self.gate_up_blocks):
-            self._unpack()
-        if "gate_up_blocks" in self._parameters:
-            stacks = [self.gate_up_blocks, self.down_blocks]
-            scales: list[torch.Tensor | None] = [self.gate_up_scales, self.down_scales]
-        else:
-            stacks, scales = [self.gate_up_weight, self.down_weight], [None, None]
+        stacks: list[torch.Tensor] = []
+        scales: list[torch.Tensor | None] = []
+        for name in ("gate_up", "down"):
+            stack, scale = self._finished(name)
+            stacks.append(stack)
+            scales.append(scale)
         self.weights = Experts(*stacks, self.spec.activation, self.gate_up_bias, self.down_bias, *scales)
 
-    def _unpack(self) -> None:
-        """MXFP4 → the dtype of the network, where no kernel multiplies by packed weights."""
-        for name in ("gate_up", "down"):
-            blocks, scales = self._parameters.pop(f"{name}_blocks"), self._parameters.pop(f"{name}_scales")
-            if blocks is None or scales is None:
-                raise RuntimeError("experts are unpacked once")
-            whole = mxfp4.dequantise(blocks, scales, self._dtype)
-            self.register_parameter(f"{name}_weight", nn.Parameter(whole, requires_grad=False))
+    def _finished(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A stack and its scales; what was loaded is given back where it is in another form."""
+        if not self.spec.mxfp4:
+            return getattr(self, f"{name}_weight"), None
+        blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+        if on_gpu(blocks) and self._dtype == torch.bfloat16:
+            finished = mxfp4.arrange(blocks, scales)
+        else:
+            # No kernel multiplies by packed weights here.
+            finished = mxfp4.dequantise(blocks, scales, self._dtype), None
+        blocks.data, scales.data = blocks.new_empty(0), scales.new_empty(0)
+        return finished
 
     def forward(
         self, x: torch.Tensor, logits: torch.Tensor, router: Router, residual: torch.Tensor | None

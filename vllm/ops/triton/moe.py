@@ -56,15 +56,15 @@ TILES: tuple[tuple[float, ProductTiles, ProductTiles], ...] = (
 )
 # Of MXFP4 matrices.
 PACKED_TILES: tuple[tuple[float, ProductTiles, ProductTiles], ...] = (
-    (8, ProductTiles(16, 64, 128, 4, 3), ProductTiles(16, 64, 128, 4, 3)),
-    (24, ProductTiles(32, 64, 128, 4, 3), ProductTiles(32, 64, 128, 4, 3)),
+    (8, ProductTiles(16, 64, 128, 4, 4), ProductTiles(16, 64, 128, 4, 4)),
+    (24, ProductTiles(32, 64, 128, 4, 4), ProductTiles(32, 64, 128, 4, 4)),
     (64, ProductTiles(64, 64, 128, 4, 3), ProductTiles(64, 64, 128, 4, 3)),
-    (float("inf"), ProductTiles(128, 64, 128, 8, 3), ProductTiles(128, 128, 128, 8, 3)),
+    (float("inf"), ProductTiles(128, 128, 128, 8, 3), ProductTiles(128, 128, 128, 8, 3)),
 )
 
 
 def tiles_for(num_pairs: int, num_experts: int, packed: bool) -> tuple[ProductTiles, ProductTiles]:
-    """Tiles of both products; they have the same height."""
+    """Tiles of both products; they have the same height. `packed`: of MXFP4 matrices, 128 columns at a time."""
     table = PACKED_TILES if packed else TILES
     return next((first, second) for most, first, second in table if num_pairs <= most * num_experts)
 
