@@ -25,6 +25,8 @@ logger = init_logger(__name__)
 # What config.json may hold besides the fields: older spellings, and what is refused by name.
 _ALSO_READ = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config", "text_config"}
 # What a checkpoint with more than a language model says for all of it.
+# Model type and `quant_method` of checkpoints whose families read quantised weights.
+_QUANTISED = {("gpt_oss", "mxfp4")}
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "quantization_config")
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _HUB_WEIGHTS = ("*.safetensors",)
@@ -119,7 +121,8 @@ def load_hf_config(
             )
     if values.get("quantization_config"):
         method = values["quantization_config"].get("quant_method", "unknown")
-        raise StartupError(f"{source} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
+        if (values["model_type"], method) not in _QUANTISED:
+            raise StartupError(f"{source} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
     try:
         return hf_config_of(values)
     except Exception as error:  # transformers checks values in its own ways

@@ -13,6 +13,8 @@ from vllm.model_executor.models.base import CausalLM
 from vllm.platforms import current_platform
 
 _DUMMY_STD = 0.02
+# Of MXFP4 numbers, which are 0 to 6: 2^-7.
+_DUMMY_EXPONENT = 120
 
 
 def load_model(config: ModelConfig, make: Callable[[], CausalLM], dtype: torch.dtype, device: torch.device) -> CausalLM:
@@ -58,10 +60,16 @@ def _check_memory(sketch: CausalLM, config: ModelConfig, device: torch.device) -
 
 
 def _fill_with_noise(model: CausalLM, seed: int, device: torch.device) -> None:
-    """Random weights of a usual scale, made on the device: matrices normal, norms one, biases zero."""
+    """Random weights of a usual scale, made on the device: matrices normal, norms one, biases zero; of MXFP4 matrices
+    random codes and one scale."""
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dtype == torch.uint8:
+            if name.endswith("_blocks"):
+                parameter.random_(0, 256, generator=generator)
+            else:
+                parameter.fill_(_DUMMY_EXPONENT)
+        elif parameter.dim() == 1 or name.endswith("_bias"):
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.normal_(0.0, _DUMMY_STD, generator=generator)
