@@ -1,8 +1,8 @@
 """The standing GPU workloads, as token ids: any engine that takes token-id prompts can run them.
 
-Shapes of published networks (SHAPES), random weights. All requests of a workload are handed over at once, or one after the
-other where it is `in_turn`; `seconds` is from then until the last token. Output length is fixed (ignore_eos, min_tokens
-== max_tokens).
+Shapes of published networks (SHAPES), random weights. All requests of a workload are handed over at once, or one after
+the other where it is `in_turn`; `seconds` is from then until the last token. Output length is fixed (ignore_eos,
+min_tokens == max_tokens).
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ MIXTRAL_8X7B = LLAMA_8B | dict(
     rope_theta=1000000.0,
     sliding_window=None,
 )
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": LLAMA_8B,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "gpt-oss-20b": GPT_OSS_20B,
     "mixtral": MIXTRAL_8X7B,
 }
-"""Configurations by name. What one H100 (3.35 TB/s, 989 TFLOP/s in bfloat16) cannot do in less, if every step reads each
-weight that some token needs and the KV cache once, and computes nothing twice:
+"""Configurations by name. What one H100 (3.35 TB/s, 989 TFLOP/s in bfloat16) cannot do in less, if every step reads
+each weight that some token needs and the KV cache once, and computes nothing twice:
 
                           plain 256x(128+256)   single 128+256   shared S=8192 256x   cold S=8192   warm S=8192
     qwen3-30b-a3b               5.3 s                0.46 s             5.7 s             72 ms         18 ms

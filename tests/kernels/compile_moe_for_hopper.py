@@ -38,7 +38,9 @@ class Case:
         made = Experts(gate_up, down, "silu")._replace(**self.options)
         if not self.packed:
             return made
-        stacks = [torch.empty(stack.shape[:2] + (-(-stack.shape[2] // 128) * 32,), dtype=torch.int16) for stack in made[:2]]
+        stacks = [
+            torch.empty((*stack.shape[:2], -(-stack.shape[2] // 128) * 32), dtype=torch.int16) for stack in made[:2]
+        ]
         scales = [torch.empty(len(one), one.shape[2] // 32, one.shape[1], dtype=torch.int32) for one in stacks]
         return made._replace(gate_up=stacks[0], down=stacks[1], gate_up_scales=scales[0], down_scales=scales[1])
 

@@ -11,7 +11,8 @@ from triton.runtime import interpreter
 
 def repair() -> None:
     """Bounds of loops read from memory (`int()` of a one-element array, refused since NumPy 2.4), products of bfloat16
-    (multiplied as the integers that store them, by `dot` and one by one) and rounding to bfloat16 (cut off instead of to nearest even).
+    (multiplied as the integers that store them, also by `dot`) and rounding to bfloat16 (cut off instead of to nearest
+    even).
 
     A call of one kernel function by another searches the whole language for what to replace, which takes longer than
     most functions. What it replaces stays so: the first call of each module does.

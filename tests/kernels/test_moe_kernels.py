@@ -78,7 +78,8 @@ def make_experts(
     made = Experts(stacks[0] / hidden**0.5, stacks[1] / size**0.5, activation)
     if biases:
         made = made._replace(
-            gate_up_bias=randn(experts, 2 * size, dtype=dtype, seed=5), down_bias=randn(experts, hidden, seed=6).to(dtype)
+            gate_up_bias=randn(experts, 2 * size, dtype=dtype, seed=5),
+            down_bias=randn(experts, hidden, seed=6).to(dtype),
         )
     return made
 

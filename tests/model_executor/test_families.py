@@ -253,7 +253,7 @@ def test_a_tensor_for_each_expert(architecture: str, changes: dict[str, Any], sp
             model.load_weights(tensors.items())
     for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
         assert torch.equal(one, other), name
-    lost = [name for name in pieces if ".experts.5." in name][0]
+    lost = next(name for name in pieces if ".experts.5." in name)
     del pieces[lost]
     with torch.no_grad(), pytest.raises(StartupError, match=r"lacks 1 tensors, among them model.layers.0.*experts"):
         make_decoder(config_of(reference)).load_weights(pieces.items())

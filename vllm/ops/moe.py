@@ -78,9 +78,7 @@ class Experts(NamedTuple):
     down_scales: torch.Tensor | None = None
 
 
-def route(
-    logits: torch.Tensor, correction: torch.Tensor | None, routing: Routing
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: torch.Tensor, correction: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts of each token and their weights, in plain torch.
 
     Args:

@@ -67,6 +67,7 @@ class OutputProjection(nn.Module):
         self, table: VocabParallelEmbedding, multiplier: float, softcap: float | None, has_bias: bool = False
     ) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None
         bias = nn.Parameter(torch.zeros(table.vocab_size), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
         self.table = table

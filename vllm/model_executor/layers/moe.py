@@ -52,6 +52,9 @@ class Router(nn.Module):
 
     def __init__(self, spec: MoE, hidden_size: int) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None
+        self.correction: nn.Parameter | None
+        self.expert_factors: nn.Parameter | None
         dtype = torch.float32 if spec.router_float32 else None
         self.weight = _parameter(spec.num_experts, hidden_size, dtype=dtype)
         self.register_parameter("bias", _parameter(spec.num_experts, dtype=dtype) if spec.router_bias else None)
@@ -91,6 +94,8 @@ class StackedExperts(nn.Module):
         self.tp = tp
         self.spec = spec
         self.size = tp.divide(spec.size, "expert size")
+        self.gate_up_bias: nn.Parameter | None
+        self.down_bias: nn.Parameter | None
         shapes = {"gate_up": (2 * self.size, hidden_size), "down": (hidden_size, self.size)}
         for name, (rows, columns) in shapes.items():
             if spec.mxfp4:
@@ -142,19 +147,18 @@ class StackedExperts(nn.Module):
 
     def finish(self) -> None:
         """Brings the loaded weights into the form in which the device multiplies by them."""
-        stacks: list[torch.Tensor] = []
-        scales: list[torch.Tensor | None] = []
-        for name in ("gate_up", "down"):
-            stack, scale = self._finished(name)
-            stacks.append(stack)
-            scales.append(scale)
-        self.weights = Experts(*stacks, self.spec.activation, self.gate_up_bias, self.down_bias, *scales)
+        gate_up, gate_up_scales = self._finished("gate_up")
+        down, down_scales = self._finished("down")
+        self.weights = Experts(
+            gate_up, down, self.spec.activation, self.gate_up_bias, self.down_bias, gate_up_scales, down_scales
+        )
 
     def _finished(self, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A stack and its scales; what was loaded is given back where it is in another form."""
         if not self.spec.mxfp4:
             return getattr(self, f"{name}_weight"), None
         blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+        finished: tuple[torch.Tensor, torch.Tensor | None]
         if on_gpu(blocks) and self._dtype == torch.bfloat16:
             finished = mxfp4.arrange(blocks, scales)
         else:

@@ -345,9 +345,9 @@ class Decoder(CausalLM):
         names: CheckpointNames = self.spec.names
         missing = {name for name, row in rows.items() if row.whole is None}
         pieces: dict[str, set[str]] = {}
-        for name, row in rows.items():
+        for piece, row in rows.items():
             if row.whole is not None:
-                pieces.setdefault(row.whole, set()).add(name)
+                pieces.setdefault(row.whole, set()).add(piece)
         left = set(rows)
         head: torch.Tensor | None = None
         for stored, tensor in weights:

@@ -1,6 +1,6 @@
-"""Gemma 4's language model (Gemma Team, 2026; 31B, 26B-A4B): Gemma 3 whose layers without a window have heads of another
-size, make values of the matrix of the keys, and turn a quarter of each head; values are normalised, scores not scaled,
-and each layer's output is multiplied by a learned number. With experts, these stand beside the MLP of every layer.
+"""Gemma 4's language model (Gemma Team, 2026; 31B, 26B-A4B): Gemma 3 whose layers without a window have heads of
+another size, make values of the matrix of the keys, and turn a quarter of each head; values are normalised, scores not
+scaled, and each layer's output is multiplied by a learned number. With experts, these stand beside each layer's MLP.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
         raise config_values.refused(config, "use_bidirectional_attention 'all'", "None, 'vision'")
     config_values.refuse(config, hidden_size_per_layer_input=0, num_kv_shared_layers=0)
     norm = Norm(config.rms_norm_eps, rounds_first=False)
-    ffn: MLP | MoE = MLP(config.intermediate_size, config_values.activation(config, "hidden_activation"))
+    mlp = MLP(config.intermediate_size, config_values.activation(config, "hidden_activation"))
+    ffn: MLP | MoE = mlp
     if config.enable_moe_block:
         ffn = MoE(
             config.num_experts,
             config.moe_intermediate_size,
-            ffn.activation,
+            mlp.activation,
             Routing(config.top_k_experts, renormalise=True),
             expert_factors=True,
-            shared=ffn,
+            shared=mlp,
             beside=norm,
         )
 

@@ -12,9 +12,7 @@ from vllm.model_executor.models import config_values, llama, mixtral
 from vllm.model_executor.models.spec import LAYER_NAMES, CheckpointNames, DecoderSpec, MoE
 from vllm.ops.moe import Routing
 
-NAMES = CheckpointNames(
-    parts={**LAYER_NAMES, "correction": "mlp.e_score_correction_bias"}, spellings=mixtral.SPELLINGS
-)
+NAMES = CheckpointNames(parts={**LAYER_NAMES, "correction": "mlp.e_score_correction_bias"}, spellings=mixtral.SPELLINGS)
 
 
 def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:

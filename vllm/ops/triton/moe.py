@@ -71,7 +71,7 @@ def tiles_for(num_pairs: int, num_experts: int, packed: bool) -> tuple[ProductTi
 
 @triton.jit
 def gate_times_up(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, dtype: tl.constexpr):
-    """Tiles of both, in `dtype` → that of the middle; rounded to `dtype` where the operations one after the other are."""
+    """Tiles of both, in `dtype` → the middle; rounded to `dtype` where the operations one after the other are."""
     gate, up = gate.to(tl.float32), up.to(tl.float32)
     if ACTIVATION == "clamped":
         gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
@@ -133,10 +133,7 @@ def _gate_up_kernel(
     both = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         within = k < K - start
-        if K_INSIDE:
-            x = tl.load(x_at + start)
-        else:
-            x = tl.load(x_at + start, mask=within[None, :], other=0.0)
+        x = tl.load(x_at + start) if K_INSIDE else tl.load(x_at + start, mask=within[None, :], other=0.0)
         mask = inside[:, None] & within[None, :]
         matrix = _weights(desc, weight_at, expert * N + n * BLOCK_N, start, mask, N_INSIDE, K_INSIDE, TMA)
         both = tl.dot(x, tl.trans(matrix), both, input_precision="ieee")
@@ -189,10 +186,7 @@ def _down_kernel(
     out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         within = k < K - start
-        if K_INSIDE:
-            x = tl.load(x_at + start)
-        else:
-            x = tl.load(x_at + start, mask=within[None, :], other=0.0)
+        x = tl.load(x_at + start) if K_INSIDE else tl.load(x_at + start, mask=within[None, :], other=0.0)
         mask = inside[:, None] & within[None, :]
         matrix = _weights(desc, weight_at, expert * N + n * BLOCK_N, start, mask, N_INSIDE, K_INSIDE, TMA)
         out = tl.dot(x, tl.trans(matrix), out, input_precision="ieee")

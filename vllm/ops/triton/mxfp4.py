@@ -64,10 +64,7 @@ def _packed_kernel(
     valid = rows < last
     pairs = tl.load(order_ptr + rows, mask=valid, other=0)
     # Rows behind the tile's last repeat a token, and are not stored.
-    if FIRST:
-        sources = pairs // TOP_K
-    else:
-        sources = tl.where(valid, rows, first)
+    sources = pairs // TOP_K if FIRST else tl.where(valid, rows, first)
     columns, k = n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, 32)
     inside = columns < N
     x_at = x_ptr + sources.to(tl.int64)[None, :] * K + k[:, None]

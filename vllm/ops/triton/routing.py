@@ -176,9 +176,7 @@ def _sort_kernel(
 ):
     follow(PDL)
     program, e, c = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
-    counts = tl.load(
-        counts_ptr + c[:, None] * BLOCK_E + e[None, :], mask=(c < tl.num_programs(0))[:, None], other=0
-    )
+    counts = tl.load(counts_ptr + c[:, None] * BLOCK_E + e[None, :], mask=(c < tl.num_programs(0))[:, None], other=0)
     total = tl.sum(counts, 0)
     starts = tl.cumsum(total, 0) - total
     here = starts + tl.sum(tl.where((c < program)[:, None], counts, 0), 0)
