@@ -27,7 +27,7 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (37, 12), (1100, 20)])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 8), (37, 12)])
 def test_routing(name: str, tokens: int, experts: int) -> None:
     routing = ROUTINGS[name]
     logits = 2 * randn(tokens, experts)
@@ -52,7 +52,9 @@ def test_of_equal_scores_the_first_experts_are_chosen(dtype: torch.dtype) -> Non
     assert bool(((routed.chosen >= 0) & (routed.chosen < 20)).all())
 
 
-@pytest.mark.parametrize(("tokens", "experts", "block_m"), [(1, 8, 16), (50, 6, 16), (1500, 20, 32), (4, 40, 16)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "block_m"), [(1, 8, 16), (50, 6, 16), (1500, 20, 32), (4, 40, 16), (13, 5, 16)]
+)
 def test_pairs_are_sorted_by_expert(tokens: int, experts: int, block_m: int) -> None:
     routing = Routing(3)
     logits = randn(tokens, experts)

@@ -44,7 +44,11 @@ def test_calls_and_reasoning_of_a_chat(sdk: openai.OpenAI) -> None:
     assert (choice.finish_reason, choice.message.content or "") == ("tool_calls", "")
     assert choice.message.reasoning == "They ask."  # type: ignore[attr-defined]
     (choice,) = sdk.chat.completions.create(**asked(sdk), extra_body=words(SAID)).choices
-    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls or []) == ("stop", "It is noon.", [])
+    assert (choice.finish_reason, choice.message.content, choice.message.tool_calls or []) == (
+        "stop",
+        "It is noon.",
+        [],
+    )
 
 
 def test_a_chat_that_comes_in_pieces(sdk: openai.OpenAI) -> None:

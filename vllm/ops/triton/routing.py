@@ -3,7 +3,8 @@
 Two launches. In the first, each program routes a run of tokens and counts how many go to each expert; in the second,
 each adds up the counts of the programs before it and puts its own pairs where they belong (a counting sort, stable, so
 that the order depends on nothing else). The second also makes the work list of the grouped products: tiles of `block_m`
-pairs of one expert. The lists are as long as any routing of so many tokens may need, so that graphs can hold them.
+pairs of one expert. The lists are as long as any routing of so many tokens may need, so that graphs can hold them. Up
+to 16 tokens are routed and sorted by one program, in one launch.
 """
 
 # Kernels are written in Triton's language, whose values have no Python types.
@@ -72,7 +73,47 @@ def _in_best_groups(
     return inside
 
 
-@triton.jit(do_not_specialize=["num_tokens", "steps"])
+@triton.jit
+def _put(order_ptr, chosen, pairs, valid, e, here):
+    """Writes pairs where those of their experts begin, `here`, or go on; returns where the next ones go on."""
+    hit = (chosen[:, None] == e[None, :]).to(tl.int32)
+    places = tl.sum(hit * (here[None, :] + tl.cumsum(hit, 0) - 1), 1)
+    tl.store(order_ptr + places, pairs, mask=valid)
+    return here + tl.sum(hit, 0)
+
+
+@triton.jit
+def _cut(
+    tiles_ptr,
+    program,
+    tiles_per_program,
+    num_tiles,
+    e,
+    total,
+    starts,
+    BLOCK_E: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Writes this program's share of the tiles."""
+    tiles_of_each = (total + BLOCK_M - 1) // BLOCK_M
+    ends = tl.cumsum(tiles_of_each, 0)
+    for first in range(0, tiles_per_program, BLOCK_TILES):
+        within = first + tl.arange(0, BLOCK_TILES)
+        tiles = program * tiles_per_program + within
+        expert = tl.sum((ends[None, :] <= tiles[:, None]).to(tl.int32), 1)
+        hit = (expert[:, None] == e[None, :]).to(tl.int32)
+        begins = tl.sum(hit * starts[None, :], 1)
+        place = tiles - tl.sum(hit * (ends - tiles_of_each)[None, :], 1)
+        stops = begins + tl.sum(hit * total[None, :], 1)
+        valid = (within < tiles_per_program) & (tiles < num_tiles)
+        at = tiles_ptr + tiles * 3
+        tl.store(at, tl.where(expert < BLOCK_E, expert, -1), mask=valid)
+        tl.store(at + 1, begins + place * BLOCK_M, mask=valid)
+        tl.store(at + 2, stops, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "steps", "num_tiles"])
 def _route_kernel(
     logits_ptr,
     correction_ptr,
@@ -80,8 +121,11 @@ def _route_kernel(
     chosen_ptr,
     weights_ptr,
     counts_ptr,
+    order_ptr,
+    tiles_ptr,
     num_tokens,
     steps,
+    num_tiles,
     EXPERTS: tl.constexpr,
     BLOCK_E: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -97,8 +141,12 @@ def _route_kernel(
     HAS_CORRECTION: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    SORTS: tl.constexpr,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """SORTS: there is one program and one step, and it does what `_sort_kernel` does."""
     follow(PDL)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_TOP)
     exists = (e < EXPERTS)[None, :]
@@ -154,7 +202,14 @@ def _route_kernel(
         wanted = valid[:, None] & (k < TOP_K)[None, :]
         tl.store(chosen_ptr + pairs, chosen, mask=wanted)
         tl.store(weights_ptr + pairs, weights, mask=wanted)
-    tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + e, counts)
+        if SORTS:
+            SIZE: tl.constexpr = BLOCK_T * BLOCK_TOP
+            starts = tl.cumsum(counts, 0) - counts
+            ids = tl.reshape(tl.where(wanted, chosen, -1), [SIZE])
+            _put(order_ptr, ids, tl.reshape(pairs, [SIZE]).to(tl.int32), ids >= 0, e, starts)
+            _cut(tiles_ptr, 0, num_tiles, num_tiles, e, counts, starts, BLOCK_E, BLOCK_TILES, BLOCK_M)
+    if not SORTS:
+        tl.store(counts_ptr + tl.program_id(0) * BLOCK_E + e, counts)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "pairs_per_program", "num_tiles", "tiles_per_program"])
@@ -185,25 +240,8 @@ def _sort_kernel(
         pairs = program * pairs_per_program + within
         valid = (within < pairs_per_program) & (pairs < num_pairs)
         chosen = tl.load(chosen_ptr + pairs, mask=valid, other=-1)
-        hit = (chosen[:, None] == e[None, :]).to(tl.int32)
-        places = tl.sum(hit * (here[None, :] + tl.cumsum(hit, 0) - 1), 1)
-        tl.store(order_ptr + places, pairs, mask=valid)
-        here += tl.sum(hit, 0)
-    tiles_of_each = (total + BLOCK_M - 1) // BLOCK_M
-    ends = tl.cumsum(tiles_of_each, 0)
-    for first in range(0, tiles_per_program, BLOCK_TILES):
-        within = first + tl.arange(0, BLOCK_TILES)
-        tiles = program * tiles_per_program + within
-        expert = tl.sum((ends[None, :] <= tiles[:, None]).to(tl.int32), 1)
-        hit = (expert[:, None] == e[None, :]).to(tl.int32)
-        begins = tl.sum(hit * starts[None, :], 1)
-        place = tiles - tl.sum(hit * (ends - tiles_of_each)[None, :], 1)
-        stops = begins + tl.sum(hit * total[None, :], 1)
-        valid = (within < tiles_per_program) & (tiles < num_tiles)
-        at = tiles_ptr + tiles * 3
-        tl.store(at, tl.where(expert < BLOCK_E, expert, -1), mask=valid)
-        tl.store(at + 1, begins + place * BLOCK_M, mask=valid)
-        tl.store(at + 2, stops, mask=valid)
+        here = _put(order_ptr, chosen, pairs, valid, e, here)
+    _cut(tiles_ptr, program, tiles_per_program, num_tiles, e, total, starts, BLOCK_E, BLOCK_TILES, BLOCK_M)
 
 
 def route_and_sort(
@@ -227,8 +265,10 @@ def route_and_sort(
     tiles = torch.empty((num_tiles, 3), dtype=torch.int32, device=device)
     if not tokens:
         return Routed(weights, order, tiles, chosen)
-    steps = triton.cdiv(triton.cdiv(tokens, _BLOCK_T), _MAX_PROGRAMS)
-    programs = triton.cdiv(tokens, steps * _BLOCK_T)
+    block_t = min(_BLOCK_T, triton.next_power_of_2(tokens))
+    steps = triton.cdiv(triton.cdiv(tokens, block_t), _MAX_PROGRAMS)
+    programs = triton.cdiv(tokens, steps * block_t)
+    sorts = programs == 1 and steps == 1
     block_e = triton.next_power_of_2(experts)
     counts = torch.empty((programs, block_e), dtype=torch.int32, device=device)
     launch(
@@ -240,8 +280,11 @@ def route_and_sort(
         chosen,
         weights,
         counts,
+        order,
+        tiles,
         tokens,
         steps,
+        num_tiles,
         EXPERTS=experts,
         BLOCK_E=block_e,
         TOP_K=top_k,
@@ -256,9 +299,14 @@ def route_and_sort(
         JITTER=routing.jitter,
         HAS_CORRECTION=correction is not None,
         HAS_FACTORS=expert_factors is not None,
-        BLOCK_T=_BLOCK_T,
-        num_warps=4,
+        BLOCK_T=block_t,
+        SORTS=sorts,
+        BLOCK_TILES=_BLOCK_TILES,
+        BLOCK_M=block_m,
+        num_warps=8 if block_t * block_e >= 1024 else 4,
     )
+    if sorts:
+        return Routed(weights, order, tiles, chosen)
     launch(
         _sort_kernel,
         (programs,),
@@ -267,11 +315,11 @@ def route_and_sort(
         order,
         tiles,
         num_pairs,
-        steps * _BLOCK_T * top_k,
+        steps * block_t * top_k,
         num_tiles,
         triton.cdiv(num_tiles, programs),
         BLOCK_E=block_e,
-        BLOCK_C=1 if programs == 1 else 16 if programs <= 16 else _MAX_PROGRAMS,
+        BLOCK_C=16 if programs <= 16 else _MAX_PROGRAMS,
         BLOCK_PAIRS=_BLOCK_PAIRS,
         BLOCK_TILES=_BLOCK_TILES,
         BLOCK_M=block_m,
