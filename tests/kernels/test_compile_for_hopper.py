@@ -1,4 +1,5 @@
-"""The kernels of attention and of experts compile for Hopper: the interpreter does not see it, and an engine ends at start-up if not."""
+"""The kernels of attention and of experts compile for Hopper: the interpreter does not see it, and an engine ends at
+start-up if not."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near, randn
 from vllm.ops import moe, mxfp4
 from vllm.ops.moe import ClampedSwiGLU, Experts, Routing
-from vllm.ops.triton.moe import ProductTiles, expert_rows, mix_experts, weighted_sum
+from vllm.ops.triton.expert_tiles import ProductTiles
+from vllm.ops.triton.moe import expert_rows, mix_experts, weighted_sum
 from vllm.ops.triton.routing import max_tiles, route_and_sort
 
 ROUTINGS = {

@@ -23,7 +23,6 @@ import torch
 from torch.nn import functional
 
 from vllm.ops.activation import FUNCTIONS, Activation
-from vllm.platforms.devices import on_gpu
 
 Scoring = Literal["softmax", "chosen", "sigmoid", "sparsemixer"]
 
@@ -186,7 +185,7 @@ def mix_experts(
     experts: Experts,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Routes and computes, by the fastest kernels of the device that `x` lies on.
+    """Routes and computes, in plain torch.
 
     Args:
         x: What the experts take, [T, H].
@@ -197,10 +196,6 @@ def mix_experts(
 
     Returns [T, H] in the dtype of `x`.
     """
-    if on_gpu(x):
-        from vllm.ops.triton import moe as kernels
-
-        return kernels.mix_experts(x, logits, correction, expert_factors, routing, experts, residual)
     chosen, weights = route(logits, correction, routing)
     if expert_factors is not None:
         weights = weights * expert_factors[chosen]

@@ -75,8 +75,8 @@ HARMONY = [
     ("<|channel|>analysis<|message|>never ends", "never ends", ""),
     ("<|channel|>commentary<|message|>First this.<|end|>", "", "First this."),
     (
-        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis to=python code<|message|>1+1<|call|>"
-        "<|start|>assistant<|channel|>final<|message|>2<|return|>",
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis to=python code<|message|>1+1"
+        "<|call|><|start|>assistant<|channel|>final<|message|>2<|return|>",
         "a1+1",
         "2",
     ),

@@ -16,8 +16,9 @@ from vllm.model_executor.layers.layernorm import RowNorm
 from vllm.model_executor.layers.linear import RowParallelLinear, copy_checked, shard
 from vllm.model_executor.models.spec import MoE
 from vllm.ops import mxfp4
+from vllm.ops.dispatch import mix_experts
 from vllm.ops.linear import linear
-from vllm.ops.moe import Experts, mix_experts
+from vllm.ops.moe import Experts
 from vllm.ops.norm import Norm
 from vllm.platforms.devices import on_gpu
 

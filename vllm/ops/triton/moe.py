@@ -6,9 +6,6 @@ A program multiplies one tile, up to `block_m` tokens of one expert, by `block_n
     2  down of those rows, to rows in the order of tokens and places
     3  residual + Σₖ weightₖ · rowₖ, in float32, places in order: the sum never depends on the batch
 
-Few tokens are bound by the reading of the matrices, each of which is read once if its expert's tokens are one tile, so
-tiles are as high as most experts need. Many tokens are bound by the tensor cores and take tiles of 128.
-
 Grids are as large as any routing of so many tokens may need; programs without a tile end at once.
 """
 
@@ -16,68 +13,18 @@ Grids are as large as any routing of so many tokens may need; programs without a
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from vllm.ops.launch import follow, launch
-from vllm.ops.moe import ClampedSwiGLU, Experts, Routing
-from vllm.ops.triton.activation import activation_function
+from vllm.ops.moe import Experts, Routing
+from vllm.ops.triton.expert_tiles import ProductTiles, activation_options, gate_times_up, tiles_for
+from vllm.ops.triton.mxfp4 import packed_expert_rows
 from vllm.ops.triton.routing import Routed, route_and_sort
 from vllm.platforms.devices import gpu_generation
 
 _BLOCK_SUM = 1024
-
-
-@dataclass(frozen=True)
-class ProductTiles:
-    """How one of the two products is cut.
-
-    Attributes:
-        block_m, block_n, block_k: Tokens, rows of the matrix, and columns at a time.
-        num_warps, num_stages: Of the compiler.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# Most tokens that an expert gets, if all get as many → tiles of the first and the second product.
-TILES: tuple[tuple[float, ProductTiles, ProductTiles], ...] = (
-    (8, ProductTiles(16, 64, 128, 4, 4), ProductTiles(16, 64, 128, 4, 4)),
-    (24, ProductTiles(32, 64, 128, 4, 4), ProductTiles(32, 64, 128, 4, 4)),
-    (64, ProductTiles(64, 128, 64, 4, 4), ProductTiles(64, 128, 64, 4, 4)),
-    (float("inf"), ProductTiles(128, 256, 64, 8, 4), ProductTiles(128, 256, 64, 8, 4)),
-)
-# Of MXFP4 matrices.
-PACKED_TILES: tuple[tuple[float, ProductTiles, ProductTiles], ...] = (
-    (8, ProductTiles(16, 64, 128, 4, 4), ProductTiles(16, 64, 128, 4, 4)),
-    (24, ProductTiles(32, 64, 128, 4, 4), ProductTiles(32, 64, 128, 4, 4)),
-    (64, ProductTiles(64, 64, 128, 4, 3), ProductTiles(64, 64, 128, 4, 3)),
-    (float("inf"), ProductTiles(128, 128, 128, 8, 3), ProductTiles(128, 128, 128, 8, 3)),
-)
-
-
-def tiles_for(num_pairs: int, num_experts: int, packed: bool) -> tuple[ProductTiles, ProductTiles]:
-    """Tiles of both products; they have the same height. `packed`: of MXFP4 matrices, 128 columns at a time."""
-    table = PACKED_TILES if packed else TILES
-    return next((first, second) for most, first, second in table if num_pairs <= most * num_experts)
-
-
-@triton.jit
-def gate_times_up(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, dtype: tl.constexpr):
-    """Tiles of both, in `dtype` → the middle; rounded to `dtype` where the operations one after the other are."""
-    gate, up = gate.to(tl.float32), up.to(tl.float32)
-    if ACTIVATION == "clamped":
-        gate, up = tl.minimum(gate, LIMIT), tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        return (up + 1.0) * gate * tl.sigmoid(ALPHA * gate)
-    else:
-        return activation_function(gate, ACTIVATION).to(dtype).to(tl.float32) * up
 
 
 @triton.jit
@@ -251,8 +198,6 @@ def expert_rows(
     if not len(x):
         return rows
     if experts.gate_up_scales is not None:
-        from vllm.ops.triton.mxfp4 import packed_expert_rows
-
         return packed_expert_rows(x, routed, experts, first, second, rows)
     size = experts.down.shape[2]
     middle = x.new_empty(len(routed.order), size)
@@ -303,14 +248,6 @@ def weighted_sum(rows: torch.Tensor, weights: torch.Tensor, residual: torch.Tens
         options = {"SIZE": size, "TOP_K": top_k, "ADD": residual is not None, "BLOCK": block, "num_warps": 4}
         launch(_sum_kernel, (tokens, triton.cdiv(size, block)), rows, weights, out, out, **options)
     return out
-
-
-def activation_options(experts: Experts) -> dict[str, object]:
-    """Constexprs of `gate_times_up`."""
-    activation = experts.activation
-    if isinstance(activation, ClampedSwiGLU):
-        return {"ACTIVATION": "clamped", "ALPHA": activation.alpha, "LIMIT": activation.limit}
-    return {"ACTIVATION": activation, "ALPHA": 0.0, "LIMIT": 0.0}
 
 
 def _uses_tma(matrices: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vllm.ops.launch import follow, launch
 from vllm.ops.moe import Experts
-from vllm.ops.triton.moe import ProductTiles, activation_options, gate_times_up
+from vllm.ops.triton.expert_tiles import ProductTiles, activation_options, gate_times_up
 from vllm.ops.triton.routing import Routed
 
 

@@ -56,7 +56,7 @@ class ToolParser(ABC):
         self._close_call()
         return self._take()
 
-    def begin(self, reasoning_ended: bool) -> None:
+    def begin(self, reasoning_ended: bool) -> None:  # noqa: B027 - most parsers have nothing to do
         """Comes first: whether the prompt has ended the reasoning, which matters to parsers that read it."""
 
     @abstractmethod
