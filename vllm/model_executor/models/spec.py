@@ -230,6 +230,12 @@ class CheckpointNames:
     others: tuple[str, ...] = ()
     spellings: Mapping[str, str] = field(default_factory=dict)
 
+    def layer(self, index: int, part: str) -> tuple[str, ...]:
+        """All that a checkpoint may call a part of a layer, its plain name first."""
+        plain = f"{self.layers}.{index}.{self.parts[part]}"
+        others = [prefix + plain.removeprefix(p) for prefix, p in self.prefixes.items() if plain.startswith(p)]
+        return (plain, *others)
+
     def plain(self, name: str) -> str | None:
         """Name of a tensor as it is without `prefixes` and `spellings`; None for one that is not read."""
         if name.endswith(self.ignored) or name.startswith(self.others):
