@@ -11,14 +11,15 @@ from triton.runtime import interpreter
 
 def repair() -> None:
     """Bounds of loops read from memory (`int()` of a one-element array, refused since NumPy 2.4), products of bfloat16
-    (multiplied as the integers that store them) and rounding to bfloat16 (cut off instead of to nearest even).
+    (multiplied as the integers that store them, also by `dot`) and rounding to bfloat16 (cut off instead of to nearest
+    even).
 
     A call of one kernel function by another searches the whole language for what to replace, which takes longer than
     most functions. What it replaces stays so: the first call of each module does.
     """
     patch_tensor = interpreter._patch_lang_tensor
     builder = interpreter.InterpreterBuilder
-    dot, cast = builder.create_dot, builder.cast_impl
+    dot, cast, multiply = builder.create_dot, builder.cast_impl, builder.create_fmul
 
     def patch_tensor_repaired(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -40,6 +41,11 @@ def repair() -> None:
         rounded = np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded)
         return interpreter.TensorHandle(rounded, tl.bfloat16)
 
+    def multiply_repaired(self: Any, a: Any, b: Any) -> Any:
+        if a.dtype.scalar != tl.bfloat16:
+            return multiply(self, a, b)
+        return cast_repaired(self, multiply(self, widened(a), widened(b)), tl.bfloat16)
+
     patched: set[str] = set()
 
     def call_repaired(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,6 +57,7 @@ def repair() -> None:
     interpreter._patch_lang_tensor = patch_tensor_repaired
     builder.create_dot = dot_repaired
     builder.cast_impl = cast_repaired
+    builder.create_fmul = multiply_repaired
     interpreter.InterpretedFunction.__call__ = call_repaired
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
