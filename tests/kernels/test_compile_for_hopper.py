@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
 EXPERTS = Path(__file__).with_name("compile_moe_for_hopper.py")
+QUANTIZED = Path(__file__).with_name("compile_quantized_for_hopper.py")
 
 
 def compile_cases(*arguments: str, script: Path = SCRIPT) -> str:
@@ -56,3 +57,11 @@ def test_kernels_of_all_kinds_of_experts_compile() -> None:
 @pytest.mark.nightly
 def test_all_kernels_of_all_kinds_of_layers_compile() -> None:
     compile_cases()
+
+
+@pytest.mark.skipif(not ASSEMBLER.exists(), reason="this Triton comes without NVIDIA's assembler")
+@pytest.mark.parametrize("once", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_kernels_of_quantised_weights_compile(once: bool) -> None:
+    printed = compile_cases(*(["--once"] if once else []), script=QUANTIZED)
+    for kernel in ("row4", "tile4", "unpack", "row8", "tile8", "norm", "activate", "sum"):
+        assert f"_{kernel}_kernel " in printed

@@ -209,9 +209,11 @@ class MixtureOfExperts(nn.Module):
         before = residual if join.is_sum else None
         if self.shared is not None:
             middle = self.shared.middle(x)
-            if self.shared_gate is not None:
-                middle = middle * torch.sigmoid(linear(x, self.shared_gate, None))
-            before = self.shared.down(middle, before)
+            if self.shared_gate is None:
+                before = self.shared.down(middle, before)
+            else:
+                shared = self.shared.down(middle).mul_(torch.sigmoid(linear(x, self.shared_gate, None)))
+                before = shared if before is None else before + shared
         out = self.experts(x, logits, self.router, before)
         return out if join.is_sum else join.add(out, residual)
 
