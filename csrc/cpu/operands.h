@@ -65,7 +65,17 @@ ALWAYS_INLINE void add_outer(V (&acc)[rows][tiles], const float* a, int64_t lda,
   }
 }
 
-struct Float32 : InLanes {
+// Weights that were decoded in registers, of two neighbouring depths.
+struct FloatPairs : InLanes {
+  template <int rows, int tiles>
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const float* a, int64_t lda, const V (&even)[tiles],
+                                     const V (&odd)[tiles]) {
+    add_outer(acc, a, lda, even);
+    add_outer(acc, a + 1, lda, odd);
+  }
+};
+
+struct Float32 : FloatPairs {
   using A = float;
   using B = float;
   static constexpr int kDepth = 1;
@@ -79,7 +89,7 @@ struct Float32 : InLanes {
   }
 };
 
-struct WidenedBf16 : InLanes {
+struct WidenedBf16 : FloatPairs {
   using A = float;
   using B = uint16_t;
   static constexpr int kDepth = 2;
@@ -106,6 +116,19 @@ struct DotBf16 : InLanes {
   static ALWAYS_INLINE void step(V (&acc)[rows][tiles], const A* a, int64_t lda, const B* const (&b)[tiles]) {
     __m512bh w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = (__m512bh)_mm512_loadu_si512(b[j]);
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, a + i * lda, 4);
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, w[j]);
+    }
+  }
+
+  template <int rows, int tiles>
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* a, int64_t lda, const V (&even)[tiles],
+                                     const V (&odd)[tiles]) {
+    __m512bh w[tiles];
+    for (int j = 0; j < tiles; ++j) w[j] = (__m512bh)Simd::rounded_pairs(even[j], odd[j]);
     for (int i = 0; i < rows; ++i) {
       int32_t pair;
       std::memcpy(&pair, a + i * lda, 4);
@@ -192,6 +215,16 @@ struct ForInt8<TilesBf16> {
 
 inline void store_row(float* out, V v) { Simd::store(out, v); }
 inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
+
+// Beside a kind: what multiplies many rows by weights that were in blocks and lie decoded in a panel.
+template <class Kind>
+struct ForBlocks {
+  using Many = Kind;
+};
+template <>
+struct ForBlocks<WidenedBf16> {
+  using Many = Float32;
+};
 
 // Memory that will be read --------------------------------------------------------------------------------------------
 
