@@ -18,6 +18,7 @@ from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.ops.cpu.kernels import SequenceRows
 from vllm.ops.sampling import SamplingTables
+from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 BLOCK = 4
 
@@ -47,11 +48,12 @@ def decoder_of(
     packed: bool = False,
     int8: bool = False,
     max_positions: int = 64,
+    quantization: QuantizationConfig | None = None,
 ) -> Decoder:
     """`make_decoder` of a network that no configuration need describe."""
     compiled = packed and CpuProgram.misfit(spec) is None
     method = CpuPacked(int8) if packed else Unquantized()
-    build = Build(TensorParallelGroup(), method, max_positions, dtype, compiled=compiled)
+    build = Build(TensorParallelGroup(), method, max_positions, dtype, compiled=compiled, quantization=quantization)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

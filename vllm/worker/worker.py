@@ -19,6 +19,7 @@ from vllm.kv_cache.windows import KVMemory, window_of
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
+from vllm.model_executor.layers.quantization.select import quantization_of_model
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.model_loader.load import load_model
 from vllm.model_executor.models.base import CausalLM
@@ -103,13 +104,14 @@ class Worker:
         """
         config = self.config
         packs = config.attention_backend.upper() == "CPU" and cpu_kernels.library() is not None
-        int8 = config.model.quantization is not None
+        int8 = config.model.quantization == "int8_cpu"
         if int8 and not packs:
             raise StartupError(
                 f"--quantization {config.model.quantization} is of the compiled CPU kernels, which do not serve here "
                 f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
             )
-        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype)
+        quantization = quantization_of_model(config.model)
+        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype, quantization=quantization)
         if not packs:
             return plain
         if self.spec is None:
@@ -260,7 +262,7 @@ class Worker:
     def _arithmetic(self) -> str:
         """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
         is measured at each start, and need not be the same one."""
-        narrow = self.dtype != torch.float32 or self.config.model.quantization is not None
+        narrow = self.dtype != torch.float32 or self.config.model.quantization == "int8_cpu"
         return str(cpu_kernels.arithmetic()) if narrow and self._is_packed else ""
 
     def snapshots(self) -> list[SnapshotRecord]:
