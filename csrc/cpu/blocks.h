@@ -156,6 +156,10 @@ ALWAYS_INLINE void with_type(int32_t type, F&& f) {
   }
 }
 
+// Decoding takes so many instructions a byte that the processor does not reach far enough ahead by itself: one row took
+// twice as long without. Twice or half the distance made no difference.
+constexpr int64_t kFetchedAhead = 2560;
+
 // Reads a tile from its first block to its last.
 template <class Type>
 class BlockReader {
@@ -173,7 +177,12 @@ class BlockReader {
   ALWAYS_INLINE void half(int i) {
     if (i == 0 || Type::kHalves) Type::scales(scales_, at_, i);
   }
-  ALWAYS_INLINE void step(int i) { in_.load(at_ + Type::kScales + i * Type::In::kStep); }
+  ALWAYS_INLINE void step(int i) {
+    in_.load(at_ + Type::kScales + i * Type::In::kStep);
+    const char* ahead = at_ + kFetchedAhead + i * (kBlock / 4);
+    _mm_prefetch(ahead, _MM_HINT_T0);
+    if (kBlock > 256) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+  }
   ALWAYS_INLINE void end_block() { at_ += kBlock; }
   // The span is over.
   ALWAYS_INLINE void pass_others() { at_ += others_; }

@@ -353,13 +353,13 @@ void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, i
     if (looks_ahead<Kind>(end - row)) look_ahead(member, units, unit, ahead, next);
     if (units.in_blocks()) {
       const Tile* tiles = units.blocks(unit);
+      using Decoded = typename ForBlocks<Kind>::Decoded;
       if constexpr (!kInTiles<Kind>)
         if (end - row <= Simd::kMostRows)
-          return blocks_unit<Kind>(x, lda, row, end - row, w, tiles, column, count, finish, ahead);
-      using Many = typename ForBlocks<Kind>::Many;
-      auto* panel = reinterpret_cast<typename Many::B*>(buffers.panels + member.index * buffers.panel_size);
+          return blocks_unit<Decoded>(x, lda, row, end - row, w, tiles, column, count, finish, ahead);
+      auto* panel = reinterpret_cast<typename Decoded::B*>(buffers.panels + member.index * buffers.panel_size);
       for (int64_t j = 0; j < count; ++j) decode_tile(tiles[j], w.k, panel + j * kLanes * w.k);
-      linear_unit<Many>(x, lda, row, end, w, panel, column, count, finish, ahead);
+      linear_unit<Decoded>(x, lda, row, end, w, panel, column, count, finish, ahead);
       return;
     }
     const char* weights = units.weights(unit);

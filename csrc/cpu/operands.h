@@ -65,17 +65,7 @@ ALWAYS_INLINE void add_outer(V (&acc)[rows][tiles], const float* a, int64_t lda,
   }
 }
 
-// Weights that were decoded in registers, of two neighbouring depths.
-struct FloatPairs : InLanes {
-  template <int rows, int tiles>
-  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const float* a, int64_t lda, const V (&even)[tiles],
-                                     const V (&odd)[tiles]) {
-    add_outer(acc, a, lda, even);
-    add_outer(acc, a + 1, lda, odd);
-  }
-};
-
-struct Float32 : FloatPairs {
+struct Float32 : InLanes {
   using A = float;
   using B = float;
   static constexpr int kDepth = 1;
@@ -87,9 +77,16 @@ struct Float32 : FloatPairs {
     for (int j = 0; j < tiles; ++j) w[j] = Simd::load(b[j]);
     add_outer(acc, a, lda, w);
   }
+  // The same for weights in registers, of two neighbouring depths.
+  template <int rows, int tiles>
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* a, int64_t lda, const V (&even)[tiles],
+                                     const V (&odd)[tiles]) {
+    add_outer(acc, a, lda, even);
+    add_outer(acc, a + 1, lda, odd);
+  }
 };
 
-struct WidenedBf16 : FloatPairs {
+struct WidenedBf16 : InLanes {
   using A = float;
   using B = uint16_t;
   static constexpr int kDepth = 2;
@@ -123,7 +120,6 @@ struct DotBf16 : InLanes {
       for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, w[j]);
     }
   }
-
   template <int rows, int tiles>
   static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* a, int64_t lda, const V (&even)[tiles],
                                      const V (&odd)[tiles]) {
@@ -216,14 +212,14 @@ struct ForInt8<TilesBf16> {
 inline void store_row(float* out, V v) { Simd::store(out, v); }
 inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
 
-// Beside a kind: what multiplies many rows by weights that were in blocks and lie decoded in a panel.
+// Beside a kind: what multiplies by weights that were decoded from blocks, which are never rounded to be widened again.
 template <class Kind>
 struct ForBlocks {
-  using Many = Kind;
+  using Decoded = Kind;
 };
 template <>
 struct ForBlocks<WidenedBf16> {
-  using Many = Float32;
+  using Decoded = Float32;
 };
 
 // Memory that will be read --------------------------------------------------------------------------------------------

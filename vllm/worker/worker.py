@@ -21,6 +21,7 @@ from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.layers.quantization.select import quantization_of_model
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
+from vllm.model_executor.model_loader.gguf_blocks import blocks_for_cpu
 from vllm.model_executor.model_loader.load import load_model
 from vllm.model_executor.models.base import CausalLM
 from vllm.model_executor.models.decoder import Build, Decoder, attention_specs
@@ -31,6 +32,7 @@ from vllm.platforms import current_platform
 from vllm.platforms.devices import is_gpu
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
+from vllm.transformers_utils.gguf import gguf_file
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.model_runner import ModelRunner
 from vllm.worker.running_step import RunningStep
@@ -65,7 +67,9 @@ class Worker:
         started = time.perf_counter()
         try:
             build = self._build()
-            self.model = load_model(config.model, lambda: self._make_model(build), self.dtype, self.device)
+            self.model = load_model(
+                config.model, lambda: self._make_model(build), self.dtype, self.device, build.quantization
+            )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
@@ -73,6 +77,7 @@ class Worker:
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
+        self._in_blocks = build.quantization is not None and build.quantization.method == "gguf"
         self._is_packed = isinstance(build.method, CpuPacked) or isinstance(self.backend, CpuAttentionBackend)
         self.runner: ModelRunner | None = None
         self.transfers: ExtentTransfers | None = None
@@ -132,7 +137,9 @@ class Worker:
         if misfit is not None:
             logger.info("The layers of this model are computed one by one: %s.", misfit)
         compiled = misfit is None and isinstance(self.backend, CpuAttentionBackend)
-        return replace(plain, method=CpuPacked(int8), compiled=compiled)
+        if config.model.load_format == "gguf" and not int8:
+            quantization = blocks_for_cpu(gguf_file(config.model.model_path), self.spec, self.tp.world_size)
+        return replace(plain, method=CpuPacked(int8), compiled=compiled, quantization=quantization)
 
     def kv_memory(self) -> KVMemory:
         """What this rank has for KV, weights loaded and room kept for the largest step."""
@@ -261,9 +268,11 @@ class Worker:
 
     def _arithmetic(self) -> str:
         """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
-        is measured at each start, and need not be the same one."""
+        is measured at each start, and need not be the same one; and whether weights stay in blocks, and so are not
+        rounded to the dtype."""
         narrow = self.dtype != torch.float32 or self.config.model.quantization == "int8_cpu"
-        return str(cpu_kernels.arithmetic()) if narrow and self._is_packed else ""
+        ways = [str(cpu_kernels.arithmetic())] if narrow and self._is_packed else []
+        return " ".join([*ways, "in blocks"] if self._in_blocks else ways)
 
     def snapshots(self) -> list[SnapshotRecord]:
         """What this rank has on disk, the last used first."""

@@ -15,7 +15,7 @@ from vllm.distributed.communication import all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.stored import OUT, Stored
-from vllm.ops.cpu.kernels import PackedMatrix
+from vllm.ops.cpu.kernels import BlockRows, Matrix
 
 
 class LinearBase(nn.Module):
@@ -30,6 +30,7 @@ class LinearBase(nn.Module):
     Attributes:
         sizes: Output features of each part.
         packed: The weights for the compiled CPU kernels, where they have been packed.
+        blocks: Parts in blocks, by their index, from load to `finish`.
     """
 
     weight: nn.Parameter
@@ -48,7 +49,8 @@ class LinearBase(nn.Module):
             self.register_parameter(name, parameter)
         bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
-        self.packed: PackedMatrix | None = None
+        self.packed: Matrix | None = None
+        self.blocks: dict[int, BlockRows] = {}
         self._loaded: set[str] = set()
 
     def _load(self, kind: str, index: int, tensor: torch.Tensor, name: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vllm.model_executor.layers.quantization.select import scheme_of
-from vllm.model_executor.layers.quantization.stored import WHOLE, Stored
+from vllm.model_executor.layers.quantization.select import stored_of
+from vllm.model_executor.layers.quantization.stored import Stored
 from vllm.model_executor.models.spec import CheckpointNames, DecoderSpec, LayerSpec
 from vllm.transformers_utils.quantization_config import QuantizationConfig, WeightFormat
 
@@ -91,7 +91,7 @@ def _layer(layer: LayerSpec, all_names: CheckpointNames, formats: Formats) -> It
     biases = mixer.biases | layer.ffn.biases
     for module, (whole, parts) in _linears(layer).items():
         format = formats.get(module)
-        stored = WHOLE if format is None else scheme_of(format).stored
+        stored = stored_of(format)
         if _fused(whole, parts, all_names):
             yield from _linear(module, names[whole], parts, not biases.isdisjoint(parts), stored)
             continue

@@ -20,7 +20,9 @@ GROUPS = "groups"
 BLOCK_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", GROUPS)
 """In the order of the kernels' numbers: types of GGUF, then 4-bit numbers with a scale and a shift for a group."""
 
-_BLOCKS, _BLOCKS_AS_BFLOAT16 = 3, 4
+BLOCKS = 3
+"""Number of the format, see `csrc/cpu/api.h`."""
+_BLOCKS_AS_BFLOAT16 = 4
 _SUPER_BLOCK = 256
 
 
@@ -105,7 +107,11 @@ class BlockMatrix(Matrix):
     ) -> None:
         sizes, self.k = [len(part.data) for part in parts], parts[0].k
         whole = all(size % TILE == 0 for size in (sizes if interleave else sizes[:-1]))
-        if not whole or {part.k for part in parts} != {self.k} or (interleave and (len(sizes), len(set(sizes))) != (2, 1)):
+        if (
+            not whole
+            or {part.k for part in parts} != {self.k}
+            or (interleave and (len(sizes), len(set(sizes))) != (2, 1))
+        ):
             raise ValueError(f"cannot pack parts of {sizes} rows: all but the last must be multiples of {TILE}")
         self.n, self.interleaved = sum(sizes), interleave
         tiles = [
@@ -138,7 +144,7 @@ class BlockMatrix(Matrix):
             threads(),
         )
         self.bias = None if bias is None else in_tiles(bias.float(), interleave)
-        kind = _BLOCKS_AS_BFLOAT16 if narrow else _BLOCKS
+        kind = _BLOCKS_AS_BFLOAT16 if narrow else BLOCKS
         self.struct = MatrixStruct(address(self.table), None, address(self.bias), self.n, self.k, kind)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

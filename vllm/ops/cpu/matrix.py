@@ -186,9 +186,7 @@ def most_likely(x: torch.Tensor, weight: Matrix | PackedHead, arithmetic: int) -
     return out
 
 
-def activated(
-    x: torch.Tensor, weight: Matrix, activation: str, arithmetic: int, gated: bool = True
-) -> torch.Tensor:
+def activated(x: torch.Tensor, weight: Matrix, activation: str, arithmetic: int, gated: bool = True) -> torch.Tensor:
     """The first half of an MLP: `activation(gate) * up` of x times an interleaved matrix, float32 [R, K] →
     [R, N/2]; or `activation(x Wᵀ + b)`, [R, N] with N a multiple of 16."""
     if gated != weight.interleaved or weight.n % TILE:

@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.stored import WHOLE, Stored, copy_s
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.ops.cpu.kernels import BlockRows
 
 
 class Scheme(ABC):
@@ -94,6 +95,11 @@ class LinearMethod(ABC):
     def take(self, layer: LinearBase) -> torch.Tensor:
         """The matrix [N, K] in the dtype of the network, moved out of a layer that has been loaded and not finished."""
         raise NotImplementedError(f"{type(self).__name__} has no whole matrix")
+
+    def take_blocks(self, layer: LinearBase) -> list[BlockRows] | None:
+        """The matrix as parts in blocks that the compiled CPU kernels multiply by, moved out of a layer that has been
+        loaded and not finished; None: it has no such form, and stays."""
+        return None
 
     @abstractmethod
     def apply(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vllm.config import ModelConfig
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.quantization.base import LinearMethod, Scheme
 from vllm.model_executor.layers.quantization.dequantised import Dequantised
 from vllm.model_executor.layers.quantization.fp4 import Fp4
 from vllm.model_executor.layers.quantization.fp8 import Fp8
+from vllm.model_executor.layers.quantization.gguf import GGUF
 from vllm.model_executor.layers.quantization.int4 import Int4
 from vllm.model_executor.layers.quantization.int8 import Int8
+from vllm.model_executor.layers.quantization.stored import WHOLE, Stored
 from vllm.transformers_utils.quantization_config import (
     Fp8Format,
+    GGUFFormat,
     Int4Format,
     Int8Format,
     QuantizationConfig,
@@ -49,6 +54,11 @@ def scheme_of(format: WeightFormat) -> Scheme:
     return Fp4(format)
 
 
+def stored_of(format: WeightFormat | None) -> Mapping[str, Stored]:
+    """The tensors of a matrix, by the end of their names; None: it is whole. GGUF files have one, too."""
+    return WHOLE if format is None or isinstance(format, GGUFFormat) else scheme_of(format).stored
+
+
 def linear_method(format: WeightFormat | None, plain: LinearMethod) -> LinearMethod:
     """How a layer with weights in `format` is held.
 
@@ -58,4 +68,6 @@ def linear_method(format: WeightFormat | None, plain: LinearMethod) -> LinearMet
     """
     if format is None:
         return plain
+    if isinstance(format, GGUFFormat):
+        return GGUF(format)
     return Dequantised(scheme_of(format), plain)
