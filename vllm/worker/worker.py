@@ -77,7 +77,7 @@ class Worker:
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
-        self._in_blocks = build.quantization is not None and build.quantization.method == "gguf"
+        self._in_blocks = build.quantization is not None and isinstance(build.method, CpuPacked)
         self._is_packed = isinstance(build.method, CpuPacked) or isinstance(self.backend, CpuAttentionBackend)
         self.runner: ModelRunner | None = None
         self.transfers: ExtentTransfers | None = None

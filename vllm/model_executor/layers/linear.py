@@ -62,16 +62,20 @@ class LinearBase(nn.Module):
         """Bytes of the matrix's tensors as they are loaded."""
         return sum(getattr(self, name).nbytes for name, stored in self.method.stored.items() if stored.read)
 
+    def loaded(self) -> dict[str, torch.Tensor]:
+        """The matrix's tensors, by the names of the checkpoint; optional ones that it lacked are left out."""
+        return {
+            name: getattr(self, name).data
+            for name, stored in self.method.stored.items()
+            if stored.read and (name in self._loaded or not stored.optional)
+        }
+
     def take_loaded(self) -> dict[str, torch.Tensor]:
-        """Moves the matrix's tensors out of the layer, by the names of the checkpoint; optional ones that it lacked are
-        left out."""
-        tensors = {}
+        """`loaded`, moved out of the layer."""
+        tensors = self.loaded()
         for name, stored in self.method.stored.items():
             if stored.read:
-                parameter = getattr(self, name)
                 delattr(self, name)
-                if name in self._loaded or not stored.optional:
-                    tensors[name] = parameter.data
         return tensors
 
     def finish(self) -> None:

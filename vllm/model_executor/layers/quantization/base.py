@@ -42,6 +42,15 @@ class Scheme(ABC):
             ValueError: values that are not understood.
         """
 
+    def blocks(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int
+    ) -> list[BlockRows] | None:
+        """The matrix as parts in blocks that the compiled CPU kernels multiply by; None: it has no such form.
+
+        Args, Raises: as of `dequantise`.
+        """
+        return None
+
 
 class LinearMethod(ABC):
     """How linear layers hold and multiply; keeps nothing of a layer in itself.
