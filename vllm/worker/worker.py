@@ -32,7 +32,6 @@ from vllm.platforms import current_platform
 from vllm.platforms.devices import is_gpu
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
-from vllm.transformers_utils.gguf import gguf_file
 from vllm.worker.cache_engine import CacheEngine
 from vllm.worker.model_runner import ModelRunner
 from vllm.worker.running_step import RunningStep
@@ -138,7 +137,7 @@ class Worker:
             logger.info("The layers of this model are computed one by one: %s.", misfit)
         compiled = misfit is None and isinstance(self.backend, CpuAttentionBackend)
         if config.model.load_format == "gguf" and not int8:
-            quantization = blocks_for_cpu(gguf_file(config.model.model_path), self.spec, self.tp.world_size)
+            quantization = blocks_for_cpu(config.model.model_path, self.spec, self.tp.world_size)
         return replace(plain, method=CpuPacked(int8), compiled=compiled, quantization=quantization)
 
     def kv_memory(self) -> KVMemory:

@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.gguf_weights import GGUFNames
 from vllm.model_executor.models.spec import DecoderSpec
 from vllm.model_executor.models.weight_map import weight_map
 from vllm.ops.cpu import kernels as cpu_kernels
-from vllm.transformers_utils.gguf import GGUFFile
+from vllm.transformers_utils.gguf import GGUFFile, gguf_file
 from vllm.transformers_utils.quantization_config import GGUFFormat, QuantizationConfig, Rule
 
 logger = init_logger(__name__)
@@ -20,19 +20,20 @@ _TABLES = ("embedding", "head.table")
 _WHOLE = ("F32", "F16", "BF16", "F64")
 
 
-def blocks_for_cpu(file: GGUFFile, spec: DecoderSpec, num_ranks: int) -> QuantizationConfig | None:
+def blocks_for_cpu(path: str, spec: DecoderSpec, num_ranks: int) -> QuantizationConfig | None:
     """A rule for each layer, and for embedding and output projection, that the compiled CPU kernels multiply by as the
     file has it; None: there is none. Says once in the log what is dequantised.
 
     A layer of several parts (q, k and v) stays in blocks if all of them can.
 
     Args:
+        path: Of the file.
         num_ranks: Tensor-parallel ranks; a share of a layer must consist of whole blocks and tiles.
 
     Raises:
         StartupError: the file has tensors that the network lacks.
     """
-    types, parts_of = _types(file, spec)
+    types, parts_of = _types(gguf_file(path), spec)
     rules = []
     dequantised: Counter[str] = Counter()
     for module, names in parts_of.items():
