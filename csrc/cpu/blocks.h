@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "operands.h"
 
@@ -227,31 +228,44 @@ ALWAYS_INLINE void read_blocks(const Tile* from, const int64_t* places, int64_t 
 }
 
 template <class Kind, int i, class Type, int rows, int tiles>
-ALWAYS_INLINE void add_weights(V (&acc)[rows][tiles], const typename Kind::A* a, int64_t lda,
+ALWAYS_INLINE void add_weights(V (&acc)[rows][tiles], const typename Kind::A* const (&x)[rows], int64_t depth,
                                const BlockReader<Type> (&readers)[tiles]) {
   V even[tiles], odd[tiles];
   for (int j = 0; j < tiles; ++j) {
     even[j] = readers[j].template weight<i>();
     odd[j] = readers[j].template weight<i + 1>();
   }
-  Kind::add_pair(acc, a + i, lda, even, odd);
+  Kind::add_pair(acc, x, depth + i, even, odd);
 }
 
-// out[i][16 places[j] ...] = a[i] · tile places[j]
+// Calls f(integral_constant<n>) with n rows or a few more: every number of its own would double the time to compile.
+template <class F>
+ALWAYS_INLINE void with_some_rows(int64_t rows, F&& f) {
+  if (rows == 1) return f(std::integral_constant<int, 1>());
+  if (rows == 2) return f(std::integral_constant<int, 2>());
+  if (rows <= 4) return f(std::integral_constant<int, 4>());
+  if (rows <= 6) return f(std::integral_constant<int, 6>());
+  return f(std::integral_constant<int, Simd::kMostRows>());
+}
+
+// out[i][16 places[j] ...] = a[i] · tile places[j] of the first `count` rows; the last one is computed again in the place
+// of those that lack.
 template <class Kind, class Type, int rows, int tiles>
-void few_rows(const typename Kind::A* a, int64_t lda, const Tile* from, const int64_t* places, int64_t k, float* out,
-              int64_t ldo, Ahead& ahead) {
+void few_rows(const typename Kind::A* a, int64_t lda, int64_t count, const Tile* from, const int64_t* places, int64_t k,
+              float* out, int64_t ldo, Ahead& ahead) {
   V acc[rows][tiles];
+  const typename Kind::A* x[rows];
+  for (int i = 0; i < rows; ++i) x[i] = a + std::min<int64_t>(i, count - 1) * lda;
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::zero();
   read_blocks<Type, tiles>(from, places, k, ahead, [&](int64_t depth, const BlockReader<Type>(&readers)[tiles])
                                                __attribute__((always_inline)) {
-    add_weights<Kind, 0>(acc, a + depth, lda, readers);
-    add_weights<Kind, 2>(acc, a + depth, lda, readers);
-    add_weights<Kind, 4>(acc, a + depth, lda, readers);
-    add_weights<Kind, 6>(acc, a + depth, lda, readers);
+    add_weights<Kind, 0>(acc, x, depth, readers);
+    add_weights<Kind, 2>(acc, x, depth, readers);
+    add_weights<Kind, 4>(acc, x, depth, readers);
+    add_weights<Kind, 6>(acc, x, depth, readers);
   });
-  for (int i = 0; i < rows; ++i)
+  for (int i = 0; i < rows && i < count; ++i)
     for (int j = 0; j < tiles; ++j) Simd::store(out + i * ldo + places[j] * kLanes, acc[i][j]);
 }
 

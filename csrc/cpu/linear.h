@@ -247,15 +247,15 @@ inline void blocks_unit(const typename Kind::A* x, int64_t lda, int64_t row, int
       }
     with_type(tiles[first].type, [&](auto type) {
       using Type = decltype(type);
-      with_rows(rows, [&](auto r) {
+      with_some_rows(rows, [&](auto r) {
         constexpr int wide = tiles_in_blocks_for(decltype(r)::value);
         int64_t j = 0;
         for (; j + wide <= found; j += wide)
-          few_rows<Kind, Type, r, wide>(x + row * lda, lda, tiles, places + j, w.k, block, kUnitColumns,
+          few_rows<Kind, Type, r, wide>(x + row * lda, lda, rows, tiles, places + j, w.k, block, kUnitColumns,
                                                   ahead);
         if constexpr (wide > 1)
           for (; j < found; ++j)
-            few_rows<Kind, Type, r, 1>(x + row * lda, lda, tiles, places + j, w.k, block, kUnitColumns,
+            few_rows<Kind, Type, r, 1>(x + row * lda, lda, rows, tiles, places + j, w.k, block, kUnitColumns,
                                                  ahead);
       });
     });

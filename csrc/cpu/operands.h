@@ -79,10 +79,12 @@ struct Float32 : InLanes {
   }
   // The same for weights in registers, of two neighbouring depths.
   template <int rows, int tiles>
-  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* a, int64_t lda, const V (&even)[tiles],
-                                     const V (&odd)[tiles]) {
-    add_outer(acc, a, lda, even);
-    add_outer(acc, a + 1, lda, odd);
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* const (&x)[rows], int64_t depth,
+                                     const V (&even)[tiles], const V (&odd)[tiles]) {
+    for (int i = 0; i < rows; ++i) {
+      const V first = Simd::set1(x[i][depth]), second = Simd::set1(x[i][depth + 1]);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(second, odd[j], Simd::fma(first, even[j], acc[i][j]));
+    }
   }
 };
 
@@ -121,15 +123,15 @@ struct DotBf16 : InLanes {
     }
   }
   template <int rows, int tiles>
-  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* a, int64_t lda, const V (&even)[tiles],
-                                     const V (&odd)[tiles]) {
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* const (&x)[rows], int64_t depth,
+                                     const V (&even)[tiles], const V (&odd)[tiles]) {
     __m512bh w[tiles];
     for (int j = 0; j < tiles; ++j) w[j] = (__m512bh)Simd::rounded_pairs(even[j], odd[j]);
     for (int i = 0; i < rows; ++i) {
       int32_t pair;
-      std::memcpy(&pair, a + i * lda, 4);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
-      for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, w[j]);
+      std::memcpy(&pair, x[i] + depth, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, w[j]);
     }
   }
 };
