@@ -49,11 +49,20 @@ def decoder_of(
     int8: bool = False,
     max_positions: int = 64,
     quantization: QuantizationConfig | None = None,
+    kernels: bool = False,
 ) -> Decoder:
     """`make_decoder` of a network that no configuration need describe."""
     compiled = packed and CpuProgram.misfit(spec) is None
     method = CpuPacked(int8) if packed else Unquantized()
-    build = Build(TensorParallelGroup(), method, max_positions, dtype, compiled=compiled, quantization=quantization)
+    build = Build(
+        TensorParallelGroup(),
+        method,
+        max_positions,
+        dtype,
+        compiled=compiled,
+        quantization=quantization,
+        kernels=kernels,
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

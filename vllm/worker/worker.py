@@ -19,7 +19,7 @@ from vllm.kv_cache.windows import KVMemory, window_of
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
-from vllm.model_executor.layers.quantization.select import quantization_of_model
+from vllm.model_executor.layers.quantization.select import Fp8Format, QuantizationConfig, quantization_of_model
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.model_loader.gguf_blocks import blocks_for_cpu
 from vllm.model_executor.model_loader.load import load_model
@@ -29,7 +29,7 @@ from vllm.model_executor.models.registry import decoder_spec
 from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.platforms import current_platform
-from vllm.platforms.devices import is_gpu
+from vllm.platforms.devices import gpu_generation, is_gpu
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
@@ -115,7 +115,12 @@ class Worker:
                 f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
             )
         quantization = quantization_of_model(config.model)
-        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype, quantization=quantization)
+        kernels = is_gpu(self.device) and gpu_generation(self.device) >= (9, 0) and self.dtype.itemsize == 2
+        if quantization is not None and not kernels:
+            self._check_dequantised(quantization)
+        plain = Build(
+            self.tp, Unquantized(), config.model.max_model_len, self.dtype, quantization=quantization, kernels=kernels
+        )
         if not packs:
             return plain
         if self.spec is None:
@@ -139,6 +144,19 @@ class Worker:
         if config.model.load_format == "gguf" and not int8:
             quantization = blocks_for_cpu(config.model.model_path, self.spec, self.tp.world_size)
         return replace(plain, method=CpuPacked(int8), compiled=compiled, quantization=quantization)
+
+    def _check_dequantised(self, quantization: QuantizationConfig) -> None:
+        """Raises `StartupError` where weights would be quantised at load for kernels that are not here."""
+        if any(isinstance(rule.format, Fp8Format) and rule.format.at_load for rule in quantization.rules):
+            raise StartupError(
+                "--quantization fp8 of whole weights needs an NVIDIA GPU of generation 9.0 (Hopper) or newer and "
+                "--dtype bfloat16 or float16; leave it out."
+            )
+        logger.info(
+            "Weights quantised by %s become %s as they are loaded: there are no kernels for them here.",
+            quantization.method,
+            self.config.model.dtype,
+        )
 
     def kv_memory(self) -> KVMemory:
         """What this rank has for KV, weights loaded and room kept for the largest step."""

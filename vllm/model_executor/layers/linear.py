@@ -16,6 +16,8 @@ from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.stored import OUT, Stored
 from vllm.ops.cpu.kernels import BlockRows, Matrix
+from vllm.ops.packed4 import Packed4
+from vllm.ops.packed8 import Packed8, Rows8
 
 
 class LinearBase(nn.Module):
@@ -31,6 +33,8 @@ class LinearBase(nn.Module):
         sizes: Output features of each part.
         packed: The weights for the compiled CPU kernels, where they have been packed.
         blocks: Parts in blocks, by their index, from load to `finish`.
+        matrix: The weights for the kernels of quantised ones, where they stay so.
+        order: The order in which `matrix` wants the input features; None: theirs.
     """
 
     weight: nn.Parameter
@@ -51,6 +55,8 @@ class LinearBase(nn.Module):
         self.register_parameter("bias", bias)
         self.packed: Matrix | None = None
         self.blocks: dict[int, BlockRows] = {}
+        self.matrix: Packed4 | Packed8 | None = None
+        self.order: torch.Tensor | None = None
         self._loaded: set[str] = set()
 
     def _load(self, kind: str, index: int, tensor: torch.Tensor, name: str) -> None:
@@ -117,7 +123,7 @@ class MergedColumnParallelLinear(LinearBase):
             else:
                 self._load(kind, index, source, name)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rows8) -> torch.Tensor:
         """[T, in_features] → [T, features of all parts]."""
         return self.method.apply(self, x)
 
@@ -141,7 +147,7 @@ class RowParallelLinear(LinearBase):
             source = stored.share(tensor, "in", self.in_features, self.tp.rank, self.tp.world_size, kind)
             self._load(kind, 0, source, kind)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rows8, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream [T, out_features] after this layer, or the layer's result alone; the stream before it may
         be overwritten."""
         # Only one rank adds the residual, or the sum would hold it world_size times.

@@ -27,7 +27,7 @@ from vllm.model_executor.models.base import CausalLM
 from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
 from vllm.model_executor.models.weight_map import Weight, layer_formats, weight_map
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
-from vllm.ops.dispatch import activate
+from vllm.ops.packed8 import Rows8
 from vllm.ops.rope import QkNorm, Rope
 from vllm.transformers_utils.quantization_config import GGUFFormat, QuantizationConfig
 
@@ -45,6 +45,7 @@ class Build:
         tp: Its place among the tensor-parallel ranks.
         method: How linear layers hold weights that are whole.
         quantization: Which weights of the checkpoint are not; None: all are whole.
+        kernels: The device has kernels for these; otherwise they are dequantised as they are loaded.
         max_positions: Longest sequence.
         dtype: Of weights and activations.
         compiled: `finish` hands the layers over to the compiled CPU program; `method` packs for it, and
@@ -57,6 +58,7 @@ class Build:
     dtype: torch.dtype
     compiled: bool = False
     quantization: QuantizationConfig | None = None
+    kernels: bool = False
 
 
 def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.dtype) -> AttentionSpec:
@@ -179,9 +181,9 @@ class FeedForward(nn.Module):
         self.gate_up = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, methods["ffn.gate_up"])
         self.down = RowParallelLinear(spec.size, hidden_size, "down" in spec.biases, build.tp, methods["ffn.down"])
 
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
+    def middle(self, x: torch.Tensor | Rows8) -> torch.Tensor | Rows8:
         """What `down` takes."""
-        return activate(self.gate_up(x), self.activation, self.gated)
+        return self.down.method.activated(self.down, self.gate_up(x), self.activation, self.gated)
 
 
 class Join(nn.Module):
@@ -193,7 +195,7 @@ class Join(nn.Module):
         self.multiplier = multiplier
         self._in_linear = norm is None and multiplier == 1.0
 
-    def forward(self, linear: RowParallelLinear, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def forward(self, linear: RowParallelLinear, x: torch.Tensor | Rows8, residual: torch.Tensor) -> torch.Tensor:
         """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
         if self._in_linear:
             return linear(x, residual)
@@ -229,18 +231,27 @@ class DecoderLayer(nn.Module):
     def forward(self, residual: torch.Tensor, context: ForwardContext, wanted: torch.Tensor | None) -> torch.Tensor:
         """Returns the residual stream of the wanted tokens or (None) of all; the one before it may be overwritten."""
         mixer, ffn = self.mixer, self.ffn
-        normed = self.pre_mixer(residual)
+        # Side by side, both halves take one norm's result.
+        normed = self.pre_mixer(residual) if self.parallel else _normalised(self.pre_mixer, residual, mixer.qkv)
         qkv = mixer.qkv(normed)
         if wanted is not None and not len(wanted):
             mixer.write(qkv, context)
             return residual[:0]
         x = mixer.attend(qkv, context)
         if wanted is not None:
-            x, residual, normed = x[wanted], residual[wanted], normed[wanted]
+            x, residual = x[wanted], residual[wanted]
+            normed = normed[wanted] if self.parallel else normed
         residual = self.after_mixer(mixer.o, x, residual)
-        before_ffn = normed if self.parallel else self.pre_ffn(residual)
+        before_ffn = normed if self.parallel else _normalised(self.pre_ffn, residual, ffn.gate_up)
         out: torch.Tensor = self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
         return out if self.scalar is None else out.mul_(self.scalar)
+
+
+def _normalised(norm: nn.Module, x: torch.Tensor, linear: LinearBase) -> torch.Tensor | Rows8:
+    """What a linear layer takes of the residual stream."""
+    if isinstance(norm, RowNorm):
+        return linear.method.normalised(linear, x, norm)
+    return x
 
 
 class Decoder(CausalLM):
@@ -304,7 +315,7 @@ class Decoder(CausalLM):
     def _methods(self, index: int) -> Methods:
         formats = layer_formats(self.spec, index, self.build.quantization)
         names = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")
-        return {name: linear_method(formats.get(name), self.build.method) for name in names}
+        return {name: linear_method(formats.get(name), self.build.method, self.build.kernels) for name in names}
 
     def caches(self) -> list[LayerCache]:
         return [layer.mixer.attention.cache for layer in self.layers]
