@@ -25,6 +25,11 @@ _BLOCKS = 32
 
 
 @triton.jit
+def _permuted(ASM: tl.constexpr, codes):
+    return tl.inline_asm_elementwise(ASM, "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _number(codes, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
     """The code in a byte of an int32 as float32: 128 + q of an integer, the number itself of a float."""
     if CODE == "e2m1":
@@ -38,14 +43,13 @@ def _number(codes, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
     elif ASM:
         # Its byte between 0x43 and zeros.
         if BYTE == 0:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7044;"
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7044;", codes)
         elif BYTE == 1:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7144;"
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7144;", codes)
         elif BYTE == 2:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7244;"
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7244;", codes)
         else:
-            asm: tl.constexpr = "prmt.b32 $0, $1, 0x43000000, 0x7344;"
-        return tl.inline_asm_elementwise(asm, "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
+            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7344;", codes)
     else:
         return 128.0 + ((codes >> (8 * BYTE)) & 15).to(tl.float32)
 
@@ -140,16 +144,20 @@ def _row4_kernel(
     word0, word1 = tl.load(at0, mask=inside, other=0), tl.load(at1, mask=inside, other=0)
     word2, word3 = tl.load(at2, mask=inside, other=0), tl.load(at3, mask=inside, other=0)
     follow(PDL)
+    one: tl.constexpr = GROUP >= 128
     acc0 = tl.zeros((BLOCK_B, 16), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for first in tl.static_range(0, BLOCKS, BLOCK_B):
         block = first + blocks
         inside = block + words * 0 < BLOCKS
-        if first > 0:
-            word0 = tl.load(at0 + first * 16, mask=inside, other=0)
-            word1 = tl.load(at1 + first * 16, mask=inside, other=0)
-            word2 = tl.load(at2 + first * 16, mask=inside, other=0)
-            word3 = tl.load(at3 + first * 16, mask=inside, other=0)
+        next0, next1, next2, next3 = word0, word1, word2, word3
+        if first + BLOCK_B < BLOCKS:
+            # The words that come next are on their way while these are multiplied.
+            there = block + BLOCK_B + words * 0 < BLOCKS
+            next0 = tl.load(at0 + (first + BLOCK_B) * 16, mask=there, other=0)
+            next1 = tl.load(at1 + (first + BLOCK_B) * 16, mask=there, other=0)
+            next2 = tl.load(at2 + (first + BLOCK_B) * 16, mask=there, other=0)
+            next3 = tl.load(at3 + (first + BLOCK_B) * 16, mask=there, other=0)
         feature = block * 128 + words * 4
         # Whole blocks need one mask only.
         fits = inside if K % 128 == 0 else feature < K
@@ -169,7 +177,6 @@ def _row4_kernel(
             t0, t1, t2, t3 = _four(tl.load(scales_ptr + group, mask=fits2, other=0), BF16_SCALES)
             if CODE == "int4_zeros":
                 zeros2 = tl.load(zeros_ptr + group, mask=fits2, other=0)
-        one: tl.constexpr = GROUP >= 128
         acc0 += _word_product(
             word0, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s0, t0, zeros, zeros2, 0, CODE, one, ASM
         )
@@ -182,6 +189,7 @@ def _row4_kernel(
         acc3 += _word_product(
             word3, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s3, t3, zeros, zeros2, 3, CODE, one, ASM
         )
+        word0, word1, word2, word3 = next0, next1, next2, next3
     every = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))
     out = tl.sum(tl.reshape(every, (BLOCK_B * 16, 4)), 0)
     rows = first_row + tl.arange(0, 4)

@@ -38,6 +38,7 @@ def _row8_kernel(
 ):
     """Four rows of W times one row of x."""
     first_row = tl.program_id(0) * 4
+    blocks: tl.constexpr = (K + 127) // 128
     columns = tl.arange(0, BLOCK_K)
     at = data_ptr + first_row.to(tl.int64) * K + columns
     inside = columns < K
@@ -48,18 +49,20 @@ def _row8_kernel(
     acc1, acc2, acc3 = acc0, acc0, acc0
     for k in range(0, K, BLOCK_K):
         inside = k + columns < K
-        if k > 0:
-            w0, w1 = tl.load(at + k, mask=inside, other=0.0), tl.load(at + k + K, mask=inside, other=0.0)
-            w2 = tl.load(at + k + 2 * K, mask=inside, other=0.0)
-            w3 = tl.load(at + k + 3 * K, mask=inside, other=0.0)
+        # The weights that come next are on their way while these are multiplied.
+        following = at + k + BLOCK_K
+        there = k + BLOCK_K + columns < K
+        next0, next1 = tl.load(following, mask=there, other=0.0), tl.load(following + K, mask=there, other=0.0)
+        next2 = tl.load(following + 2 * K, mask=there, other=0.0)
+        next3 = tl.load(following + 3 * K, mask=there, other=0.0)
         x = tl.load(x_ptr + k + columns, mask=inside, other=0.0).to(tl.float32)
         if BY_BLOCK:
-            blocks: tl.constexpr = (K + 127) // 128
             x *= tl.load(scales_ptr + first_row * blocks + (k + columns) // 128, mask=inside, other=0.0)
         acc0 += w0.to(tl.float32) * x
         acc1 += w1.to(tl.float32) * x
         acc2 += w2.to(tl.float32) * x
         acc3 += w3.to(tl.float32) * x
+        w0, w1, w2, w3 = next0, next1, next2, next3
     every = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))
     out = tl.sum(tl.reshape(every, (BLOCK_K, 4)), 0)
     rows = first_row + tl.arange(0, 4)
@@ -159,7 +162,7 @@ def packed8_linear(
             return out
         x = quantise_rows(x, weight.data.dtype, weight.by_block)
     device = x.data.device
-    if not weight.by_block and weight.data.dtype == torch.float8_e4m3fn and _library_has_it(device):
+    if not weight.by_block and weight.data.dtype == torch.float8_e4m3fn and _library_has_it(device, dtype):
         out = torch._scaled_mm(
             x.data, weight.data.t(), x.scales, weight.scales.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
@@ -178,9 +181,9 @@ def _start(
     return torch.empty((len(x), len(weight.data)), dtype=dtype, device=x.device) if residual is None else residual
 
 
-def _library_has_it(device: torch.device) -> bool:
-    """torch multiplies e4m3 with a factor a row."""
-    return is_gpu(device) and gpu_generation(device) >= (9, 0)
+def _library_has_it(device: torch.device, dtype: torch.dtype) -> bool:
+    """torch multiplies e4m3 with a factor a row, to results in a dtype."""
+    return is_gpu(device) and gpu_generation(device) >= (9, 0) and dtype == torch.bfloat16
 
 
 def _row(x: torch.Tensor, weight: Packed8, out: torch.Tensor, add: bool) -> None:
@@ -195,11 +198,10 @@ def _row(x: torch.Tensor, weight: Packed8, out: torch.Tensor, add: bool) -> None
         out_features,
         K=size,
         BY_BLOCK=weight.by_block,
-        BLOCK_K=min(2048, triton.next_power_of_2(size)),
+        # Eight weights a thread and row: with more, registers leave room for too few programs.
+        BLOCK_K=min(1024, triton.next_power_of_2(size)),
         ADD=add,
         num_warps=4,
-        # Four programs on a multiprocessor: fewer do not keep the memory busy.
-        maxnreg=128,
     )
 
 
