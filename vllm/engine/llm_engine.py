@@ -17,7 +17,7 @@ from vllm.engine.input_processor import InputProcessor, check_sampling_params
 from vllm.engine.output_processor import OutputProcessor
 from vllm.engine.search_state import Search
 from vllm.engine.varying_prompts import log_varying_prompts
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
 from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sampling_params import SamplingParams
@@ -53,6 +53,11 @@ class LLMEngine:
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
+        if args.data_parallel_size != 1:
+            raise StartupError(
+                f"data_parallel_size must be 1 where the engine runs in its caller's process, got "
+                f"{args.data_parallel_size}; `vllm serve` starts several engines."
+            )
         return cls(*args.resolve())
 
     def add_request(
@@ -103,8 +108,8 @@ class LLMEngine:
         if isinstance(news, Exception):
             self._errors.append(news)
         else:
-            if news.finished and news.prompt_logprobs is not None:
-                news.prompt_logprobs = list(news.prompt_logprobs)
+            if news.finished:
+                _list_logprobs(news)
             self._news.append(news)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -202,3 +207,12 @@ class LLMEngine:
     def shutdown(self) -> None:
         self._compiler.shutdown()
         self.core.shutdown()
+
+
+def _list_logprobs(output: RequestOutput) -> None:
+    """Makes plain lists of log-probabilities, which is what Python callers expect of a whole output."""
+    if output.prompt_logprobs is not None:
+        output.prompt_logprobs = list(output.prompt_logprobs)
+    for one in output.outputs:
+        if one.logprobs is not None:
+            one.logprobs = list(one.logprobs)

@@ -95,6 +95,7 @@ class MergedColumnParallelLinear(LinearBase):
     Args:
         parts: Output features of each, over all ranks, by name.
         biased: Those with a bias.
+        copies: How many neighbouring ranks hold the same rows of a part, by name; 1 where it is not given.
     """
 
     def __init__(
@@ -104,9 +105,11 @@ class MergedColumnParallelLinear(LinearBase):
         biased: frozenset[str],
         tp: TensorParallelGroup,
         method: LinearMethod,
+        copies: Mapping[str, int] | None = None,
     ) -> None:
         self.whole_sizes = dict(parts)
-        self.part_sizes = {name: tp.divide(size, name) for name, size in parts.items()}
+        self._copies = {name: (copies or {}).get(name, 1) for name in parts}
+        self.part_sizes = {name: tp.divide(size * self._copies[name], name) for name, size in parts.items()}
         super().__init__(self.part_sizes, in_features, not biased.isdisjoint(parts), tp, method)
 
     def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
@@ -117,7 +120,8 @@ class MergedColumnParallelLinear(LinearBase):
         pieces = stored.split(tensor, [self.whole_sizes[part] for part in parts], kind)
         for part, piece in zip(parts, pieces, strict=True):
             name, index = f"{part}.{kind}", self.parts.index(part)
-            source = stored.share(piece, "out", self.part_sizes[part], self.tp.rank, self.tp.world_size, name)
+            rank, ranks = self.tp.rank // self._copies[part], self.tp.world_size // self._copies[part]
+            source = stored.share(piece, "out", self.part_sizes[part], rank, ranks, name)
             if kind == "bias":
                 copy_checked(stored.place(self.bias, self.sizes, index), source, name)  # type: ignore[arg-type]
             else:
