@@ -15,7 +15,7 @@
 #include <cstdint>
 
 // Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
-constexpr int32_t kInterface = 5;
+constexpr int32_t kInterface = 6;
 
 // kBlocks: the weights are in blocks, each tile of a type of its own, see blocks.h; multiplied as float32, or, where
 // activations are bfloat16, as these.
