@@ -78,7 +78,7 @@ class CpuProgram:
     def steps(
         self,
         head: cpu_kernels.PackedHead,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | cpu_kernels.BlockMatrix,
         rows: cpu_kernels.SequenceRows,
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],

@@ -8,10 +8,12 @@ import torch
 
 from vllm.config import ModelConfig
 from vllm.exceptions import StartupError
+from vllm.model_executor.layers.embedding import VocabParallelEmbedding
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import iterate_weights
 from vllm.model_executor.models.base import CausalLM
 from vllm.platforms import current_platform
+from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 _DUMMY_STD = 0.02
 # Of MXFP4 numbers, which are 0 to 6: 2^-7.
@@ -25,11 +27,18 @@ _CODES = {
 """Dtypes of codes, and the range of random ones."""
 
 
-def load_model(config: ModelConfig, make: Callable[[], CausalLM], dtype: torch.dtype, device: torch.device) -> CausalLM:
+def load_model(
+    config: ModelConfig,
+    make: Callable[[], CausalLM],
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: QuantizationConfig | None = None,
+) -> CausalLM:
     """Returns the network in `config.dtype` on `device`, ready to run.
 
     Args:
         make: Makes it on the current device, with the default dtype.
+        quantization: Of which it is made.
 
     Raises:
         StartupError: the checkpoint does not fit its configuration, or the memory.
@@ -51,7 +60,8 @@ def load_model(config: ModelConfig, make: Callable[[], CausalLM], dtype: torch.d
         if config.load_format == "dummy":
             _fill_with_noise(model, config.seed or 0, device)
         else:
-            model.load_weights(iterate_weights(config.model_path, config.load_format, config.hf_config))
+            weights = iterate_weights(config.model_path, config.load_format, config.hf_config, quantization)
+            model.load_weights(weights)
         model.finish()
     return model.eval()
 
@@ -62,6 +72,8 @@ def _check_memory(sketch: CausalLM, config: ModelConfig, device: torch.device) -
     for module in sketch.modules():
         if isinstance(module, LinearBase):
             needed += max(0, module.method.finished_bytes(module) - module.loaded_bytes())
+        elif isinstance(module, VocabParallelEmbedding):
+            needed += module.bytes_in_blocks()
     left = current_platform(device.type).available_memory_bytes()
     if needed > left:
         raise StartupError(

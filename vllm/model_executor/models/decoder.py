@@ -36,7 +36,7 @@ from vllm.model_executor.models.weight_map import Weight, layer_formats, linears
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.packed8 import Rows8
 from vllm.ops.rope import QkNorm, Rope
-from vllm.transformers_utils.quantization_config import QuantizationConfig
+from vllm.transformers_utils.quantization_config import GGUFFormat, QuantizationConfig
 
 logger = init_logger(__name__)
 
@@ -337,7 +337,7 @@ class Decoder(CausalLM):
         growths = list(dict.fromkeys(layer.mixer.query_growth for layer in spec.layers if layer.mixer.query_growth))
         factors = {growth: QueryFactors(growth.beta, growth.length, build.max_positions) for growth in growths}
         self.query_factors = nn.ModuleList(factors.values())
-        self.embedding = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        self.embedding = self._table(spec.names.embedding)
         layers = []
         for i, layer in enumerate(spec.layers):
             wish = attention_spec(layer.mixer, tp, build.dtype)
@@ -352,10 +352,18 @@ class Decoder(CausalLM):
                 raise ValueError(f"layer {i}: {error}") from None
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
-        table = self.embedding if spec.tied else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        table = self.embedding if spec.tied else self._table(spec.names.head)
         self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap, spec.head_bias)
         self.program: CpuProgram | None = None
         self.embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
+
+    def _table(self, name: str) -> VocabParallelEmbedding:
+        quantization = self.build.quantization
+        format = None if quantization is None else quantization.format_of((name,))
+        block_type = format.types[0][1] if isinstance(format, GGUFFormat) else None
+        if block_type is not None and self.spec.head_bias:
+            raise ValueError("its output layer has a bias, which weights in blocks are multiplied without")
+        return VocabParallelEmbedding(self.spec.vocab_size, self.spec.hidden_size, self.build.tp, block_type)
 
     def _methods(self, index: int) -> Methods:
         formats = layer_formats(self.spec, index, self.build.quantization)
@@ -382,6 +390,7 @@ class Decoder(CausalLM):
         residual = self.embedding(token_ids)
         if self.program is not None:
             return self.program.forward(residual, context)
+        residual = residual.to(self.dtype)
         if self.embedding_multiplier != 1.0:
             residual.mul_(self.embedding_multiplier)
         last = len(self.layers) - 1
@@ -476,4 +485,5 @@ class Decoder(CausalLM):
     ) -> CompiledSteps | None:
         if self.program is None or self.head.packed is None:
             return None
-        return self.program.steps(self.head.packed, self.embedding.weight, rows, k_caches, v_caches)
+        table = self.embedding.weight if self.embedding.blocks is None else self.embedding.blocks
+        return self.program.steps(self.head.packed, table, rows, k_caches, v_caches)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from vllm.model_executor.layers.quantization.select import scheme_of
-from vllm.model_executor.layers.quantization.stored import WHOLE, Stored
+from vllm.model_executor.layers.quantization.select import stored_of
+from vllm.model_executor.layers.quantization.stored import Stored
 from vllm.model_executor.models.spec import MLP, CheckpointNames, DecoderSpec, LayerSpec, MoE
-from vllm.transformers_utils.quantization_config import Fp8Format, QuantizationConfig, WeightFormat
+from vllm.transformers_utils.quantization_config import QuantizationConfig, WeightFormat
 
 
 class Weight(NamedTuple):
@@ -116,8 +116,7 @@ def _layer(layer: LayerSpec, all_names: CheckpointNames, formats: Formats) -> It
     biases = mixer.biases | (mlp.biases if mlp is not None else frozenset())
     for module, (whole, parts) in linears(layer).items():
         format = formats.get(module)
-        whole_yet = format is None or (isinstance(format, Fp8Format) and format.at_load)
-        stored = WHOLE if format is None or whole_yet else scheme_of(format).stored
+        stored = stored_of(format)
         # What the layer calls its parts; those of a shared MLP have names of their own in the checkpoint.
         own = tuple(part.removeprefix("shared.") for part in parts)
         if _fused(whole, parts, all_names):
