@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests.conftest import ServerFactory
-from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, run, tokens
+from tests.engine.helpers import Request, add, assert_nothing_held, finish, greedy, make_engine, run, tokens
+from tests.engine.test_gpu import make_llama
 from tests.warm_start import Nursery
 from vllm.engine.llm_engine import LLMEngine
 from vllm.exceptions import StartupError
@@ -31,13 +32,13 @@ SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, seed=11, max_tokens=12, ign
 FLAGS = {"max_model_len": 256, "num_gpu_blocks_override": 64, "max_num_batched_tokens": 64, "max_num_seqs": 16}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def warm_ranks(nursery: Nursery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rank, "command", nursery.command("vllm.executor.rank_process"))
 
 
 @pytest.fixture
-def make_pair(make_tiny: Callable[..., LLMEngine]) -> Callable[..., LLMEngine]:
+def make_pair(make_tiny: Callable[..., LLMEngine], warm_ranks: None) -> Callable[..., LLMEngine]:
     """Engines of two ranks with few blocks; one at a time."""
     return lambda **args: make_tiny(**(FLAGS | {"tensor_parallel_size": 2} | args))
 
@@ -98,11 +99,12 @@ def test_more_ranks_than_kv_heads(make_tiny: Callable[..., LLMEngine], make_pair
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs are needed")
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_tokens_on_two_gpus(make_tiny: Callable[..., LLMEngine], enforce_eager: bool) -> None:
-    flags = FLAGS | {"enforce_eager": enforce_eager, "dtype": "bfloat16"}
+def test_tokens_on_two_gpus(tmp_path: Path, enforce_eager: bool) -> None:
+    make_llama(tmp_path, 2, 512)
+    flags = FLAGS | {"enforce_eager": enforce_eager, "device": "cuda"}
     found = []
     for ranks in (1, 2):
-        engine = make_tiny(**flags, tensor_parallel_size=ranks)
+        engine = make_engine(tmp_path, **flags, tensor_parallel_size=ranks)
         found.append([tokens(run(engine, REQUESTS, params)) for params in (greedy(12), SAMPLED) for _ in range(2)])
         assert_nothing_held(engine)
         engine.shutdown()

@@ -17,7 +17,7 @@ from vllm.kv_cache.spec import LayerCache
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram
 from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
-from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
+from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm, SplitRowNorm
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear, copy_checked
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
@@ -87,6 +87,26 @@ Methods = Mapping[str, LinearMethod]
 """How the linear layers of a decoder layer (`mixer.qkv`, …) hold their weights."""
 
 
+def head_norm(
+    mixer: AttentionMixer, num_heads: int, copies: int, tp: TensorParallelGroup
+) -> RowNorm | HeadNorms | SplitRowNorm | None:
+    """The norm of queries or of keys.
+
+    Args:
+        num_heads: Of this rank.
+        copies: How many neighbouring ranks have the same ones.
+    """
+    norm = mixer.qk_norm
+    if norm is None:
+        return None
+    if mixer.qk_norm_of_each:
+        return HeadNorms(num_heads, mixer.head_dim, norm, first=tp.rank // copies * num_heads)
+    if not mixer.qk_norm_over_all:
+        return RowNorm(mixer.head_dim, norm)
+    size = num_heads * mixer.head_dim
+    return RowNorm(size, norm) if tp.world_size == 1 else SplitRowNorm(size, norm, tp, copies)
+
+
 class AttentionBlock(nn.Module):
     """Projections around attention.
 
@@ -118,18 +138,8 @@ class AttentionBlock(nn.Module):
         self.qkv = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, methods["mixer.qkv"], copies)
         self.o = RowParallelLinear(q_size, hidden_size, "o" in spec.biases, build.tp, methods["mixer.o"])
         self.attention = Attention(layer_index, wish, plan)
-        self.q_norm: RowNorm | HeadNorms | None = None
-        self.k_norm: RowNorm | HeadNorms | None = None
-        if spec.qk_norm is not None:
-            if (spec.qk_norm_over_all or spec.qk_norm_of_each) and build.tp.world_size > 1:
-                raise ValueError("its norms over all query heads cannot be split over tensor-parallel ranks")
-            if spec.qk_norm_of_each:
-                self.q_norm = HeadNorms(spec.num_heads, spec.head_dim, spec.qk_norm)
-                self.k_norm = HeadNorms(spec.num_kv_heads, spec.head_dim, spec.qk_norm)
-            else:
-                of_all = spec.qk_norm_over_all
-                self.q_norm = RowNorm(q_size if of_all else spec.head_dim, spec.qk_norm)
-                self.k_norm = RowNorm(kv_size if of_all else spec.head_dim, spec.qk_norm)
+        self.q_norm = head_norm(spec, wish.num_heads, 1, build.tp)
+        self.k_norm = head_norm(spec, wish.num_kv_heads, copies["k"], build.tp)
         self.v_norm = None
         if spec.v_norm is not None:
             self.v_norm = HeadNorms(wish.num_kv_heads, wish.v_dim, spec.v_norm, has_weights=False)
@@ -137,7 +147,9 @@ class AttentionBlock(nn.Module):
         ends = [wish.num_heads * wish.head_dim, wish.num_kv_heads * wish.head_dim, wish.num_kv_heads * wish.v_dim]
         ends = [sum(ends[: i + 1]) for i in range(3)]
         norms = zip((self.q_norm, self.k_norm, self.v_norm), [0, *ends], ends, strict=False)
-        self._head_norms = [(norm, first, end) for norm, first, end in norms if isinstance(norm, HeadNorms)]
+        self._head_norms = [
+            (norm, first, end) for norm, first, end in norms if isinstance(norm, HeadNorms | SplitRowNorm)
+        ]
         # In a tuple, so that the tables are no part of each layer that uses them.
         self._tables = (rotary, growth)
 
