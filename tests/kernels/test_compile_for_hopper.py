@@ -1,4 +1,5 @@
-"""The attention kernels compile for Hopper: the interpreter does not see it, and an engine ends at start-up if not."""
+"""The kernels of attention and of experts compile for Hopper: the interpreter does not see it, and an engine ends at
+start-up if not."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 ASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
+EXPERTS = Path(__file__).with_name("compile_moe_for_hopper.py")
 QUANTIZED = Path(__file__).with_name("compile_quantized_for_hopper.py")
 
 
@@ -38,6 +40,18 @@ def test_kernels_compile(case: str, kernels: tuple[str, ...]) -> None:
     printed = compile_cases("--once", case)
     for kernel in (*kernels, "_merge_kernel"):
         assert f"{case} {kernel} " in printed
+
+
+@pytest.mark.skipif(not ASSEMBLER.exists(), reason="this Triton comes without NVIDIA's assembler")
+def test_kernels_of_experts_compile() -> None:
+    printed = compile_cases("--once", "qwen3", script=EXPERTS)
+    for kernel in ("_route_kernel", "_sort_kernel", "_gate_up_kernel", "_down_kernel", "_sum_kernel"):
+        assert f"qwen3 {kernel} " in printed
+
+
+@pytest.mark.nightly
+def test_kernels_of_all_kinds_of_experts_compile() -> None:
+    assert "gpt-oss-mxfp4 _packed_kernel " in compile_cases(script=EXPERTS)
 
 
 @pytest.mark.nightly

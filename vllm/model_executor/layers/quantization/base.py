@@ -22,6 +22,7 @@ from vllm.ops.packed8 import Rows8
 if TYPE_CHECKING:
     from vllm.model_executor.layers.layernorm import RowNorm
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.ops.cpu.kernels import BlockRows
 
 
 class Scheme(ABC):
@@ -44,6 +45,15 @@ class Scheme(ABC):
         Raises:
             ValueError: values that are not understood.
         """
+
+    def blocks(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int
+    ) -> list[BlockRows] | None:
+        """The matrix as parts in blocks that the compiled CPU kernels multiply by; None: it has no such form.
+
+        Args, Raises: as of `dequantise`.
+        """
+        return None
 
 
 class LinearMethod(ABC):
@@ -98,6 +108,11 @@ class LinearMethod(ABC):
     def take(self, layer: LinearBase) -> torch.Tensor:
         """The matrix [N, K] in the dtype of the network, moved out of a layer that has been loaded and not finished."""
         raise NotImplementedError(f"{type(self).__name__} has no whole matrix")
+
+    def take_blocks(self, layer: LinearBase) -> list[BlockRows] | None:
+        """The matrix as parts in blocks that the compiled CPU kernels multiply by, moved out of a layer that has been
+        loaded and not finished; None: it has no such form, and stays."""
+        return None
 
     def normalised(self, layer: LinearBase, x: torch.Tensor, norm: RowNorm) -> torch.Tensor | Rows8:
         """A layer's input: x [T, in_features] normalised, in the form that `apply` likes best."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vllm.config import ModelConfig
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.quantization.at_load import Fp8AtLoad
@@ -9,11 +11,14 @@ from vllm.model_executor.layers.quantization.base import LinearMethod, Scheme
 from vllm.model_executor.layers.quantization.dequantised import Dequantised
 from vllm.model_executor.layers.quantization.fp4 import Fp4
 from vllm.model_executor.layers.quantization.fp8 import Fp8
+from vllm.model_executor.layers.quantization.gguf import GGUF
 from vllm.model_executor.layers.quantization.int4 import Int4
 from vllm.model_executor.layers.quantization.int8 import Int8
 from vllm.model_executor.layers.quantization.on_gpu import EightBits, FourBits
+from vllm.model_executor.layers.quantization.stored import WHOLE, Stored
 from vllm.transformers_utils.quantization_config import (
     Fp8Format,
+    GGUFFormat,
     Int4Format,
     Int8Format,
     QuantizationConfig,
@@ -51,6 +56,17 @@ def scheme_of(format: WeightFormat) -> Scheme:
     return Fp4(format)
 
 
+def stored_of(format: WeightFormat | None) -> Mapping[str, Stored]:
+    """The tensors of a matrix, by the end of their names.
+
+    Args:
+        format: None: it is whole. GGUF files have one tensor, too.
+    """
+    if format is None or isinstance(format, GGUFFormat) or (isinstance(format, Fp8Format) and format.at_load):
+        return WHOLE
+    return scheme_of(format).stored
+
+
 def linear_method(format: WeightFormat | None, plain: LinearMethod, kernels: bool) -> LinearMethod:
     """How a layer with weights in `format` is held.
 
@@ -61,6 +77,8 @@ def linear_method(format: WeightFormat | None, plain: LinearMethod, kernels: boo
     """
     if format is None:
         return plain
+    if isinstance(format, GGUFFormat):
+        return GGUF(format)
     if isinstance(format, Fp8Format) and format.at_load:
         return Fp8AtLoad(plain)
     scheme = scheme_of(format)
