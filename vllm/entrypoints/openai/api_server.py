@@ -83,8 +83,9 @@ def _stop_loading(sig: int, frame: FrameType | None) -> None:
 
 
 async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Namespace) -> int:
+    app = build_app(engine, args)
     config = uvicorn.Config(
-        build_app(engine, args),
+        app,
         uds=args.uds,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
@@ -105,7 +106,9 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
     loop = asyncio.get_running_loop()
     for sig in _SIGNALS:
         loop.add_signal_handler(sig, _on_signal, server, serving, signal.Signals(sig).name)
-    watching = asyncio.create_task(_watch_engine(engine, server))
+    beside = [asyncio.create_task(_watch_engine(engine, server))]
+    if args.web:
+        beside.append(asyncio.create_task(app.state.history.run()))
     # What is loaded by now stays. The collector need not look at it again and again while requests come and go, which
     # took a quarter of this process's time at 5,000 streamed tokens a second; nor at new objects as often as usual,
     # since reference counts free nearly all of them.
@@ -118,7 +121,8 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
     except asyncio.CancelledError:
         logger.warning("Stopped at once; open requests were cut off.")
     finally:
-        watching.cancel()
+        for task in beside:
+            task.cancel()
         for sig in _SIGNALS:
             loop.remove_signal_handler(sig)
     return 1 if engine.errored else 0
