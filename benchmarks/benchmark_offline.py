@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Offline throughput of the standing GPU workloads (`workloads.py`): Llama-3.1-8B's shape, random weights, one GPU.
+"""Offline throughput of the standing GPU workloads (`workloads.py`): shapes of published networks, random weights, one
+GPU.
 
 All requests of a workload are handed over at once; `seconds` runs from then until the last token is back. First tokens
 are those of each request, from when the workload (in turn: the request) was handed over. Prompts are token ids, so
@@ -23,7 +24,7 @@ from typing import Any
 import vllm
 from chat_load import quantile
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-from workloads import LLAMA_8B, MAX_MODEL_LEN, MAX_NUM_SEQS, SCHEMA, Workload, workloads
+from workloads import MAX_MODEL_LEN, MAX_NUM_SEQS, SCHEMA, SHAPES, Workload, workloads
 
 
 def make_model(folder: Path, config: dict[str, Any]) -> None:
@@ -111,7 +112,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results to this file as JSON")
     parser.add_argument("--only", default="", help="run only the workloads whose name matches this regular expression")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more engine arguments, as a JSON object")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="of the network")
     args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    max_len = min(MAX_MODEL_LEN, shape["max_position_embeddings"])
     results: list[dict[str, Any]] = []
 
     def note(name: str, seconds: float, output_tokens: int, first_tokens: list[float] | None = None) -> None:
@@ -127,14 +131,16 @@ def main() -> None:
         print(line, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), LLAMA_8B)
+        make_model(Path(folder), shape)
         started = time.perf_counter()
-        options: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS, "dtype": "bfloat16"}
+        options: dict[str, Any] = {"max_model_len": max_len, "max_num_seqs": MAX_NUM_SEQS, "dtype": "bfloat16"}
         options |= {"load_format": "dummy", "seed": 0} | args.engine_args
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(model=folder, **options))
         note("start-up", time.perf_counter() - started, 0)
         bench = Bench(engine)
-        for workload in workloads():
+        for workload in workloads(vocab_size=min(128000, shape["vocab_size"])):
+            if max(map(len, workload.prompts)) + workload.output_tokens > max_len:
+                continue
             if workload.name == "warmup" or re.search(args.only, workload.name):
                 figures = bench.run(workload)
                 note(

@@ -15,7 +15,7 @@
 #include <cstdint>
 
 // Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
-constexpr int32_t kInterface = 4;
+constexpr int32_t kInterface = 5;
 
 enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
@@ -97,7 +97,8 @@ struct Projection {
 };
 
 // Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/ops/attention/metadata.py. The groups of one
-// token come in the order of its extents; the last of these ends where the token's own blocks begin.
+// token come in the order of its extents, each of which begins where the one before it ends; the last of these ends where
+// the token's own blocks begin.
 struct Group {
   int64_t first_token, num_tokens, first_slot, length;
 };
@@ -118,7 +119,15 @@ struct Batch {
   // Tokens whose states are wanted, ascending; null: all. The others only leave K and V.
   int64_t num_wanted;
   const int64_t* wanted;
+  // The batch as layers with a window see it: their slots, block tables and groups (vllm/kv_cache/windows.py). Entries of
+  // block tables that lie behind the windows of all query tokens are not read. Null: they see what the others do.
+  const Batch* within;
 };
+
+// The batch as a layer sees it.
+inline const Batch& seen_by(const Attention& attention, const Batch& batch) {
+  return attention.window && batch.within ? *batch.within : batch;
+}
 
 // The sequences of an engine, a row each, in memory that stays where it is.
 struct Rows {
@@ -128,6 +137,8 @@ struct Rows {
   int64_t table_stride;
   const int64_t* prefix_lens;  // [rows]: tokens in pinned extents; the row's own blocks hold those after them
   int64_t block_size;
+  const int64_t* window_tables;  // [rows][window_stride]: of the layers with a window; null: the same as of the others
+  int64_t window_stride;
 };
 
 // A whole network.
@@ -179,6 +190,8 @@ struct Step {
   const int64_t* samples;  // [num_entries]: whether its last token is followed by a new one; null: all states are wanted
   int64_t num_groups;
   const Group* groups;
+  int64_t num_window_groups;  // of the layers with a window, where they have block tables of their own
+  const Group* window_groups;
   float* hidden;  // out: states [entries that sample, or tokens][hidden_size]; null: not wanted
   Sampling sampling;  // of the entries that sample
 };

@@ -87,7 +87,7 @@ class Memory {
 
 struct Workspace {
   Memory hidden, x, q, attended, inner, qkv, sums, bases, totals, indices, panels, logits, scores;
-  std::vector<int64_t> positions, slots, context_lens, wanted;
+  std::vector<int64_t> positions, slots, window_slots, context_lens, wanted;
   std::vector<int64_t> rows, num_tokens;  // of a draw
   std::vector<float*> lines;
   std::vector<ScoreSpace> spaces;
@@ -221,7 +221,7 @@ class Plans {
     while (i < count_ && !(memory_.plans[i].shape == shape)) ++i;
     if (i == count_) {
       if (++count_ > memory_.plans.size()) memory_.plans.emplace_back();
-      memory_.plans[i].make(shape, batch_);
+      memory_.plans[i].make(shape, seen_by(attention, batch_));
     }
     const PlanMemory& plan = memory_.plans[i];
     queries_ = std::max(queries_, batch_.num_tokens * attention.num_heads * attention.head_dim);
@@ -380,6 +380,7 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
   float* hidden = memory.hidden.take<float>(tokens * size);
   memory.positions.clear();
   memory.slots.clear();
+  memory.window_slots.clear();
   memory.context_lens.clear();
   memory.wanted.clear();
   memory.wanted.reserve(1);  // an empty list has a place too: none is not all
@@ -388,29 +389,41 @@ EXPORT void vsp_run_step(const Network* network, const Rows* rows, const Step* s
     const int64_t row = step->rows[i], end = step->starts[i] + step->counts[i], prefix = rows->prefix_lens[row];
     const int64_t* ids = rows->token_ids + row * rows->token_stride;
     const int64_t* table = rows->block_tables + row * rows->table_stride;
+    const int64_t* window = rows->window_tables ? rows->window_tables + row * rows->window_stride : nullptr;
     for (int64_t position = step->starts[i]; position < end; ++position, embedded += size) {
-      const int64_t own = position - prefix;
+      const int64_t own = position - prefix, block = own / rows->block_size, offset = own % rows->block_size;
       memory.positions.push_back(position);
-      memory.slots.push_back(table[own / rows->block_size] * rows->block_size + own % rows->block_size);
+      memory.slots.push_back(table[block] * rows->block_size + offset);
+      if (window) memory.window_slots.push_back(window[block] * rows->block_size + offset);
       embed(*network, ids[position], embedded);
     }
     memory.context_lens.push_back(end - prefix);
     if (step->samples && step->samples[i]) memory.wanted.push_back(int64_t(memory.positions.size()) - 1);
   }
-  const Batch batch = {tokens,
-                       memory.positions.data(),
-                       memory.slots.data(),
-                       step->num_entries,
-                       step->counts,
-                       memory.context_lens.data(),
-                       rows->block_tables,
-                       rows->table_stride,
-                       step->rows,
-                       rows->block_size,
-                       step->num_groups,
-                       step->groups,
-                       int64_t(memory.wanted.size()),
-                       step->samples ? memory.wanted.data() : nullptr};
+  Batch batch = {tokens,
+                 memory.positions.data(),
+                 memory.slots.data(),
+                 step->num_entries,
+                 step->counts,
+                 memory.context_lens.data(),
+                 rows->block_tables,
+                 rows->table_stride,
+                 step->rows,
+                 rows->block_size,
+                 step->num_groups,
+                 step->groups,
+                 int64_t(memory.wanted.size()),
+                 step->samples ? memory.wanted.data() : nullptr,
+                 nullptr};
+  Batch within = batch;
+  if (rows->window_tables) {
+    within.slots = memory.window_slots.data();
+    within.block_tables = rows->window_tables;
+    within.table_stride = rows->window_stride;
+    within.num_groups = step->num_window_groups;
+    within.groups = step->window_groups;
+    batch.within = &within;
+  }
   run_stack(network->stack, batch, hidden, threads);
   const int64_t wanted = step->samples ? batch.num_wanted : tokens;
   if (step->hidden) std::memcpy(step->hidden, hidden, wanted * size * sizeof(float));

@@ -18,6 +18,7 @@ from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.ops.cpu.kernels import SequenceRows
 from vllm.ops.sampling import SamplingTables
+from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 BLOCK = 4
 
@@ -29,15 +30,18 @@ def make_decoder(
     packed: bool = False,
     int8: bool = False,
     max_positions: int | None = None,
+    tp: TensorParallelGroup | None = None,
 ) -> Decoder:
     """The network of a configuration, its weights undefined.
 
     Args:
         packed: `finish` packs its matrices for the compiled CPU kernels, which then compute whole steps if they can.
         int8: Its matrices become int8 as they are packed.
+        tp: Place of this rank among several.
     """
     max_positions = max_positions or config.max_position_embeddings
-    return decoder_of(decoder_spec(config, max_positions), dtype, packed=packed, int8=int8, max_positions=max_positions)
+    spec = decoder_spec(config, max_positions)
+    return decoder_of(spec, dtype, packed=packed, int8=int8, max_positions=max_positions, tp=tp)
 
 
 def decoder_of(
@@ -47,11 +51,14 @@ def decoder_of(
     packed: bool = False,
     int8: bool = False,
     max_positions: int = 64,
+    quantization: QuantizationConfig | None = None,
+    tp: TensorParallelGroup | None = None,
 ) -> Decoder:
     """`make_decoder` of a network that no configuration need describe."""
-    compiled = packed and CpuProgram.misfit(spec) is None
+    tp = tp or TensorParallelGroup()
+    compiled = packed and tp.world_size == 1 and CpuProgram.misfit(spec) is None
     method = CpuPacked(int8) if packed else Unquantized()
-    build = Build(TensorParallelGroup(), method, max_positions, dtype, compiled=compiled)
+    build = Build(tp, method, max_positions, dtype, compiled=compiled, quantization=quantization)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -68,31 +75,35 @@ def logits_of(
     *,
     pinned: int = 0,
     chunk: int | None = None,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """Logits at every position of one sequence, over a KV cache of its own.
 
     Args:
         pinned: So many of the tokens are a pinned prompt: computed first, into an extent that the others read.
         chunk: At most so many tokens are computed in a step; None: all that can be.
+        device: Where the network is.
     """
     backend = backend or TorchAttentionBackend()
     own = list(reversed(range(-(-(len(token_ids) - pinned) // block))))
     extent = list(range(len(own), len(own) + -(-pinned // block)))
     num_slots = (len(own) + len(extent)) * block
     rows = [(cache.k, cache.v) for cache in model.caches()]
-    k_caches = [torch.zeros(num_slots, k.num_heads, k.dim, dtype=k.dtype) for k, _ in rows]
-    v_caches = [torch.zeros(num_slots, v.num_heads, v.dim, dtype=v.dtype) for _, v in rows]
+    k_caches = [torch.zeros(num_slots, k.num_heads, k.dim, dtype=k.dtype, device=device) for k, _ in rows]
+    v_caches = [torch.zeros(num_slots, v.num_heads, v.dim, dtype=v.dtype, device=device) for _, v in rows]
 
     def step(blocks: list[int], offset: int, start: int, end: int) -> torch.Tensor:
         """Tokens from `start` to `end`, whose own tokens lie in `blocks` and begin at `offset`."""
-        positions = torch.arange(start, end)
+        positions = torch.arange(start, end, device=device)
         places = positions - offset
-        slots = torch.tensor(blocks)[places // block] * block + places % block
+        slots = torch.tensor(blocks, device=device)[places // block] * block + places % block
         groups = [PrefixGroup(0, end - start, extent[0] * block, offset)] if offset else []
-        metadata = AttentionMetadata(slots, torch.tensor([blocks]), [end - start], [end - offset], groups, block)
+        metadata = AttentionMetadata(
+            slots, torch.tensor([blocks], device=device), [end - start], [end - offset], groups, block
+        )
         prepared = backend.prepare(metadata, model.attention_specs)
         context = ForwardContext(backend, prepared, positions, slots, k_caches, v_caches)
-        return model.logits(model(torch.tensor(token_ids[start:end]), context))
+        return model.logits(model(torch.tensor(token_ids[start:end], device=device), context))
 
     pieces = []
     with torch.inference_mode():

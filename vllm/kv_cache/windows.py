@@ -14,20 +14,24 @@ A prompt that continues another one reads the end of that one's extent as long a
 
 The widest window counts where layers have several. A network without windows has the full group alone.
 
-Memory is split once, since it lies in tensors: for sequences of `_TYPICAL_WINDOWS` windows. Where all are shorter the
-window group is full first, where all are longer the full group. With the shape of Gemma 3 4B (29 layers of 34 have a
-window) as many bytes hold 2.7 times the tokens that they would without groups, a quarter of them within windows.
+Memory is split once, since it lies in tensors. Where all texts are shorter than a window, they need as many blocks of
+either group, and the window group is full first; where all are long, the full group is. The split loses as much by one
+as by the other, as compared with the split that would be best for it, if long means `_LONG_TEXT` windows. With f and w
+bytes of a token over the layers of the groups, and a long text that keeps a share b of its blocks, short texts get
+s (f+w) / (f + s w) of their best where the window group has a share s, long ones (f + b w) / (f + s w) of theirs; both
+are the same for s = (f + b w) / (f + w). With Gemma 3 27B (52 of 62 layers read 1,024 tokens) that is 3 blocks for 8:
+long texts get 2.1 times what they would without groups, short ones 0.79 times.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm.kv_cache.spec import LayerCache
 
-_TYPICAL_WINDOWS = 4
+_LONG_TEXT = 4
 
 
 @dataclass(frozen=True)
@@ -76,20 +80,25 @@ class WindowLayout:
         step = -(-self.max_step_tokens // self.block_size)
         return min(-(-max_tokens // self.block_size), self.blocks_behind + step + 2)
 
-    def blocks_beside(self, num_blocks: int, max_tokens: int) -> int:
+    def share(self, memory: KVMemory, max_tokens: int) -> float:
+        """Blocks of the window group for each of the full group, where sequences have at most `max_tokens`."""
+        full, within = memory.block_bytes, memory.window_block_bytes
+        long = min(max_tokens, _LONG_TEXT * self.window)
+        kept = min(1.0, (self.window + self.block_size) / long)
+        return (full + kept * within) / (full + within)
+
+    def blocks_beside(self, num_blocks: int, memory: KVMemory, max_tokens: int) -> int:
         """Blocks of the window group beside so many of the full group, for sequences of at most `max_tokens`."""
-        return max(self.most_blocks(max_tokens), math.ceil(num_blocks * self._share(max_tokens)))
+        return max(self.most_blocks(max_tokens), math.ceil(num_blocks * self.share(memory, max_tokens)))
 
-    def split(self, num_bytes: int, block_bytes: int, window_block_bytes: int, max_tokens: int) -> tuple[int, int]:
-        """Blocks of the full and of the window group that share `num_bytes`."""
-        each = block_bytes + self._share(max_tokens) * window_block_bytes
-        num_window_blocks = max(self.most_blocks(max_tokens), int(num_bytes / each * self._share(max_tokens)))
-        return (num_bytes - num_window_blocks * window_block_bytes) // block_bytes, num_window_blocks
-
-    def _share(self, max_tokens: int) -> float:
-        """Blocks that a typical sequence has in the window group, for each that it has in the full group."""
-        typical = min(max_tokens, _TYPICAL_WINDOWS * self.window)
-        return min(1.0, (self.window + self.block_size) / typical)
+    def split(self, num_bytes: int, memory: KVMemory, max_tokens: int) -> tuple[int, int]:
+        """Blocks of the full and of the window group that share `num_bytes`; none of the full group where there is no
+        room for what the window group must have."""
+        share = self.share(memory, max_tokens)
+        most = int(num_bytes / (memory.block_bytes + share * memory.window_block_bytes) * share)
+        num_window_blocks = max(self.most_blocks(max_tokens), most)
+        left = num_bytes - num_window_blocks * memory.window_block_bytes
+        return max(0, left // memory.block_bytes), num_window_blocks
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,19 @@ class KVMemory:
     block_bytes: int
     window: int | None = None
     window_block_bytes: int = 0
+
+    @classmethod
+    def of(cls, available: int, layers: Sequence[LayerCache], block_size: int) -> KVMemory:
+        """What a rank with these layers has."""
+
+        def bytes_of(some: Iterable[LayerCache]) -> int:
+            return block_size * sum(layer.slot_bytes for layer in some)
+
+        window = window_of(layers)
+        if window is None:
+            return cls(available, bytes_of(layers))
+        full = bytes_of(layer for layer in layers if layer.window is None)
+        return cls(available, full, window, bytes_of(layers) - full)
 
 
 def window_of(layers: Sequence[LayerCache]) -> int | None:

@@ -54,6 +54,9 @@ class CpuProgram:
         self.stack = cpu_kernels.DecoderProgram(
             [_layer(layer, method) for layer in model.layers], _norm(model.norm), model.embedding_multiplier
         )
+        has_window = [spec.window is not None for spec in model.attention_specs]
+        self._full_plan = has_window.index(False) if False in has_window else 0
+        self._window_plan = has_window.index(True) if True in has_window else 0
         if model.dtype == torch.bfloat16:
             # Results differ in the last bits, so whoever compares two runs wants to know.
             how = cpu_kernels.ARITHMETICS[cpu_kernels.arithmetic()]
@@ -83,8 +86,11 @@ class CpuProgram:
     def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Rows of the embedding table [T, hidden_size] → float32 states, as `Decoder.forward`."""
         caches = context.k_caches, context.v_caches
-        # Plans do not differ: the kernels cut a batch by the window of each layer themselves.
-        return self.stack.forward(embeddings, context.positions, *caches, context.prepared[0], context.wanted)
+        # Plans of one cache group do not differ: the kernels cut a batch by the window of each layer themselves.
+        batch, within = context.prepared[self._full_plan], None
+        if context.window_slots is not None:
+            within = context.prepared[self._window_plan]
+        return self.stack.forward(embeddings, context.positions, *caches, batch, context.wanted, within)
 
 
 def _layer(layer: DecoderLayer, method: CpuPacked) -> cpu_kernels.DecoderLayer:

@@ -22,7 +22,7 @@ logger = init_logger(__name__)
 INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 _LIBRARY = Path(__file__).parents[2] / "cpu_kernels.so"
-_INTERFACE = 4
+_INTERFACE = 5
 """`kInterface` of `csrc/cpu/api.h`."""
 
 
