@@ -21,7 +21,9 @@ def prose(text: str) -> str:
 def tables(text: str) -> list[list[str]]:
     """The numbers and code of each table, row by row."""
     found = re.findall(r"(?:^\|.*\n)+", prose(text), re.MULTILINE)
-    return [[" ".join(sorted(re.findall(r"`[^`]+`|\d[\d,.]*\d|\d", row))) for row in table.splitlines()] for table in found]
+    return [
+        [" ".join(sorted(re.findall(r"`[^`]+`|\d[\d,.]*\d|\d", row))) for row in table.splitlines()] for table in found
+    ]
 
 
 def headings(text: str) -> list[int]:
