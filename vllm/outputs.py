@@ -104,6 +104,7 @@ class SystemPromptInfo:
         tokens_saved: Tokens that requests read from it instead of computing them.
         parent: Id of the prompt whose KV it continues; its extent holds only what follows.
         children: Prompts that continue it, which hold it as readers do.
+        engines: Numbers of the engines that have it.
     """
 
     id: str
@@ -124,6 +125,7 @@ class SystemPromptInfo:
     parent: str | None = None
     children: int = 0
     uses: int = 0
+    engines: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass

@@ -167,7 +167,7 @@ def test_logits_on_a_gpu(architecture: str, changes: dict[str, Any]) -> None:
     with torch.inference_mode():
         want = reference(torch.tensor([TOKENS])).logits[0]
     with torch.device("cuda"):
-        model = make_decoder(config_of(reference))
+        model = make_decoder(config_of(reference)).to("cuda")
     with torch.no_grad():
         model.load_weights(checkpoint(reference).items())
         model.finish()

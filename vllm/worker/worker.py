@@ -62,7 +62,7 @@ class Worker:
             raise StartupError(f"{config.model.model} cannot be built: {error}.") from None
         self.backend = get_backend(config.attention_backend, wishes, config.cache.block_size, self.device)
         if not is_gpu(self.device):
-            torch.set_num_threads(self.platform.take_processors(self.tp.rank, self.tp.world_size))
+            torch.set_num_threads(self.platform.take_processors(self.tp.rank, self._processes_of_host()))
         started = time.perf_counter()
         try:
             build = self._build()
@@ -79,6 +79,10 @@ class Worker:
         self.transfers: ExtentTransfers | None = None
         self._step_bytes = 0
         self._snapshots: list[SnapshotRecord] = []
+
+    def _processes_of_host(self) -> int:
+        """Ranks of all engines, which share what the host has."""
+        return self.tp.world_size * self.config.parallel.data_parallel_size
 
     def _attention_specs(self) -> Sequence[AttentionSpec]:
         if self.spec is not None:
@@ -144,7 +148,9 @@ class Worker:
 
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
-        available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization, self.tp.world_size)
+        available = self.platform.available_kv_bytes(
+            self.config.cache.gpu_memory_utilization, self._processes_of_host()
+        )
         if is_gpu(self.device):
             self._step_bytes = self._bytes_of_largest_step()
         return max(0, available - self._step_bytes)

@@ -15,7 +15,12 @@ from vllm.engine.work_lanes import WorkLanes
 from vllm.entrypoints.http.body_limits import BodyBytes
 from vllm.entrypoints.http.errors import ApiError, handle_exception, handle_http_exception
 from vllm.entrypoints.http.metrics import HttpMetricsMiddleware
-from vllm.entrypoints.http.middleware import ApiKeyMiddleware, RequestIdMiddleware, RootPathMiddleware
+from vllm.entrypoints.http.middleware import (
+    ApiKeyMiddleware,
+    EngineChoiceMiddleware,
+    RequestIdMiddleware,
+    RootPathMiddleware,
+)
 from vllm.entrypoints.http.openapi import Bodies, describe_bodies
 from vllm.entrypoints.http.turns import Turns
 from vllm.version import __version__
@@ -66,6 +71,7 @@ def _add_middleware(
     app: FastAPI, args: argparse.Namespace, registry: CollectorRegistry, open_paths: Iterable[str]
 ) -> None:
     """The one added last sees a request first."""
+    app.add_middleware(EngineChoiceMiddleware)
     keys = args.api_key or ([envs.api_key()] if envs.api_key() else [])
     if keys:
         app.add_middleware(

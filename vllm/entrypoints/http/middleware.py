@@ -13,8 +13,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm.engine.routing import current_engine
 from vllm.engine.tenant import current_tenant
 from vllm.entrypoints.http.errors import ApiError, error_response
+from vllm.entrypoints.http.json_body import snippet
 
 OPEN_PATHS = ("/health", "/ping", "/version", "/metrics")
 MAX_REQUEST_ID_CHARS = 256
@@ -69,6 +71,22 @@ class ApiKeyMiddleware:
 
     def _is_open(self, scope: Scope) -> bool:
         return scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in self._open
+
+
+class EngineChoiceMiddleware:
+    """Lets a client name the engine that serves it, by its number: `X-data-parallel-rank`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = Headers(scope=scope).get("x-data-parallel-rank") if scope["type"] == "http" else None
+        if named is not None and not (named.isascii() and named.isdecimal() and len(named) <= 9):
+            error = ApiError(400, f"X-data-parallel-rank must be the number of an engine, got {snippet(named)}.")
+            await error_response(error, scope)(scope, receive, send)
+            return
+        current_engine.set(None if named is None else int(named))
+        await self.app(scope, receive, send)
 
 
 class AdminGuard:
