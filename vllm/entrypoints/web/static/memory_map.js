@@ -10,12 +10,17 @@ const WITHOUT_EXTENT = new Set(["pending", "host", "removed"]);
 /** What a map shows, as elements.
  * @param found metrics @param prompts those of the pool; empty where the server does not tell them */
 export function memoryMap(found, prompts) {
-  const settings = found["vllm:cache_config_info"]?.[0]?.labels ?? {};
-  const total = Number(settings.num_gpu_blocks) * Number(settings.block_size);
-  const of = (state) => sum(found, "vllm:system_prompt_pool_tokens", { state });
+  const of = (state, engine = {}) => sum(found, "vllm:system_prompt_pool_tokens", { state, ...engine });
   const pinned = of("pinned");
   const probation = of("probation");
-  const own = sum(found, "vllm:kv_cache_usage_perc") * (total - pinned - probation);
+  let [total, own] = [0, 0];
+  // Several engines have a memory each; they are drawn as one.
+  for (const { labels } of found["vllm:cache_config_info"] ?? []) {
+    const engine = { engine: labels.engine };
+    const tokens = Number(labels.num_gpu_blocks) * Number(labels.block_size);
+    total += tokens;
+    own += sum(found, "vllm:kv_cache_usage_perc", engine) * (tokens - of("pinned", engine) - of("probation", engine));
+  }
   const free = Math.max(0, total - pinned - probation - own);
   const budget = sum(found, "vllm:system_prompt_pool_budget_tokens");
   const share = (tokens) => `${(100 * tokens) / total}%`;
