@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -128,13 +128,13 @@ class LinearMethod(ABC):
     def apply(
         self,
         layer: LinearBase,
-        x: torch.Tensor | Rows8,
+        x: Any,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`x Wᵀ + b + residual`.
 
         Args:
-            x: [T, in_features]; quantised only where the method has done so itself.
+            x: [T, in_features], or what this method's `normalised` or `activated` returned.
             residual: [T, out_features], contiguous; may be overwritten.
 
         Returns [T, out_features] in the dtype of the network.

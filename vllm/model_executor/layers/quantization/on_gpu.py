@@ -107,7 +107,7 @@ class EightBits(Packed):
         layer.matrix = Packed8(tensors["weight"], scales.float().contiguous())
 
     def normalised(self, layer: LinearBase, x: torch.Tensor, norm: RowNorm) -> torch.Tensor | Rows8:
-        if len(x) == 1 or layer.matrix is None:
+        if len(x) == 1 or not isinstance(layer.matrix, Packed8):
             return super().normalised(layer, x, norm)
         from vllm.ops.triton.rows8 import norm_rows
 
@@ -117,7 +117,7 @@ class EightBits(Packed):
     def activated(
         self, layer: LinearBase, x: torch.Tensor, activation: Activation, gated: bool
     ) -> torch.Tensor | Rows8:
-        if len(x) == 1 or layer.matrix is None:
+        if len(x) == 1 or not isinstance(layer.matrix, Packed8):
             return super().activated(layer, x, activation, gated)
         from vllm.ops.triton.rows8 import activate_rows
 

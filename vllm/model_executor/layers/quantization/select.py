@@ -17,6 +17,7 @@ from vllm.model_executor.layers.quantization.int8 import Int8
 from vllm.model_executor.layers.quantization.on_gpu import EightBits, FourBits
 from vllm.model_executor.layers.quantization.stored import WHOLE, Stored
 from vllm.transformers_utils.quantization_config import (
+    Fp4Format,
     Fp8Format,
     GGUFFormat,
     Int4Format,
@@ -53,7 +54,9 @@ def scheme_of(format: WeightFormat) -> Scheme:
         return Int4(format)
     if isinstance(format, Int8Format):
         return Int8(format)
-    return Fp4(format)
+    if isinstance(format, Fp4Format):
+        return Fp4(format)
+    raise TypeError(f"{format} is of no scheme")
 
 
 def stored_of(format: WeightFormat | None) -> Mapping[str, Stored]:
