@@ -64,6 +64,8 @@ class _Template:
     Attributes:
         takes_text: Shows content that is a string.
         takes_parts: Shows content that is a list of text parts.
+        takes_objects: Shows a call whose arguments are an object.
+        takes_raw: Shows a call whose arguments are text.
         tells_date: Its output depends on the day.
     """
 
@@ -71,6 +73,8 @@ class _Template:
     controls: ControlTokens
     takes_text: bool
     takes_parts: bool
+    takes_objects: bool
+    takes_raw: bool
     tells_date: bool
 
 
@@ -341,18 +345,31 @@ class ChatRenderer:
         return SystemPart(_common_prefix(prompts), known)
 
     def _inspect_template(self, source: str) -> _Template:
-        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, "strftime_now" in source)
+        dated = "strftime_now" in source
+        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, True, True, dated)
+
+        def shown(message: dict[str, Any]) -> str:
+            messages = [{"role": "user", "content": "a"}, message] if "tool_calls" in message else [message]
+            try:
+                return self._render_text(_Chat(template, messages, None, {}, True, False, False))
+            except VLLMValidationError:
+                return ""
 
         def shows(content: Any) -> bool:
-            chat = _Chat(template, [{"role": "user", "content": content}], None, {}, True, False, False)
-            try:
-                text = self._render_text(chat)
-            except VLLMValidationError:
-                return False
+            text = shown({"role": "user", "content": content})
             return "Content" in text and "'type'" not in text and '"type"' not in text
 
+        def shows_call(arguments: Any) -> bool:
+            function = {"name": "f", "arguments": arguments}
+            # Nine letters and digits, since some templates take no other ids.
+            call = {"id": "abcdefghi", "type": "function", "function": function}
+            return "Content" in shown({"role": "assistant", "content": "", "tool_calls": [call]})
+
         takes_parts = shows([{"type": "text", "text": "Content"}])
-        return replace(template, takes_text=shows("Content") or not takes_parts, takes_parts=takes_parts)
+        takes_text = shows("Content") or not takes_parts
+        template = replace(template, takes_text=takes_text, takes_parts=takes_parts)
+        takes_raw = shows_call("{Content")
+        return replace(template, takes_raw=takes_raw, takes_objects=not takes_raw or shows_call({"a": "Content"}))
 
 
 def _num_system_messages(chat: _Chat) -> int:
@@ -448,7 +465,7 @@ def _shaped(message: dict[str, Any], template: _Template) -> dict[str, Any]:
     elif not template.takes_parts:
         changes["content"] = "\n".join(part["text"] for part in content)
     if message.get("tool_calls"):
-        changes["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+        changes["tool_calls"] = [_tool_call(call, template) for call in message["tool_calls"]]
     return message | changes if changes else message
 
 
@@ -464,20 +481,28 @@ def _part_text(part: Any) -> str:
     return text
 
 
-def _tool_call(call: Any) -> Any:
-    """Gives the template the arguments as an object: the API has them as JSON text."""
+def _tool_call(call: Any, template: _Template) -> Any:
+    """The call with its arguments as the template reads them: an object where they are one.
+
+    What a model wrote is history, whatever it is: arguments that are no JSON object stay the text that they are. A
+    template that reads objects alone gets one that holds the text.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise VLLMValidationError("tool_calls must hold objects with a function.", "messages")
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return call
+    given = function.get("arguments")
+    arguments = _json_object(given) if isinstance(given, str) else given
+    if arguments is None and isinstance(given, str):
+        arguments = given if template.takes_raw else {"arguments": given}
+    elif isinstance(arguments, dict) and not template.takes_objects:
+        arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}} if arguments is not given else call
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    """The object that a JSON text stands for; an empty one for no text, None if it stands for no object."""
     try:
-        parsed = json.loads(arguments) if arguments.strip() else {}
+        value = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise VLLMValidationError(
-            f"The arguments of a tool call must be the JSON text of an object, got {arguments!r:.100}.", "messages"
-        )
-    return {**call, "function": {**function, "arguments": parsed}}
+        return None
+    return value if isinstance(value, dict) else None

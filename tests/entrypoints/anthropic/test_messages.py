@@ -201,7 +201,7 @@ def test_tool_turns_are_read(client):
         ({"top_k": "x"}, "top_k"),
         ({"tools": [5]}, "tools[0]"),
         ({"tools": [{"name": "a"}]}, "tools[0].input_schema"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": "custom", "name": "web_search"}]}, "tools[0]"),
         ({"tool_choice": {"type": "maybe"}}, "tool_choice"),
         ({"thinking": {}}, "thinking"),
         ({"output_config": {"format": {"type": "xml"}}}, "output_config"),

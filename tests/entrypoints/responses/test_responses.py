@@ -295,7 +295,7 @@ def test_invocations_find_the_api_by_the_fields(client):
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"top_k": "many"}, "top_k"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"name": "web_search"}]}, "tools"),
         ({"tool_choice": "maybe"}, "tool_choice"),
         ({"tool_choice": {"type": "hosted"}}, "tool_choice"),
         ({"text": {"format": 5}}, "text"),

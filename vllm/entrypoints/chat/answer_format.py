@@ -30,6 +30,7 @@ class AnswerFormat:
         tools: The functions it offers; None where the answer has no calls.
         parser: Which parser finds calls where the model chooses.
         choice: `auto`, `required`, or the function that is to be called.
+        allowed: Names of the functions that may be called; None for all.
         reasoning: Which parser splits off reasoning, or None.
     """
 
@@ -37,6 +38,7 @@ class AnswerFormat:
     parser: type[ToolParser] | None = None
     choice: str | dict[str, Any] = "auto"
     parallel: bool = True
+    allowed: frozenset[str] | None = None
     reasoning: type[ReasoningParser] | None = None
 
     @property
@@ -52,8 +54,10 @@ class AnswerFormat:
         """The form that calls must have, if there must be any."""
         if self.tools is None or self.choice == "auto":
             return None
-        required = self.choice == "required"
-        return required_form(self.tools, self.parallel) if required else named_form(self._named())
+        if self.choice != "required":
+            return named_form(self._named())
+        allowed = [t for t in self.tools if self.allowed is None or t["function"]["name"] in self.allowed]
+        return required_form(allowed, self.parallel)
 
     def make_parser(self, reasoning_ended: bool) -> AnswerParser:
         """A parser for one output."""
@@ -72,7 +76,7 @@ class AnswerFormat:
             return NamedToolParser(self.tools, self._named()["function"]["name"])
         if self.choice == "required":
             return RequiredToolParser(self.tools)
-        return self.parser(self.tools) if self.parser is not None else None
+        return self.parser(self.tools, self.allowed) if self.parser is not None else None
 
     def _named(self) -> dict[str, Any]:
         name = self.choice["function"]["name"] if isinstance(self.choice, dict) else None
@@ -100,25 +104,26 @@ class AnswerReader:
             VLLMValidationError: `tools` and `tool_choice` do not fit each other or this server.
         """
         tools = check_tools(request.tools)
-        choice = request.tool_choice
+        choice, allowed = _read_choice(request.tool_choice)
         if choice is None:
-            choice = "auto" if tools else "none"
-        if choice == "none":
+            choice = "auto"
+        if choice == "none" or (choice == "auto" and tools is None):
             return AnswerFormat(reasoning=self._reasoning)
         if tools is None:
-            raise VLLMValidationError("tool_choice needs tools to be set.", "tool_choice")
+            raise VLLMValidationError("tool_choice needs tools to be set, with functions among them.", "tool_choice")
         if choice == "auto" and self._tool_parser is None:
             raise VLLMValidationError(
                 '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set; send '
                 'tool_choice "none", "required" or a function by name, or start the server with them.',
                 "tool_choice",
             )
-        _check_choice(choice, tools)
+        _check_names(choice, allowed, tools)
         return AnswerFormat(
             tools=tools,
             parser=self._tool_parser,
             choice=choice,
             parallel=request.parallel_tool_calls is not False,
+            allowed=allowed,
             reasoning=self._reasoning,
         )
 
@@ -147,18 +152,37 @@ def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: b
         form.after = format.reasoning.end
 
 
-def _check_choice(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> None:
-    if choice in ("auto", "required"):
-        return
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+def _read_choice(given: str | dict[str, Any] | None) -> tuple[str | dict[str, Any] | None, frozenset[str] | None]:
+    """What `tool_choice` demands, and the names of the functions that it allows; None for all."""
+    if given is None or given in ("none", "auto", "required"):
+        return given, None
+    kind = given.get("type", "function") if isinstance(given, dict) else None
+    if isinstance(given, dict) and kind == "function" and _name_of(given) is not None:
+        return given, None
+    allowed = given.get("allowed_tools") if isinstance(given, dict) and kind == "allowed_tools" else None
+    tools = allowed.get("tools") if isinstance(allowed, dict) else None
+    if isinstance(allowed, dict) and isinstance(tools, list) and allowed.get("mode", "auto") in ("auto", "required"):
+        names = [_name_of(tool) for tool in tools]
+        if names and None not in names:
+            return allowed.get("mode", "auto"), frozenset(name for name in names if name is not None)
+    raise VLLMValidationError(
+        'tool_choice must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or '
+        '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}, '
+        f"got {snippet(given)}.",
+        "tool_choice",
+    )
+
+
+def _name_of(tool: Any) -> str | None:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _check_names(choice: str | dict[str, Any], allowed: frozenset[str] | None, tools: list[dict[str, Any]]) -> None:
+    named = allowed or ({_name_of(choice)} if isinstance(choice, dict) else set())
+    unknown = named - {tool["function"]["name"] for tool in tools}
+    if unknown:
         raise VLLMValidationError(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
-            f"got {snippet(choice)}.",
-            "tool_choice",
-        )
-    names = [tool["function"]["name"] for tool in tools]
-    if function["name"] not in names:
-        raise VLLMValidationError(
-            f"tool_choice names {snippet(function['name'])}, which is not among tools.", "tool_choice"
+            f"tool_choice names {snippet(min(map(str, unknown)))}, which is not among tools.", "tool_choice"
         )

@@ -19,12 +19,12 @@ from vllm.entrypoints.chat.service import ChatService
 from vllm.entrypoints.http.errors import ApiError, naming_fields
 from vllm.entrypoints.http.json_body import parse_model
 from vllm.entrypoints.http.streaming import EventStream
-from vllm.entrypoints.responses.items import continues, input_items, input_messages
+from vllm.entrypoints.responses.items import continues, input_items, input_messages, references, resolved
 from vllm.entrypoints.responses.lookup import KeptResponses
 from vllm.entrypoints.responses.protocol import InputTokensRequest, ResponsesRequest
 from vllm.entrypoints.responses.request import chat_request
 from vllm.entrypoints.responses.shape import new_response
-from vllm.entrypoints.responses.store import BackgroundRun, ResponseStore, StoredResponse
+from vllm.entrypoints.responses.store import BackgroundRun, ResponseStore, StoredResponse, kept_items
 from vllm.entrypoints.responses.writer import ResponseWriter
 from vllm.exceptions import VLLMValidationError
 
@@ -70,6 +70,7 @@ class ServingResponses:
 
     async def _create(self, request: ResponsesRequest, request_id: str | None) -> dict[str, Any] | EventStream:
         previous = self._previous(request)
+        await self._resolve(request)
         stored = await self._prompts.prepared(self._start, request, previous, current_tenant.get())
         chat = await self._prompts.prepared(chat_request, request, stored.messages)
         answer = await self._chat.answer(chat, request_id or stored.id, cut=request.truncation == "auto")
@@ -110,6 +111,13 @@ class ServingResponses:
             )
         return previous
 
+    async def _resolve(self, request: ResponsesRequest) -> None:
+        """Puts the items that references of the input stand for in their place."""
+        ids = references(request.input)
+        if ids and isinstance(request.input, list):
+            kept = await self._lanes.run(kept_items, self._store.of_tenant(current_tenant.get()), ids)
+            request.input = resolved(request.input, kept)
+
     async def count_tokens(self, request: InputTokensRequest) -> dict[str, Any]:
         """How many input tokens a response with these fields has.
 
@@ -118,6 +126,7 @@ class ServingResponses:
         """
         with naming_fields(_NAMES):
             previous = self._previous(request)
+            await self._resolve(request)
             chat = await self._prompts.prepared(self._chat_request, request, previous)
             count = await self._chat.count_tokens(chat)
         return {"object": "response.input_tokens", "input_tokens": count}

@@ -21,6 +21,7 @@ class ToolParser(ABC):
 
     Args:
         tools: Functions that the request offers.
+        allowed: Names of those that may be called; None for all. A call of another one is text.
 
     Attributes:
         needs_special_tokens: Marks of the format are control tokens, so the text must show those.
@@ -29,8 +30,9 @@ class ToolParser(ABC):
 
     needs_special_tokens = False
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
         self.parameters = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
+        self._allowed = allowed
         self.buffer = ""
         self.num_calls = 0
         self._events: list[PartEvent] = []
@@ -88,6 +90,10 @@ class ToolParser(ABC):
         self._space = text[len(shown) :]
 
     def open_call(self, name: str) -> None:
+        """A call of a function begins; its arguments follow by `add_arguments`."""
+        if self._allowed is not None and name not in self._allowed:
+            self.say(name)
+            return
         self._close_call()
         self._flush()
         self._space = ""

@@ -22,8 +22,8 @@ _SEPARATOR = "<｜tool▁sep｜>"
 class DeepSeekV3ToolParser(ToolParser):
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._inside = False
         self._in_head = False
         self._value: ValueScanner | None = None

@@ -13,8 +13,8 @@ _END = "</tool_call>"
 
 
 class HermesToolParser(ToolParser):
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._call: CallReader | None = None
 
     def step(self) -> bool:

@@ -15,8 +15,8 @@ class Llama3JsonToolParser(ToolParser):
 
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._call: CallReader | None = None
         self._is_text = False
         self._skipped = ""

@@ -18,8 +18,8 @@ _AFTER_NAME = ("[CALL_ID]", "[ARGS]", "{")
 class MistralToolParser(ToolParser):
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._inside = False
         self._in_list = False
         self._call: CallReader | None = None

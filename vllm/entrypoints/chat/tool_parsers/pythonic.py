@@ -20,8 +20,8 @@ class PythonicToolParser(ToolParser):
 
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._is_text = False
         self._inside = False
         self._ended = False

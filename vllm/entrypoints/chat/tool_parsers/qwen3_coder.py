@@ -20,8 +20,8 @@ _VALUE_ENDS = (_PARAMETER_END, _PARAMETER, _FUNCTION_END)
 class Qwen3CoderToolParser(ToolParser):
     """Values are read by the type that the schema gives them; strings are handed on while they come."""
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._properties: dict[str, Any] = {}
         self._in_call = False
         self._in_function = False
