@@ -287,7 +287,7 @@ def test_invocations_find_the_api_by_the_fields(client):
         ({"input": [5]}, "input"),
         ({"input": [{"role": "robot", "content": "x"}]}, "input"),
         ({"input": [{"role": "user"}]}, "input"),
-        ({"input": [{"type": "image_generation_call"}]}, "input"),
+        ({"input": [{"type": "riddle"}]}, "input"),
         ({"input": [{"type": ["message"]}]}, "input"),
         ({"input": [{"type": "function_call", "name": "a"}]}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input"),

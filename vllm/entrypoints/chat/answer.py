@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ class AnswerReading:
         shows_reasoning: Tell of reasoning, instead of leaving it out.
         shows_tokens: Tell of tokens one by one.
         echoed: Text that each choice repeats first.
+        count_tokens: How many tokens a text has; None where reasoning is not told apart.
     """
 
     format: AnswerFormat
@@ -40,6 +41,7 @@ class AnswerReading:
     shows_reasoning: bool
     shows_tokens: bool
     echoed: str
+    count_tokens: Callable[[str], Awaitable[int]] | None = None
 
     def events(self, output: CompletionOutput) -> list[StepEvent]:
         """What is new in an output."""
@@ -74,7 +76,21 @@ async def answer_events(
                 yield Step(output.index, reading.events(output), generated[output.index])
     if item is None or usage is None:
         raise RuntimeError("the engine gave no output for a chat")
-    yield AnswerEnd(usage.with_completion(item.num_discarded_tokens + sum(generated)), item.prompt_logprobs)
+    usage = usage.with_completion(
+        item.num_discarded_tokens + sum(generated), await _reasoning_tokens(reading, generated)
+    )
+    yield AnswerEnd(usage, item.prompt_logprobs)
+
+
+async def _reasoning_tokens(reading: AnswerReading, generated: list[int]) -> int | None:
+    """Tokens of the reasoning's text, since a chat counts all of its output together."""
+    if reading.count_tokens is None:
+        return None
+    total = 0
+    for parser, most in zip(reading.parsers, generated, strict=True):
+        text = "".join(parser.thoughts)
+        total += min(most, await reading.count_tokens(text)) if text else 0
+    return total
 
 
 async def collect(events: AsyncGenerator[AnswerEvent, None]) -> tuple[list[AnswerEvent], int]:

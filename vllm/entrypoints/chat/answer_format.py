@@ -43,6 +43,8 @@ class AnswerFormat:
 
     @property
     def needs_special_tokens(self) -> bool:
+        if self.reasoning is not None and self.reasoning.needs_special_tokens:
+            return True
         return self.choice == "auto" and self.parser is not None and self.parser.needs_special_tokens
 
     @property
@@ -59,10 +61,10 @@ class AnswerFormat:
         allowed = [t for t in self.tools if self.allowed is None or t["function"]["name"] in self.allowed]
         return required_form(allowed, self.parallel)
 
-    def make_parser(self, reasoning_ended: bool) -> AnswerParser:
-        """A parser for one output."""
+    def make_parser(self, reasoning_ended: bool | None, is_whole: bool = False) -> AnswerParser:
+        """A parser for one output; `is_whole` as of `AnswerParser`."""
         reasoning = None if self.reasoning is None else self.reasoning(reasoning_ended)
-        return AnswerParser(reasoning, self._make_tool_parser())
+        return AnswerParser(reasoning, self._make_tool_parser(), is_whole and self.choice == "auto")
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """`tool_calls` where the model chose to call; who names the function knows that it is called."""
@@ -130,13 +132,14 @@ class AnswerReader:
 
 def reasoning_ended(
     format: AnswerFormat, prompt: str, continued: str | None, template_kwargs: Mapping[str, Any]
-) -> bool:
-    """Whether an answer has no reasoning to come; see `ReasoningParser.ended_in`."""
+) -> bool | None:
+    """Whether an answer has no reasoning to come, or None if that is open; see `ReasoningParser.ended_in`."""
     return format.reasoning is None or format.reasoning.ended_in(prompt, continued, template_kwargs)
 
 
-def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: bool) -> None:
-    """Gives the output the form of the calls that it must make; what a form asks for begins after the reasoning.
+def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: bool | None) -> None:
+    """Gives the output the form of the calls that it must make; what a form asks for begins after the reasoning, or at
+    once if there may be none.
 
     Raises:
         VLLMValidationError: the request asks for another form, or `AnswerFormat.form` refuses the tools.
@@ -148,7 +151,7 @@ def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: b
             f"{asked.field} cannot be combined with a tool_choice that demands calls.", asked.field
         )
     params.structured_outputs = form = calls or asked
-    if form is not None and format.reasoning is not None and not reasoning_is_over:
+    if form is not None and format.reasoning is not None and reasoning_is_over is False:
         form.after = format.reasoning.end
 
 

@@ -126,10 +126,11 @@ class ChatService:
         wants_tokens = top_logprobs is not None or bool(request.return_token_ids)
         reading = AnswerReading(
             format=answer_format,
-            parsers=[answer_format.make_parser(ended) for _ in range(num_choices(request))],
+            parsers=[answer_format.make_parser(ended, not request.stream) for _ in range(num_choices(request))],
             shows_reasoning=shows_reasoning,
             shows_tokens=shows_tokens and wants_tokens,
             echoed=last_text(last) if request.echo and last["role"] == role else "",
+            count_tokens=None if answer_format.reasoning is None else self._count_tokens,
         )
         return ChatAnswer(
             model=model,
@@ -139,6 +140,9 @@ class ChatService:
             logprobs=self._logprobs(request, top_logprobs if shows_tokens else None),
             events=answer_events(outputs, reading),
         )
+
+    async def _count_tokens(self, text: str) -> int:
+        return len(await self._engine.lanes.run(self._engine.tokenizer.encode, text, False, size=len(text)))
 
     def _logprobs(self, request: ChatRequest, top: int | None) -> LogprobWriter | None:
         if top is None:

@@ -46,7 +46,6 @@ class ServingResponses:
     """
 
     def __init__(self, engine: AsyncLLMEngine, models: ServedModels, prompts: PromptReader, chat: ChatService) -> None:
-        self._tokenizer = engine.tokenizer
         self._lanes = engine.lanes
         self._prompts = prompts
         self._models = models
@@ -81,7 +80,6 @@ class ServingResponses:
             return await EventStream.start(self._stream(writer, answer.events))
         events, size = await collect(answer.events)
         await shaped(lambda: [news for event in events for news in writer.take(event)], self._lanes, size)
-        await self._count_reasoning(writer)
         list(writer.finish())
         self._keep(writer)
         return stored.response
@@ -173,19 +171,11 @@ class ServingResponses:
                 raise
             yield writer.encode(writer.fail(exc))
         else:
-            await self._count_reasoning(writer)
             for news in writer.finish():
                 # Kept before its end is told, so that a client may come back at once.
                 if "response" in news:
                     self._keep(writer)
                 yield writer.encode(news)
-
-    async def _count_reasoning(self, writer: ResponseWriter) -> None:
-        """Sets `reasoning_tokens`: those of the reasoning's text, since a chat counts all of its output together."""
-        text, usage = writer.reasoning, writer.response["usage"]
-        if text and usage is not None:
-            count = len(await asyncio.to_thread(self._tokenizer.encode, text, False))
-            usage["output_tokens_details"]["reasoning_tokens"] = min(count, usage["output_tokens"])
 
     def _keep(self, writer: ResponseWriter) -> None:
         if writer.response["store"]:
@@ -215,7 +205,6 @@ class ServingResponses:
                         run.add(writer.encode({"type": "response.in_progress", "response": writer.response}))
                     for news in writer.take(event):
                         run.add(writer.encode(news))
-            await self._count_reasoning(writer)
             for news in writer.finish():
                 run.add(writer.encode(news))
         except Exception as exc:

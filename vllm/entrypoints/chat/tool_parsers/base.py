@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Text
-from vllm.entrypoints.chat.partial_text import held_back
+from vllm.entrypoints.chat.partial_text import find_first, held_back
 
 
 class ToolParser(ABC):
@@ -38,7 +38,7 @@ class ToolParser(ABC):
         self._events: list[PartEvent] = []
         # Of one event that grows: more of the open call's arguments, or else text.
         self._pieces: list[str] = []
-        self._call_is_open = False
+        self._call_is_open = self._has_arguments = False
         self._space = ""
 
     def feed(self, text: str) -> list[PartEvent]:
@@ -64,16 +64,21 @@ class ToolParser(ABC):
     def end(self) -> None:
         """Takes what is left in the buffer."""
 
-    def say_until(self, mark: str) -> bool:
-        """Says what stands before `mark` and drops both; returns whether it is there. Without it, what may be its
-        beginning stays."""
-        before, found, after = self.buffer.partition(mark)
-        if not found:
-            self.say(self.take(len(self.buffer) - held_back(self.buffer, (mark,))))
-            return False
-        self.say(before)
-        self.buffer = after
-        return True
+    def say_until(self, *marks: str) -> str:
+        """Says what stands before the first of `marks` and drops both; returns which one it was. Without one, what may
+        be its beginning stays, and the answer is an empty text."""
+        found = find_first(self.buffer, marks)
+        if found is None:
+            self.say(self.take(len(self.buffer) - held_back(self.buffer, marks)))
+            return ""
+        at, mark = found
+        self.say(self.take(at))
+        self.take(len(mark))
+        return mark
+
+    def may_grow_to(self, *marks: str) -> bool:
+        """Whether the buffer is the beginning of one of these marks."""
+        return any(mark.startswith(self.buffer) and mark != self.buffer for mark in marks)
 
     def make_id(self) -> str:
         """The id of a new call."""
@@ -97,7 +102,7 @@ class ToolParser(ABC):
         self._close_call()
         self._flush()
         self._space = ""
-        self._call_is_open = True
+        self._call_is_open, self._has_arguments = True, False
         self._events.append(CallBegun(self.num_calls, self.make_id(), name))
         self.num_calls += 1
 
@@ -116,6 +121,8 @@ class ToolParser(ABC):
 
     def _close_call(self) -> None:
         if self._call_is_open:
+            if not self._pieces and not self._has_arguments:
+                self._pieces.append("{}")
             self._flush()
             self._call_is_open = False
             self._events.append(CallEnded(self.num_calls - 1))
@@ -124,6 +131,7 @@ class ToolParser(ABC):
         text = "".join(self._pieces)
         self._pieces.clear()
         if text:
+            self._has_arguments = True
             self._events.append(CallArguments(self.num_calls - 1, text) if self._call_is_open else Text(text))
 
     def _take(self) -> list[PartEvent]:
