@@ -434,7 +434,7 @@ def main() -> None:
     if cpu_kernels.library() is None:
         raise SystemExit("The compiled CPU kernels cannot be used here, so there is nothing to measure.")
     torch.manual_seed(0)
-    threads = args.threads or CpuPlatform().num_threads()
+    threads = args.threads or CpuPlatform().take_processors(0, 1)
     torch.set_num_threads(threads)
     setting = Setting(args)
     given = ceilings(setting, threads)

@@ -183,10 +183,10 @@ def engine(steps_per_s: float, times: Path) -> None:
         EngineRequest,
         EngineStats,
         StepOutputs,
-        from_wire,
     )
     from vllm.sampling_params import SamplingParams
     from vllm.step import PositionLogprobs
+    from vllm.wire import from_wire
 
     args = CoreProcessArgs.read(sys.stdin.buffer.readline(), dict)
     context = zmq.Context()

@@ -24,6 +24,7 @@ VALUES = {
     "sampling_params",
     "token_ids",
     "version",
+    "wire",
 }
 # Room → the rooms that it may import besides VALUES and itself.
 BENEATH: dict[str, set[str]] = {

@@ -139,10 +139,10 @@ def test_usable_cpus_respects_the_quota(
 
 def test_num_threads_follows_omp_num_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert current_platform("cpu").num_threads() == 7
+    assert current_platform("cpu").take_processors(0, 1) == 7
     monkeypatch.setenv("OMP_NUM_THREADS", "")
-    assert current_platform("cpu").num_threads() == usable_cpus()
+    assert current_platform("cpu").take_processors(0, 1) == usable_cpus()
 
 
 def test_gpu_threads() -> None:
-    assert CudaPlatform().num_threads() == usable_cpus()
+    assert CudaPlatform().take_processors(0, 1) == usable_cpus()

@@ -28,6 +28,7 @@ _MODULES = (
     "vllm.entrypoints.openai.api_server",
     "vllm.engine.core_process",
     "vllm.structured_output.compile_server",
+    "vllm.executor.rank_process",
 )
 _LENGTH = struct.Struct("!I")
 _ENDED = struct.Struct("!i")

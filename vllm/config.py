@@ -30,7 +30,7 @@ class ModelConfig:
         served_model_names: Names under which the HTTP API knows the model; the first one is reported back.
         hf_config: Shape of the network.
         dtype: Name of the torch dtype of weights and activations.
-        quantization: How the matrices are held instead: `int8_cpu`, int8 with a factor for each of their rows; or None.
+        quantization: How the matrices are quantised, by the name of `--quantization`; None: they are whole.
         max_model_len: Longest prompt plus output of a request, in tokens.
         load_format: Where weights come from.
         impl: Whose code computes the network.
@@ -54,7 +54,7 @@ class ModelConfig:
     max_model_len: int
     load_format: Literal["gguf", "safetensors", "dummy"]
     impl: Literal["vllm", "transformers"] = "vllm"
-    quantization: Literal["int8_cpu"] | None = None
+    quantization: str | None = None
     seed: int | None = None
     chat_template: str | None = None
     trust_request_chat_template: bool = False

@@ -49,6 +49,31 @@ def cpu_kvcache_space_gib() -> float | None:
     return _number("VLLM_CPU_KVCACHE_SPACE", "0") or None
 
 
+def cpu_omp_threads_bind() -> list[set[int]] | None:
+    """`VLLM_CPU_OMP_THREADS_BIND`: processors of each rank, as in `0-3|4,5-7`; None (`auto`, `nobind`) binds none."""
+    text = os.environ.get("VLLM_CPU_OMP_THREADS_BIND") or "auto"
+    if text in ("auto", "nobind"):
+        return None
+    try:
+        return [_processors(part) for part in text.split("|")]
+    except ValueError:
+        raise StartupError(
+            f"VLLM_CPU_OMP_THREADS_BIND must be auto, nobind, or processors for each rank as in 0-3|4-7, got {text!r}."
+        ) from None
+
+
+def _processors(text: str) -> set[int]:
+    """Raises ValueError for what is no list of numbers and ranges."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        run = range(int(first), int(last or first) + 1)
+        if not run or run[-1] >= 2**16:
+            raise ValueError(part)
+        found.update(run)
+    return found
+
+
 def cpu_instructions() -> str | None:
     """`VLLM_CPU_INSTRUCTIONS`: instructions that the compiled CPU kernels may use at most; None: all there are."""
     return os.environ.get("VLLM_CPU_INSTRUCTIONS") or None

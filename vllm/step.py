@@ -247,6 +247,10 @@ class PositionLogprobs:
     def __len__(self) -> int:
         return len(self.ranks) // ID_BYTES
 
+    def chosen(self) -> list[float]:
+        """Log-probability of the chosen token at each position."""
+        return [float(value) for value in memoryview(self.logprobs).cast("d")[:: self.width]]
+
 
 @dataclass
 class StepResult:

@@ -74,8 +74,8 @@ def test_kv_of_quantised_weights_has_keys_of_its_own(tiny_model_dir: Path) -> No
 
 
 def test_unknown_method(tiny_model_dir: Path) -> None:
-    with pytest.raises(StartupError, match=r"--quantization awq is not supported .* only int8_cpu and none are"):
-        make_engine(tiny_model_dir, quantization="awq")
+    with pytest.raises(StartupError, match=r"--quantization aqlm is not supported .* choose from fp8, awq"):
+        make_engine(tiny_model_dir, quantization="aqlm")
 
 
 @pytest.mark.parametrize(

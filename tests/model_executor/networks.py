@@ -18,6 +18,7 @@ from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.ops.cpu.kernels import SequenceRows
 from vllm.ops.sampling import SamplingTables
+from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 BLOCK = 4
 
@@ -29,15 +30,18 @@ def make_decoder(
     packed: bool = False,
     int8: bool = False,
     max_positions: int | None = None,
+    tp: TensorParallelGroup | None = None,
 ) -> Decoder:
     """The network of a configuration, its weights undefined.
 
     Args:
         packed: `finish` packs its matrices for the compiled CPU kernels, which then compute whole steps if they can.
         int8: Its matrices become int8 as they are packed.
+        tp: Place of this rank among several.
     """
     max_positions = max_positions or config.max_position_embeddings
-    return decoder_of(decoder_spec(config, max_positions), dtype, packed=packed, int8=int8, max_positions=max_positions)
+    spec = decoder_spec(config, max_positions)
+    return decoder_of(spec, dtype, packed=packed, int8=int8, max_positions=max_positions, tp=tp)
 
 
 def decoder_of(
@@ -47,11 +51,14 @@ def decoder_of(
     packed: bool = False,
     int8: bool = False,
     max_positions: int = 64,
+    quantization: QuantizationConfig | None = None,
+    tp: TensorParallelGroup | None = None,
 ) -> Decoder:
     """`make_decoder` of a network that no configuration need describe."""
-    compiled = packed and CpuProgram.misfit(spec) is None
+    tp = tp or TensorParallelGroup()
+    compiled = packed and tp.world_size == 1 and CpuProgram.misfit(spec) is None
     method = CpuPacked(int8) if packed else Unquantized()
-    build = Build(TensorParallelGroup(), method, max_positions, dtype, compiled=compiled)
+    build = Build(tp, method, max_positions, dtype, compiled=compiled, quantization=quantization)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

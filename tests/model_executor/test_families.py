@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, Pretrained
 
 from tests.model_executor.networks import logits_of, logits_of_compiled_steps, make_decoder
 from vllm.attention.backends import get_backend
+from vllm.distributed.parallel_state import join_ranks
 from vllm.exceptions import StartupError
 from vllm.model_executor.models.registry import decoder_spec
 from vllm.ops.cpu import kernels as cpu_kernels
@@ -155,6 +158,56 @@ def test_logits_are_those_of_transformers(architecture: str, changes: dict[str, 
     if packed:
         found = logits_of_compiled_steps(model, TOKENS, pinned=20)
         torch.testing.assert_close(found, want[20:], atol=1e-3, rtol=2e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("architecture", "changes"), CASES, ids=IDS)
+def test_logits_on_a_gpu(architecture: str, changes: dict[str, Any]) -> None:
+    reference = make_reference(architecture, changes)
+    with torch.inference_mode():
+        want = reference(torch.tensor([TOKENS])).logits[0]
+    with torch.device("cuda"):
+        model = make_decoder(config_of(reference))
+        with torch.no_grad():
+            model.load_weights(checkpoint(reference).items())
+            model.finish()
+        model.to("cuda")
+        backend = get_backend("TRITON", model.attention_specs, 16, torch.device("cuda"))
+        for pinned, chunk in ((0, None), (3, 17), (20, 6)):
+            found = logits_of(model, TOKENS, backend, block=16, pinned=pinned, chunk=chunk)
+            torch.testing.assert_close(found.cpu(), want, atol=1e-3, rtol=2e-4)
+
+
+def logits_on_rank(rank: int, folder: str, results: Any) -> None:
+    """Puts the index of each case and its logits."""
+    group = join_ranks("cpu", rank, 2, Path(folder))
+    torch.set_num_threads(1)
+    for i, (architecture, changes) in enumerate(CASES):
+        reference = make_reference(architecture, changes)
+        model = make_decoder(config_of(reference), tp=group)
+        with torch.no_grad():
+            model.load_weights(checkpoint(reference).items())
+            model.finish()
+        found = logits_of(model, TOKENS, pinned=20, chunk=6).numpy()
+        if rank == 0:
+            results.put((i, found))
+
+
+@pytest.mark.nightly
+def test_two_ranks_have_the_same_logits(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    ranks = [context.Process(target=logits_on_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = dict(results.get() for _ in CASES)
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+    for i, (architecture, changes) in enumerate(CASES):
+        with torch.inference_mode():
+            want = make_reference(architecture, changes)(torch.tensor([TOKENS])).logits[0]
+        torch.testing.assert_close(torch.from_numpy(found[i]), want, atol=1e-3, rtol=2e-4)
 
 
 def test_sequences_within_the_trained_length_are_turned_by_the_short_frequencies() -> None:

@@ -157,9 +157,9 @@ def test_other_architectures_are_named(checkpoint: Path) -> None:
         load_hf_config(str(checkpoint))
 
 
-def test_quantised_checkpoints_are_named(checkpoint: Path) -> None:
-    change_config(checkpoint, quantization_config={"quant_method": "awq"})
-    with pytest.raises(StartupError, match="'awq'"):
+def test_unknown_quantisation_is_named(checkpoint: Path) -> None:
+    change_config(checkpoint, quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(StartupError, match="quantised by 'aqlm'; supported are fp8, awq"):
         load_hf_config(str(checkpoint))
 
 

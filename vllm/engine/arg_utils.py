@@ -39,6 +39,7 @@ from vllm.transformers_utils.config import (
     weights_digest,
 )
 from vllm.transformers_utils.gguf import gguf_file
+from vllm.transformers_utils.quantization_config import METHODS, method_name, quantization_of
 from vllm.transformers_utils.tokenizer import Tokenizer, load_tokenizer
 
 logger = init_logger(__name__)
@@ -179,7 +180,12 @@ class EngineArgs:
             choices=_choices("model_impl"),
         )
         add("dtype", "Of weights and activations.", choices=_DTYPES)
-        add("quantization", "int8_cpu: matrices as int8, faster on a CPU and a little less exact.", type=_quantization)
+        add(
+            "quantization",
+            "fp8: whole weights as 8-bit floats; int8_cpu: as int8, on a CPU. Checkpoints that are quantised need no "
+            f"flag; their methods ({', '.join(METHODS)}) may be named.",
+            type=method_name,
+        )
         add("max_model_len", "Longest prompt plus output, in tokens; 8k and 8K are understood.", type=_human_int)
         add("seed", "Of the engine's own draws; fresh entropy if not given.", type=int)
         add("chat_template", "Template text, or a file that holds it, in place of the tokenizer's own.")
@@ -257,7 +263,7 @@ class EngineArgs:
         )
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
-        add("tensor_parallel_size", "Ranks that share the model; 1 in this version.", type=int)
+        add("tensor_parallel_size", "Ranks that share the model: one GPU each, or a process each on a CPU.", type=int)
         add("attention_backend", "TORCH, or the device's: CPU, TRITON, XFORMERS; the device's own choice if not given.")
         add("enforce_eager", "Never capture CUDA graphs.")
         add = adder("logging")
@@ -357,6 +363,7 @@ class EngineArgs:
             dtype = platform.default_dtype(getattr(hf_config, "dtype", None), is_gguf)
         else:
             dtype = _DTYPE_NAMES.get(self.dtype, self.dtype)
+        quantization = self._quantization(hf_config, display_name, is_gguf)
         names = display_name if self.served_model_name is None else self.served_model_name
         if not all(names) or not names:
             raise StartupError("--served-model-name must not be empty.")
@@ -370,19 +377,30 @@ class EngineArgs:
             max_model_len=self._max_model_len(_positions(hf_config)),
             load_format=load_format,
             impl=impl,
-            quantization=_quantization(self.quantization),
+            quantization=quantization,
             seed=self.seed,
             chat_template=template,
             trust_request_chat_template=self.trust_request_chat_template,
             trust_remote_code=self.trust_remote_code,
             max_logprobs=self._max_logprobs(int(hf_config.vocab_size)),
-            weights_digest=weights_digest(model_path, _quantization(self.quantization), impl),
+            weights_digest=weights_digest(model_path, quantization, impl),
             tokenizer_digest=tokenizer.digest() if self.system_prompt_cache_dir else "",
             chat_template_digest=_template_digest(template or tokenizer.hf.chat_template),
             eos_token_ids=eos_token_ids(model_path, hf_config, tokenizer),
             generation_defaults=self._generation_defaults(model_path),
             structured_outputs_backend=self._structured_outputs_backend(),
         )
+
+    def _quantization(self, hf_config: Any, display_name: str, is_gguf: bool) -> str | None:
+        """How the matrices are quantised, by the checkpoint or at load."""
+        asked = method_name(self.quantization)
+        if is_gguf and asked == "gguf":
+            return None
+        if asked == "gguf" or (is_gguf and asked == "fp8"):
+            what = "a" if is_gguf else "no"
+            raise StartupError(f"--quantization {asked} contradicts {display_name}, which is {what} GGUF file.")
+        found = quantization_of(getattr(hf_config, "quantization_config", None), asked, display_name)
+        return None if found is None else found.method
 
     def _structured_outputs_backend(self) -> Literal["auto", "guidance", "xgrammar"]:
         unknown = sorted(self.structured_outputs_config.keys() - {"backend"})
@@ -438,10 +456,6 @@ class EngineArgs:
     def _check_ranges(self) -> None:
         if self.block_size not in _BLOCK_SIZES:
             raise StartupError(f"--block-size must be a power of two up to {_BLOCK_SIZES[-1]}, got {self.block_size}.")
-        if self.tensor_parallel_size != 1:
-            raise StartupError(
-                f"--tensor-parallel-size {self.tensor_parallel_size} is not supported in this version; only 1 is."
-            )
         if self.scheduling_policy not in _choices("scheduling_policy"):
             raise StartupError(f"--scheduling-policy must be fcfs or priority, got {self.scheduling_policy}.")
         if self.dtype not in _DTYPES:
@@ -453,6 +467,7 @@ class EngineArgs:
             "kv_cache_memory_bytes": (1, 2**60),
             "max_num_seqs": (1, _MAX_SEQS),
             "max_num_batched_tokens": (1, 2**31 - 1),
+            "tensor_parallel_size": (1, 1024),
             "max_num_queued_reqs": (1, 2**31 - 1),
             "long_prefill_token_threshold": (0, 2**31 - 1),
             "system_prompt_cache_tokens": (0, 2**40),
@@ -502,14 +517,6 @@ def _positions(hf_config: Any) -> int:
             f"The model (model type {hf_config.model_type!r}) does not say how long its sequences may be."
         )
     return found
-
-
-def _quantization(name: str | None) -> Literal["int8_cpu"] | None:
-    if name in (None, "none"):
-        return None
-    if name == "int8_cpu":
-        return "int8_cpu"
-    raise StartupError(f"--quantization {name} is not supported by this server; only int8_cpu and none are.")
 
 
 def _human_int(text: str) -> int:

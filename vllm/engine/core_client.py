@@ -14,8 +14,9 @@ import zmq
 import zmq.asyncio
 
 from vllm import envs
-from vllm.engine.messages import CoreProcessArgs, EngineInput, EngineReady, StepOutputs, to_wire
+from vllm.engine.messages import CoreProcessArgs, EngineInput, EngineReady, StepOutputs
 from vllm.exceptions import StartupError
+from vllm.wire import to_wire
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=to_wire)
 

@@ -34,11 +34,11 @@ from vllm.engine.messages import (
     StepOutputs,
     UtilityCall,
     UtilityResult,
-    from_wire,
 )
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.transformers_utils.config import hf_config_of, weights_digest
+from vllm.wire import from_wire
 
 logger = init_logger(__name__)
 

@@ -20,7 +20,7 @@ from vllm.engine.calls import PinName
 from vllm.engine.messages import EngineOutput, EngineRequest, EngineStats, StepOutputs
 from vllm.exceptions import StartupError
 from vllm.executor.base import Executor
-from vllm.executor.uniproc import UniprocExecutor
+from vllm.executor.start import start_executor
 from vllm.kv_cache.extents import PinnedBlockPool
 from vllm.kv_cache.windows import WindowLayout
 from vllm.logger import init_logger
@@ -47,7 +47,7 @@ class EngineCore:
 
     Args:
         config: What to run.
-        executor: The ranks; None starts one in this process.
+        executor: The ranks; None starts those of `config`.
 
     Raises:
         StartupError: it cannot run on this machine with these settings.
@@ -55,7 +55,7 @@ class EngineCore:
 
     def __init__(self, config: VllmConfig, executor: Executor | None = None) -> None:
         self.config = config
-        self.executor = executor or UniprocExecutor(config)
+        self.executor = executor or start_executor(config)
         block_size = config.cache.block_size
         floor = -(-config.model.max_model_len // block_size)
         self._memory = self.executor.kv_memory()

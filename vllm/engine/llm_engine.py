@@ -103,8 +103,8 @@ class LLMEngine:
         if isinstance(news, Exception):
             self._errors.append(news)
         else:
-            if news.finished and news.prompt_logprobs is not None:
-                news.prompt_logprobs = list(news.prompt_logprobs)
+            if news.finished:
+                _list_logprobs(news)
             self._news.append(news)
 
     def abort_request(self, request_id: str | Iterable[str]) -> None:
@@ -202,3 +202,12 @@ class LLMEngine:
     def shutdown(self) -> None:
         self._compiler.shutdown()
         self.core.shutdown()
+
+
+def _list_logprobs(output: RequestOutput) -> None:
+    """Makes plain lists of log-probabilities, which is what Python callers expect of a whole output."""
+    if output.prompt_logprobs is not None:
+        output.prompt_logprobs = list(output.prompt_logprobs)
+    for one in output.outputs:
+        if one.logprobs is not None:
+            one.logprobs = list(one.logprobs)

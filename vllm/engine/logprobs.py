@@ -3,58 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from struct import Struct
 from typing import overload
 
 from vllm.outputs import Logprob, TokenLogprobs
 from vllm.step import PositionLogprobs
 from vllm.transformers_utils.tokenizer import Tokenizer
 
+_ID_BYTES, _VALUE_BYTES = 4, 8
+_RANK = Struct("I")
 
-class LogprobRows:
-    """The numbers of some positions, read one position at a time."""
 
-    def __init__(self, positions: PositionLogprobs, tokenizer: Tokenizer) -> None:
-        self._width = positions.width
-        self._token_ids = memoryview(positions.token_ids).cast("I")
-        self._logprobs = memoryview(positions.logprobs).cast("d")
-        self._ranks = memoryview(positions.ranks).cast("I")
-        self._text = tokenizer.token_text
+class LogprobRows(Sequence[TokenLogprobs]):
+    """Those of some positions, one behind the other. The mapping of a position is made when it is read.
 
-    def __len__(self) -> int:
-        return len(self._ranks)
+    A step of 256 requests draws more than a thousand log-probabilities, and a long prompt has some hundred thousand. An
+    object for each would take longer than the step does on a GPU, and hold up an event loop: whoever needs all of a
+    prompt's reads them in a thread.
+    """
+
+    __slots__ = ("_ids", "_logprobs", "_ranks", "_token_ids", "_tokenizer", "_values", "_width")
+
+    def __init__(self, tokenizer: Tokenizer, positions: PositionLogprobs | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids, self._logprobs, self._ranks = bytearray(), bytearray(), bytearray()
+        self._width = 0
+        self._ids, self._values = Struct(""), Struct("")
+        if positions is not None:
+            self.append(positions)
+
+    def append(self, positions: PositionLogprobs) -> None:
+        """Takes in the positions behind; all positions have as many tokens."""
+        width = positions.width
+        if width != self._width:
+            self._width, self._ids, self._values = width, Struct(f"{width}I"), Struct(f"{width}d")
+        self._token_ids += positions.token_ids
+        self._logprobs += positions.logprobs
+        self._ranks += positions.ranks
+
+    def copy(self) -> LogprobRows:
+        """The same positions, whatever comes behind them later."""
+        parts = map(bytes, (self._token_ids, self._logprobs, self._ranks))
+        return LogprobRows(self._tokenizer, PositionLogprobs(self._width, *parts))
 
     @property
     def num_entries(self) -> int:
         """Log-probabilities in all."""
-        return len(self._logprobs)
+        return len(self._token_ids) // _ID_BYTES
+
+    def __len__(self) -> int:
+        return len(self._ranks) // _ID_BYTES
+
+    @overload
+    def __getitem__(self, index: int) -> TokenLogprobs: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[TokenLogprobs]: ...
+    def __getitem__(self, index: int | slice) -> TokenLogprobs | list[TokenLogprobs]:
+        places = range(len(self))[index]
+        return self.at(places) if isinstance(places, int) else [self.at(place) for place in places]
 
     def at(self, index: int) -> TokenLogprobs:
         """The chosen token at one of the positions, then the most likely ones by rank."""
-        first, text = index * self._width, self._text
-        ids = self._token_ids[first : first + self._width].tolist()
-        values = self._logprobs[first : first + self._width].tolist()
+        first, text = index * self._width, self._tokenizer.token_text
+        ids = self._ids.unpack_from(self._token_ids, first * _ID_BYTES)
+        values = self._values.unpack_from(self._logprobs, first * _VALUE_BYTES)
         chosen = ids[0]
-        entry = {chosen: Logprob(values[0], self._ranks[index], text(chosen))}
+        entry = {chosen: Logprob(values[0], _RANK.unpack_from(self._ranks, index * _ID_BYTES)[0], text(chosen))}
         for i in range(1, len(ids)):
             token_id = ids[i]
             if token_id != chosen:
                 entry[token_id] = Logprob(values[i], i, text(token_id))
         return entry
 
-    def chosen(self) -> list[float]:
-        """Log-probability of the chosen token at each position."""
-        return [float(value) for value in self._logprobs[:: self._width]]
-
 
 class PromptLogprobs(Sequence[TokenLogprobs | None]):
-    """Those of a prompt, None for its first token. Each mapping is made when it is read.
-
-    A long prompt has some hundred thousand entries. To make them all takes a good part of a second, for which an event
-    loop has no time: whoever needs them reads them in a thread.
-    """
+    """Those of a prompt, None for its first token."""
 
     def __init__(self, positions: PositionLogprobs, tokenizer: Tokenizer) -> None:
-        self._rows = LogprobRows(positions, tokenizer)
+        self._rows = LogprobRows(tokenizer, positions)
 
     @property
     def num_entries(self) -> int:

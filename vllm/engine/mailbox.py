@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import chain
 
-from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 
@@ -80,14 +81,15 @@ class _JoinedOutput:
         self._latest = first
         self._texts = [first.text]
         self._token_ids = list(first.token_ids)
-        self._logprobs: list[TokenLogprobs] | None = None if first.logprobs is None else list(first.logprobs)
+        self._logprobs = None if first.logprobs is None else [first.logprobs]
 
     def add(self, later: CompletionOutput) -> None:
         self._latest = later
         self._texts.append(later.text)
         self._token_ids += later.token_ids
         if self._logprobs is not None and later.logprobs is not None:
-            self._logprobs += later.logprobs
+            self._logprobs.append(later.logprobs)
 
     def output(self) -> CompletionOutput:
-        return replace(self._latest, text="".join(self._texts), token_ids=self._token_ids, logprobs=self._logprobs)
+        logprobs = None if self._logprobs is None else list(chain.from_iterable(self._logprobs))
+        return replace(self._latest, text="".join(self._texts), token_ids=self._token_ids, logprobs=logprobs)

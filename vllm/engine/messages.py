@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,23 +13,8 @@ from vllm.outputs import VaryingSpanInfo
 from vllm.sampling_params import SamplingParams
 from vllm.step import PositionLogprobs
 from vllm.structured_output.constraint import CompiledConstraint
-from vllm.token_ids import TokenIds, from_bytes
-
-
-def to_wire(value: object) -> memoryview:
-    """Token ids travel as their memory; the `enc_hook` of whoever encodes messages.
-
-    Raises:
-        TypeError: it is something else, which no message holds.
-    """
-    if not isinstance(value, array):
-        raise TypeError(f"no message holds a {type(value).__name__}")
-    return memoryview(value).cast("B")
-
-
-def from_wire(kind: type, value: bytes) -> TokenIds:
-    """The other way, as `dec_hook`: token ids are the only type of messages that is not msgspec's own."""
-    return from_bytes(value)
+from vllm.token_ids import TokenIds
+from vllm.wire import received, sendable
 
 
 class EngineRequest(msgspec.Struct, omit_defaults=True, tag="add"):
@@ -185,16 +168,11 @@ class CoreProcessArgs(msgspec.Struct):
 
     def to_line(self) -> bytes:
         """The line. The configuration of the model becomes the fields that its JSON has."""
-        fields = msgspec.json.decode(self.config.model.hf_config.to_json_string())
-        return msgspec.json.encode(self._with_hf_config(fields)) + b"\n"
+        args = CoreProcessArgs(sendable(self.config), self.input_address, self.output_address)
+        return msgspec.json.encode(args) + b"\n"
 
     @classmethod
     def read(cls, line: bytes, hf_config_of: Callable[[dict[str, Any]], Any]) -> CoreProcessArgs:
         """What `to_line` has written; `hf_config_of` makes the configuration of a model from its fields."""
         args = msgspec.json.decode(line, type=cls)
-        fields: Any = args.config.model.hf_config
-        return args._with_hf_config(hf_config_of(fields))
-
-    def _with_hf_config(self, hf_config: Any) -> CoreProcessArgs:
-        config = replace(self.config, model=replace(self.config.model, hf_config=hf_config))
-        return CoreProcessArgs(config, self.input_address, self.output_address)
+        return CoreProcessArgs(received(args.config, hf_config_of), args.input_address, args.output_address)

@@ -12,7 +12,7 @@ from vllm.engine.logprobs import LogprobRows, PromptLogprobs
 from vllm.engine.messages import EngineOutput, EngineRequest, ForkSequences
 from vllm.engine.observer import ObservedOutput, RequestObserver
 from vllm.engine.output_text import OutputText
-from vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, TokenLogprobs
+from vllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.transformers_utils.tokenizer import Tokenizer
 
@@ -122,7 +122,7 @@ class OutputState:
 
     text: OutputText
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: LogprobRows | None = None
     cumulative_logprob: float = 0.0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -146,7 +146,7 @@ class RequestState(InFlight):
         self._outputs = [
             OutputState(
                 text=OutputText(tokenizer, prompt.token_ids, params),
-                logprobs=None if params.logprobs is None else [],
+                logprobs=None if params.logprobs is None else LogprobRows(tokenizer),
             )
             for _ in range(params.n)
         ]
@@ -177,9 +177,8 @@ class RequestState(InFlight):
     def _take_tokens(self, out: OutputState, news: EngineOutput) -> int:
         """Takes in the tokens of one output, up to a stop string; returns how many these are."""
         if news.logprobs is not None and out.logprobs is not None:
-            rows = LogprobRows(news.logprobs, self.tokenizer)
-            out.logprobs += map(rows.at, range(len(rows)))
-            out.cumulative_logprob += sum(rows.chosen())
+            out.logprobs.append(news.logprobs)
+            out.cumulative_logprob += sum(news.logprobs.chosen())
         last = len(news.new_token_ids) - 1
         for i, token_id in enumerate(news.new_token_ids):
             out.token_ids.append(token_id)
@@ -221,8 +220,7 @@ class RequestState(InFlight):
         first, out.num_taken = out.num_taken, len(out.token_ids)
         logprobs = None
         if out.logprobs is not None:
-            # Those that have been handed over are not kept: they are many objects, and collections look at all of them.
-            logprobs, out.logprobs = out.logprobs, []
+            logprobs, out.logprobs = out.logprobs, LogprobRows(self.tokenizer)
         return CompletionOutput(
             index=index,
             text=out.text.take_delta(out.finish_reason is not None),
@@ -240,7 +238,7 @@ class RequestState(InFlight):
             text=out.text.visible(out.finish_reason is not None),
             token_ids=list(out.token_ids),
             cumulative_logprob=None if out.logprobs is None else out.cumulative_logprob,
-            logprobs=None if out.logprobs is None else list(out.logprobs),
+            logprobs=None if out.logprobs is None else out.logprobs.copy(),
             finish_reason=out.finish_reason,
             stop_reason=out.stop_reason,
         )

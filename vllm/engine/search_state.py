@@ -64,7 +64,7 @@ class SearchState(InFlight):
         self._take_first(news)
         if news.logprobs is None:
             raise RuntimeError("a step of a beam search has no log-probabilities")
-        self._rows[news.index] = LogprobRows(news.logprobs, self.tokenizer).at(0)
+        self._rows[news.index] = LogprobRows(self.tokenizer, news.logprobs).at(0)
         beams = self._search.beams
         if len(self._rows) < len(beams.active):
             return False

@@ -39,16 +39,22 @@ class Platform(ABC):
         """Memory of the host, not of the device, that this process could take now."""
 
     @abstractmethod
-    def available_kv_bytes(self, utilization: float) -> int:
-        """Memory that the KV cache may take once the weights are loaded, by default.
+    def available_kv_bytes(self, utilization: float, num_ranks: int = 1) -> int:
+        """Memory that the KV cache of each rank may take once the weights are loaded, by default.
 
         Args:
             utilization: Share of the memory that the whole engine may use, 0 … 1.
+            num_ranks: Ranks on this host.
         """
 
     @abstractmethod
-    def num_threads(self) -> int:
-        """Threads that host-side computation should use."""
+    def take_processors(self, rank: int, num_ranks: int) -> int:
+        """Keeps this rank to its processors, if it is to have some for itself; returns how many threads it should
+        compute with on the host.
+
+        Raises:
+            StartupError: what says which ones cannot be followed.
+        """
 
     @abstractmethod
     def synchronize(self) -> None:

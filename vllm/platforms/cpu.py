@@ -16,6 +16,7 @@ from typing import NamedTuple
 import psutil
 
 from vllm import envs
+from vllm.exceptions import StartupError
 from vllm.platforms.base import Platform, dtype_name
 
 _ROOT = Path("/")
@@ -44,19 +45,35 @@ class CpuPlatform(Platform):
     def available_host_memory_bytes(self) -> int:
         return self.available_memory_bytes()
 
-    def available_kv_bytes(self, utilization: float) -> int:
-        """`VLLM_CPU_KVCACHE_SPACE` if it is set; else 4 GiB, or half of what is left where that is less: the host's
-        memory, unlike a GPU's, belongs to others too."""
+    def available_kv_bytes(self, utilization: float, num_ranks: int = 1) -> int:
+        """`VLLM_CPU_KVCACHE_SPACE` for each rank if it is set; else 4 GiB, or half of what is left where that is less,
+        for all of them: the host's memory, unlike a GPU's, belongs to others too."""
         asked = envs.cpu_kvcache_space_gib()
         if asked is not None:
             return int(asked * 2**30)
         left = int(self.available_memory_bytes() - (1 - utilization) * self.total_memory_bytes())
-        return max(0, min(4 * 2**30, left // 2))
+        return max(0, min(4 * 2**30, left // 2)) // num_ranks
 
-    def num_threads(self) -> int:
-        """`OMP_NUM_THREADS` if it is set, else the processors this process may run on."""
+    def take_processors(self, rank: int, num_ranks: int) -> int:
+        """The processors that `VLLM_CPU_OMP_THREADS_BIND` names for the rank, if it names some; else, unbound,
+        `OMP_NUM_THREADS` threads if it is set, else this rank's share of the processors this process may run on."""
+        bound = envs.cpu_omp_threads_bind()
+        if bound is not None:
+            if len(bound) != num_ranks:
+                raise StartupError(
+                    f"VLLM_CPU_OMP_THREADS_BIND names processors for {len(bound)} ranks, separated by |; there are "
+                    f"{num_ranks}."
+                )
+            try:
+                os.sched_setaffinity(0, bound[rank])
+            except OSError as error:
+                raise StartupError(
+                    f"VLLM_CPU_OMP_THREADS_BIND: rank {rank} cannot have the processors {sorted(bound[rank])}: "
+                    f"{error.strerror}."
+                ) from None
+            return len(bound[rank])
         value = os.environ.get("OMP_NUM_THREADS", "")
-        return int(value) if value.isdecimal() and int(value) > 0 else usable_cpus()
+        return int(value) if value.isdecimal() and int(value) > 0 else max(1, usable_cpus() // num_ranks)
 
     def attention_backend(self) -> str:
         return "CPU"

@@ -38,12 +38,12 @@ class CudaPlatform(Platform):
     def available_host_memory_bytes(self) -> int:
         return CpuPlatform().available_memory_bytes()
 
-    def available_kv_bytes(self, utilization: float) -> int:
+    def available_kv_bytes(self, utilization: float, num_ranks: int = 1) -> int:
         free, total = self.available_memory_bytes(), self.total_memory_bytes()
         return max(0, int(free - (1 - utilization) * total))
 
-    def num_threads(self) -> int:
-        return usable_cpus()
+    def take_processors(self, rank: int, num_ranks: int) -> int:
+        return max(1, usable_cpus() // num_ranks)
 
     def attention_backend(self) -> str:
         return "TRITON"

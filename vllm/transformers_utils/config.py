@@ -18,6 +18,7 @@ from vllm.transformers_utils.gguf import gguf_file
 from vllm.transformers_utils.gguf_config import gguf_config
 from vllm.transformers_utils.llama_config import LlamaConfig
 from vllm.transformers_utils.packaged_models import DEFAULT_MODEL_NAME, PACKAGED_MODELS, ensure_packaged_model
+from vllm.transformers_utils.quantization_config import quantization_of
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -26,6 +27,8 @@ logger = init_logger(__name__)
 _ALSO_READ = {"rope_theta", "rope_scaling", "torch_dtype", "quantization_config", "text_config"}
 # What a checkpoint with more than a language model says for all of it.
 _OF_THE_WHOLE = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings", "quantization_config")
+_MODELOPT_FILE = "hf_quant_config.json"
+"""Where older releases of modelopt say what config.json says now."""
 _HUB_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 _HUB_WEIGHTS = ("*.safetensors",)
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -100,6 +103,8 @@ def load_hf_config(
         source, values = str(path), gguf_config(gguf_file(path))
     else:
         source, values = str(path / "config.json"), _read_json(path / "config.json")
+        if not values.get("quantization_config") and (path / _MODELOPT_FILE).is_file():
+            values["quantization_config"] = {"quant_method": "modelopt"} | _read_json(path / _MODELOPT_FILE)
     if overrides:
         source += " with --hf-overrides"
         values = _overridden(values, overrides)
@@ -117,9 +122,7 @@ def load_hf_config(
                 ", ".join(unknown),
                 values["model_type"],
             )
-    if values.get("quantization_config"):
-        method = values["quantization_config"].get("quant_method", "unknown")
-        raise StartupError(f"{source} holds weights quantised by {method!r}; supported are plain weights and GGUF.")
+    quantization_of(values.get("quantization_config"), None, source)
     try:
         return hf_config_of(values)
     except Exception as error:  # transformers checks values in its own ways

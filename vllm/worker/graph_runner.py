@@ -33,6 +33,9 @@ _BATCH_STEP = 16
 # A mixed step of more tokens keeps the device busy for longer than the host needs to launch its kernels one by one.
 _MIXED_SIZES = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
 
+# What other threads ask the driver meanwhile, as those of NCCL do, is no fault of a capture.
+_WATCHED = "thread_local"
+
 
 def batch_sizes(max_num_seqs: int) -> list[int]:
     """Decode sizes that are captured, rising: a batch runs in the next larger one, so at most 15 rows are padding."""
@@ -121,7 +124,7 @@ class GraphRunner:
         pool = torch.cuda.graph_pool_handle()
         for tokens in reversed(self._mixed_sizes):
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode=_WATCHED):
                 hidden = self._mixed_step(tokens)
             self._mixed[tokens] = CapturedMixed(graph, hidden)
         for batch in reversed(self._sizes):
@@ -133,7 +136,7 @@ class GraphRunner:
             graphs = []
             for part in parts:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode=_WATCHED):
                     part()
                 graphs.append(graph)
             self._decode[batch] = CapturedDecode(*graphs)

@@ -19,6 +19,7 @@ from vllm.kv_cache.windows import KVMemory, window_of
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
+from vllm.model_executor.layers.quantization.select import quantization_of_model
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
 from vllm.model_executor.model_loader.load import load_model
 from vllm.model_executor.models.base import CausalLM
@@ -49,7 +50,8 @@ class Worker:
         self.config = config
         self.tp = tp or TensorParallelGroup()
         self.platform = current_platform(config.device)
-        self.device = torch.device(config.device)
+        ranked = is_gpu(torch.device(config.device)) and self.tp.world_size > 1
+        self.device = torch.device(config.device, self.tp.rank) if ranked else torch.device(config.device)
         self.dtype = getattr(torch, config.model.dtype)
         self.spec: DecoderSpec | None = None
         if config.model.impl == "vllm":
@@ -60,7 +62,7 @@ class Worker:
             raise StartupError(f"{config.model.model} cannot be built: {error}.") from None
         self.backend = get_backend(config.attention_backend, wishes, config.cache.block_size, self.device)
         if not is_gpu(self.device):
-            torch.set_num_threads(self.platform.num_threads())
+            torch.set_num_threads(self.platform.take_processors(self.tp.rank, self.tp.world_size))
         started = time.perf_counter()
         try:
             build = self._build()
@@ -103,13 +105,14 @@ class Worker:
         """
         config = self.config
         packs = config.attention_backend.upper() == "CPU" and cpu_kernels.library() is not None
-        int8 = config.model.quantization is not None
+        int8 = config.model.quantization == "int8_cpu"
         if int8 and not packs:
             raise StartupError(
                 f"--quantization {config.model.quantization} is of the compiled CPU kernels, which do not serve here "
                 f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
             )
-        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype)
+        quantization = quantization_of_model(config.model)
+        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype, quantization=quantization)
         if not packs:
             return plain
         if self.spec is None:
@@ -149,7 +152,7 @@ class Worker:
 
     def available_kv_bytes(self) -> int:
         """Bytes that the KV cache may take on this rank, weights loaded and room kept for the largest step."""
-        available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization)
+        available = self.platform.available_kv_bytes(self.config.cache.gpu_memory_utilization, self.tp.world_size)
         if is_gpu(self.device):
             self._step_bytes = self._bytes_of_largest_step()
         return max(0, available - self._step_bytes)
@@ -260,7 +263,7 @@ class Worker:
     def _arithmetic(self) -> str:
         """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
         is measured at each start, and need not be the same one."""
-        narrow = self.dtype != torch.float32 or self.config.model.quantization is not None
+        narrow = self.dtype != torch.float32 or self.config.model.quantization == "int8_cpu"
         return str(cpu_kernels.arithmetic()) if narrow and self._is_packed else ""
 
     def snapshots(self) -> list[SnapshotRecord]:

@@ -83,8 +83,8 @@ def test_values_that_ask_for_what_happens_anyway_are_accepted(parse, args):
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--quantization", "awq"], "--quantization awq"),
-        (["-q", "awq"], "--quantization awq is not supported by this server; only int8_cpu and none are"),
+        (["--quantization", "aqlm"], "--quantization aqlm"),
+        (["-q", "aqlm"], "--quantization aqlm is not supported by this server; choose from fp8, awq, gptq"),
         (["--enable-lora"], "--enable-lora"),
         (["--speculative-config", "{}"], "--speculative-config"),
         (["--speculative_config={}"], "--speculative-config"),

@@ -64,7 +64,6 @@ def test_version_and_help_end_at_once():
         (["a", "--model", "b"], "Two models"),
         (["--quantization", "awq"], "--quantization"),
         (["--enable-auto-tool-choice"], "--tool-call-parser"),
-        (["-tp", "2"], "--tensor-parallel-size"),
         (["--host", "203.0.113.5"], "203.0.113.5"),
         (["--ssl-keyfile", "/no/such/file"], "/no/such/file"),
     ],

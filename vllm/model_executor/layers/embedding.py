@@ -49,8 +49,7 @@ class VocabParallelEmbedding(nn.Module):
         """Scores of the whole vocabulary: [T, hidden_size] → [T, vocab_size]; into `out` if it is given."""
         if out is not None and self.tp.world_size == 1:
             return linear(hidden, self.weight[: self.vocab_size], None, out=out)
-        scores = all_gather_last_dim(linear(hidden, self.weight, None), self.tp)[..., : self.vocab_size]
-        return scores if out is None else out.copy_(scores)
+        return all_gather_last_dim(linear(hidden, self.weight, None), self.tp, self.vocab_size, out)
 
 
 class OutputProjection(nn.Module):

@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from vllm.distributed.communication import all_reduce
+from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.linear import copy_checked
 from vllm.ops.dispatch import row_norm
 from vllm.ops.norm import Norm, normalise
@@ -31,17 +33,22 @@ class RowNorm(nn.Module):
 
 
 class HeadNorms(nn.Module):
-    """A norm of each of several heads, with weights of its own (`[num_heads, head_dim]`) or with none."""
+    """A norm of each of several heads, with weights of its own (`[num_heads, head_dim]`) or with none.
 
-    def __init__(self, num_heads: int, head_dim: int, norm: Norm, has_weights: bool = True) -> None:
+    Args:
+        first: The first of these heads among those that the checkpoint has weights for.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, norm: Norm, has_weights: bool = True, first: int = 0) -> None:
         super().__init__()
+        self._first = first
         self.heads = num_heads, head_dim
         self.norm = norm
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim), requires_grad=False) if has_weights else None
 
     def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
         """Loads the `weight` (`kind`); it has no parts."""
-        copy_checked(getattr(self, kind), tensor, kind)
+        copy_checked(getattr(self, kind), tensor[self._first : self._first + self.heads[0]], kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, num_heads * head_dim] → the same shape."""
@@ -50,3 +57,38 @@ class HeadNorms(nn.Module):
         if self.weight is not None:
             wide = wide * (self.weight.float() + self.norm.offset)
         return wide.to(x.dtype).flatten(1)
+
+
+class SplitRowNorm(nn.Module):
+    """The root-mean-square norm of rows that lie on several ranks: each has `size` neighbouring numbers of them.
+
+    Args:
+        size: Of this rank's part.
+        copies: How many neighbouring ranks have the same part.
+    """
+
+    def __init__(self, size: int, norm: Norm, tp: TensorParallelGroup, copies: int = 1) -> None:
+        super().__init__()
+        if norm.kind != "rms":
+            raise ValueError(f"a {norm.kind} norm of rows cannot be split over tensor-parallel ranks")
+        self.norm = norm
+        self.tp = tp
+        self._copies = copies
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads this rank's part of the `weight` (`kind`); it has no parts."""
+        size = len(self.weight)
+        first = self.tp.rank // self._copies * size
+        copy_checked(self.weight, tensor[first : first + size], kind)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, size] → [T, size]."""
+        wide = x.float()
+        squares = all_reduce(wide.square().sum(-1, keepdim=True), self.tp)
+        mean = squares / (x.shape[-1] * self.tp.world_size)
+        wide = wide * torch.rsqrt(mean + self.norm.eps)
+        factor = self.weight.float() + self.norm.offset
+        if self.norm.rounds_first:
+            wide, factor = wide.to(x.dtype), factor.to(x.dtype)
+        return (wide * factor).to(x.dtype)

@@ -14,6 +14,7 @@ from torch import nn
 from vllm.distributed.communication import all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.quantization.base import LinearMethod
+from vllm.model_executor.layers.quantization.stored import OUT, Stored
 from vllm.ops.cpu.kernels import PackedMatrix
 
 
@@ -21,11 +22,13 @@ class LinearBase(nn.Module):
     """`x Wᵀ + b`; this rank's share of the weights.
 
     Args:
-        in_features, out_features: Of this rank.
+        sizes: Output features of each part, of this rank, by name; the parts lie over each other.
+        in_features: Of this rank.
         has_bias: There is a bias; features that have none of their own have 0.
         method: Holds and multiplies.
 
     Attributes:
+        sizes: Output features of each part.
         packed: The weights for the compiled CPU kernels, where they have been packed.
     """
 
@@ -33,17 +36,41 @@ class LinearBase(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, in_features: int, out_features: int, has_bias: bool, tp: TensorParallelGroup, method: LinearMethod
+        self, sizes: Mapping[str, int], in_features: int, has_bias: bool, tp: TensorParallelGroup, method: LinearMethod
     ) -> None:
         super().__init__()
         self.tp = tp
         self.method = method
-        self.in_features, self.out_features = in_features, out_features
-        for name, parameter in method.parameters(in_features, out_features).items():
+        self.parts, self.sizes = tuple(sizes), tuple(sizes.values())
+        self.in_features, self.out_features = in_features, sum(self.sizes)
+        self.dtype = torch.get_default_dtype()
+        for name, parameter in method.parameters(self.sizes, in_features).items():
             self.register_parameter(name, parameter)
-        bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if has_bias else None
+        bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
         self.packed: PackedMatrix | None = None
+        self._loaded: set[str] = set()
+
+    def _load(self, kind: str, index: int, tensor: torch.Tensor, name: str) -> None:
+        """Takes this rank's share of a tensor of one part."""
+        self.method.load(self, kind, index, tensor, name)
+        self._loaded.add(kind)
+
+    def loaded_bytes(self) -> int:
+        """Bytes of the matrix's tensors as they are loaded."""
+        return sum(getattr(self, name).nbytes for name, stored in self.method.stored.items() if stored.read)
+
+    def take_loaded(self) -> dict[str, torch.Tensor]:
+        """Moves the matrix's tensors out of the layer, by the names of the checkpoint; optional ones that it lacked are
+        left out."""
+        tensors = {}
+        for name, stored in self.method.stored.items():
+            if stored.read:
+                parameter = getattr(self, name)
+                delattr(self, name)
+                if name in self._loaded or not stored.optional:
+                    tensors[name] = parameter.data
+        return tensors
 
     def finish(self) -> None:
         """Brings the loaded weights into the form in which the device multiplies by them."""
@@ -56,6 +83,7 @@ class MergedColumnParallelLinear(LinearBase):
     Args:
         parts: Output features of each, over all ranks, by name.
         biased: Those with a bias.
+        copies: How many neighbouring ranks hold the same rows of a part, by name; 1 where it is not given.
     """
 
     def __init__(
@@ -65,33 +93,27 @@ class MergedColumnParallelLinear(LinearBase):
         biased: frozenset[str],
         tp: TensorParallelGroup,
         method: LinearMethod,
+        copies: Mapping[str, int] | None = None,
     ) -> None:
         self.whole_sizes = dict(parts)
-        self.part_sizes = {name: tp.divide(size, name) for name, size in parts.items()}
-        has_bias = not biased.isdisjoint(parts)
-        super().__init__(in_features, sum(self.part_sizes.values()), has_bias, tp, method)
+        self._copies = {name: (copies or {}).get(name, 1) for name in parts}
+        self.part_sizes = {name: tp.divide(size * self._copies[name], name) for name, size in parts.items()}
+        super().__init__(self.part_sizes, in_features, not biased.isdisjoint(parts), tp, method)
 
     def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
-        """Loads the `weight` or `bias` (`kind`) of one part, or of several that the checkpoint has in one tensor."""
-        if len(parts) > 1:
-            whole = sum(self.whole_sizes[part] for part in parts)
-            if tensor.shape[0] != whole:
-                raise ValueError(f"{kind} has shape {tuple(tensor.shape)}, expected {whole} rows")
-            pieces = tensor.split([self.whole_sizes[part] for part in parts])
-        else:
-            pieces = (tensor,)
+        """Loads a tensor (`kind`: `weight`, `bias`, …) of one part, or of several that the checkpoint has in one."""
+        stored = _BIAS if kind == "bias" else self.method.stored[kind]
+        if not stored.read:
+            return
+        pieces = stored.split(tensor, [self.whole_sizes[part] for part in parts], kind)
         for part, piece in zip(parts, pieces, strict=True):
-            self._load_part(part, kind, piece)
-
-    def _load_part(self, part: str, kind: str, tensor: torch.Tensor) -> None:
-        size = self.part_sizes[part]
-        offset = 0
-        for name, other in self.part_sizes.items():
-            if name == part:
-                break
-            offset += other
-        source = shard(tensor, 0, size, self.tp, f"{part}.{kind}")
-        copy_checked(getattr(self, kind)[offset : offset + size], source, f"{part}.{kind}")
+            name, index = f"{part}.{kind}", self.parts.index(part)
+            rank, ranks = self.tp.rank // self._copies[part], self.tp.world_size // self._copies[part]
+            source = stored.share(piece, "out", self.part_sizes[part], rank, ranks, name)
+            if kind == "bias":
+                copy_checked(stored.place(self.bias, self.sizes, index), source, name)  # type: ignore[arg-type]
+            else:
+                self._load(kind, index, source, name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in_features] → [T, features of all parts]."""
@@ -104,16 +126,18 @@ class RowParallelLinear(LinearBase):
     def __init__(
         self, in_features: int, out_features: int, has_bias: bool, tp: TensorParallelGroup, method: LinearMethod
     ) -> None:
-        super().__init__(tp.divide(in_features, "input features"), out_features, has_bias, tp, method)
+        super().__init__({"": out_features}, tp.divide(in_features, "input features"), has_bias, tp, method)
 
     def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
-        """Loads the `weight` or `bias` (`kind`); it has no parts."""
-        if kind == "weight":
-            tensor = shard(tensor, 1, self.in_features, self.tp, kind)
-        elif self.tp.rank:
+        """Loads a tensor (`kind`: `weight`, `bias`, …); the layer has no parts."""
+        if kind == "bias":
             # The ranks' results are summed: only one of them adds the bias.
-            tensor = torch.zeros_like(tensor)
-        copy_checked(getattr(self, kind), tensor, kind)
+            copy_checked(self.bias, torch.zeros_like(tensor) if self.tp.rank else tensor, kind)  # type: ignore[arg-type]
+            return
+        stored = self.method.stored[kind]
+        if stored.read:
+            source = stored.share(tensor, "in", self.in_features, self.tp.rank, self.tp.world_size, kind)
+            self._load(kind, 0, source, kind)
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream [T, out_features] after this layer, or the layer's result alone; the stream before it may
@@ -123,17 +147,7 @@ class RowParallelLinear(LinearBase):
         return all_reduce(out, self.tp)
 
 
-def shard(tensor: torch.Tensor, dim: int, size: int, tp: TensorParallelGroup, name: str) -> torch.Tensor:
-    """This rank's `size` rows (`dim` 0) or columns (1) of a checkpoint tensor.
-
-    Raises:
-        ValueError: the ranks' shares are not the whole tensor.
-    """
-    whole = size * tp.world_size
-    if tensor.dim() <= dim or tensor.shape[dim] != whole:
-        what = "rows" if dim == 0 else "columns"
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {whole} {what}")
-    return tensor.narrow(dim, tp.rank * size, size)
+_BIAS = Stored((OUT,))
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:

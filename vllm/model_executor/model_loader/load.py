@@ -8,11 +8,19 @@ import torch
 
 from vllm.config import ModelConfig
 from vllm.exceptions import StartupError
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.model_loader import iterate_weights
 from vllm.model_executor.models.base import CausalLM
 from vllm.platforms import current_platform
 
 _DUMMY_STD = 0.02
+_CODES = {
+    torch.int32: (-(2**31), 2**31),
+    torch.int8: (-128, 128),
+    torch.uint8: (0, 128),
+    torch.float8_e4m3fn: (0, 128),
+}
+"""Dtypes of codes, and the range of random ones."""
 
 
 def load_model(config: ModelConfig, make: Callable[[], CausalLM], dtype: torch.dtype, device: torch.device) -> CausalLM:
@@ -49,6 +57,9 @@ def load_model(config: ModelConfig, make: Callable[[], CausalLM], dtype: torch.d
 def _check_memory(sketch: CausalLM, config: ModelConfig, device: torch.device) -> None:
     """Refuses weights that do not fit before they are read: a CPU would hand out the memory and be killed for it."""
     needed = sum(p.numel() * p.element_size() for p in sketch.parameters())
+    for module in sketch.modules():
+        if isinstance(module, LinearBase):
+            needed += max(0, module.method.finished_bytes(module) - module.loaded_bytes())
     left = current_platform(device.type).available_memory_bytes()
     if needed > left:
         raise StartupError(
@@ -58,10 +69,19 @@ def _check_memory(sketch: CausalLM, config: ModelConfig, device: torch.device) -
 
 
 def _fill_with_noise(model: CausalLM, seed: int, device: torch.device) -> None:
-    """Random weights of a usual scale, made on the device: matrices normal, norms one, biases zero."""
+    """Random weights of a usual scale, made on the device: matrices normal, norms one, biases zero; of quantised ones
+    random codes, their scales small."""
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dtype in _CODES:
+            # In place, so that no more than the weights is in memory; of 8-bit floats those below 2, with either sign.
+            codes = parameter.view(torch.uint8) if parameter.dtype == torch.float8_e4m3fn else parameter
+            codes.random_(*_CODES[parameter.dtype], generator=generator)
+            if parameter.dtype == torch.float8_e4m3fn:
+                codes.add_(codes.ge(64), alpha=64)
+        elif "scale" in name.rpartition(".")[2]:
+            parameter.fill_(_DUMMY_STD)
+        elif parameter.dim() == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.normal_(0.0, _DUMMY_STD, generator=generator)

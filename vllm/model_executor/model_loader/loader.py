@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,11 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from vllm.exceptions import StartupError
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.gguf_weights import gguf_weights
 from vllm.transformers_utils.gguf import GGUFFile
+
+logger = init_logger(__name__)
 
 _SINGLE_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
@@ -45,7 +49,8 @@ def iterate_weights(
         total, weights = sum(map(len, shards.values())), _read_shards(shards)
     else:
         raise StartupError(f"Weights cannot be read as {load_format!r}; known are 'gguf' and 'safetensors'.")
-    yield from tqdm(weights, desc="Loading weights", total=total, unit="tensor", file=sys.stderr)
+    quiet = not logger.isEnabledFor(logging.INFO)
+    yield from tqdm(weights, desc="Loading weights", total=total, unit="tensor", file=sys.stderr, disable=quiet)
 
 
 def _find_shards(folder: Path) -> dict[Path, list[str]]:

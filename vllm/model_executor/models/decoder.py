@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,19 +14,27 @@ from vllm.attention.spec import AttentionSpec
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.exceptions import StartupError
 from vllm.kv_cache.spec import LayerCache
+from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram
 from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
-from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
+from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm, SplitRowNorm
 from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear, copy_checked
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
+from vllm.model_executor.layers.quantization.select import linear_method
 from vllm.model_executor.layers.rotary_embedding import QueryFactors, RotaryEmbedding
 from vllm.model_executor.models.base import CausalLM
 from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
-from vllm.model_executor.models.weight_map import Weight, weight_map
+from vllm.model_executor.models.weight_map import Weight, layer_formats, weight_map
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.dispatch import activate
 from vllm.ops.rope import QkNorm, Rope
+from vllm.transformers_utils.quantization_config import QuantizationConfig
+
+logger = init_logger(__name__)
+
+# Scales of attention's own tensors, which are not quantised here.
+_SCALES_OF_ATTENTION = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", ".output_scale")
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,8 @@ class Build:
 
     Attributes:
         tp: Its place among the tensor-parallel ranks.
-        method: How linear layers hold their weights.
+        method: How linear layers hold weights that are whole.
+        quantization: Which weights of the checkpoint are not; None: all are whole.
         max_positions: Longest sequence.
         dtype: Of weights and activations.
         compiled: `finish` hands the layers over to the compiled CPU program; `method` packs for it, and
@@ -47,6 +56,7 @@ class Build:
     max_positions: int
     dtype: torch.dtype
     compiled: bool = False
+    quantization: QuantizationConfig | None = None
 
 
 def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.dtype) -> AttentionSpec:
@@ -57,7 +67,7 @@ def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.
     """
     return AttentionSpec(
         num_heads=tp.divide(mixer.num_heads, "attention heads"),
-        num_kv_heads=tp.divide(mixer.num_kv_heads, "KV heads"),
+        num_kv_heads=tp.share_kv_heads(mixer.num_kv_heads)[0],
         head_dim=mixer.head_dim,
         v_dim=mixer.head_dim,
         scale=mixer.scale,
@@ -71,6 +81,30 @@ def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.
 def attention_specs(spec: DecoderSpec, tp: TensorParallelGroup, dtype: torch.dtype) -> list[AttentionSpec]:
     """What the layers of a network ask of attention, each different wish once."""
     return list(dict.fromkeys(attention_spec(layer.mixer, tp, dtype) for layer in spec.layers))
+
+
+Methods = Mapping[str, LinearMethod]
+"""How the linear layers of a decoder layer (`mixer.qkv`, …) hold their weights."""
+
+
+def head_norm(
+    mixer: AttentionMixer, num_heads: int, copies: int, tp: TensorParallelGroup
+) -> RowNorm | HeadNorms | SplitRowNorm | None:
+    """The norm of queries or of keys.
+
+    Args:
+        num_heads: Of this rank.
+        copies: How many neighbouring ranks have the same ones.
+    """
+    norm = mixer.qk_norm
+    if norm is None:
+        return None
+    if mixer.qk_norm_of_each:
+        return HeadNorms(num_heads, mixer.head_dim, norm, first=tp.rank // copies * num_heads)
+    if not mixer.qk_norm_over_all:
+        return RowNorm(mixer.head_dim, norm)
+    size = num_heads * mixer.head_dim
+    return RowNorm(size, norm) if tp.world_size == 1 else SplitRowNorm(size, norm, tp, copies)
 
 
 class AttentionBlock(nn.Module):
@@ -95,25 +129,17 @@ class AttentionBlock(nn.Module):
         rotary: RotaryEmbedding | None,
         growth: QueryFactors | None,
         build: Build,
+        methods: Methods,
     ) -> None:
         super().__init__()
         q_size, kv_size = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         parts = {"q": q_size, "k": kv_size, "v": kv_size}
-        self.qkv = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, build.method)
-        self.o = RowParallelLinear(q_size, hidden_size, "o" in spec.biases, build.tp, build.method)
+        copies = dict.fromkeys("kv", build.tp.share_kv_heads(spec.num_kv_heads)[1])
+        self.qkv = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, methods["mixer.qkv"], copies)
+        self.o = RowParallelLinear(q_size, hidden_size, "o" in spec.biases, build.tp, methods["mixer.o"])
         self.attention = Attention(layer_index, wish, plan)
-        self.q_norm: RowNorm | HeadNorms | None = None
-        self.k_norm: RowNorm | HeadNorms | None = None
-        if spec.qk_norm is not None:
-            if (spec.qk_norm_over_all or spec.qk_norm_of_each) and build.tp.world_size > 1:
-                raise ValueError("its norms over all query heads cannot be split over tensor-parallel ranks")
-            if spec.qk_norm_of_each:
-                self.q_norm = HeadNorms(spec.num_heads, spec.head_dim, spec.qk_norm)
-                self.k_norm = HeadNorms(spec.num_kv_heads, spec.head_dim, spec.qk_norm)
-            else:
-                of_all = spec.qk_norm_over_all
-                self.q_norm = RowNorm(q_size if of_all else spec.head_dim, spec.qk_norm)
-                self.k_norm = RowNorm(kv_size if of_all else spec.head_dim, spec.qk_norm)
+        self.q_norm = head_norm(spec, wish.num_heads, 1, build.tp)
+        self.k_norm = head_norm(spec, wish.num_kv_heads, copies["k"], build.tp)
         self.v_norm = None
         if spec.v_norm is not None:
             self.v_norm = HeadNorms(wish.num_kv_heads, wish.v_dim, spec.v_norm, has_weights=False)
@@ -121,7 +147,9 @@ class AttentionBlock(nn.Module):
         ends = [wish.num_heads * wish.head_dim, wish.num_kv_heads * wish.head_dim, wish.num_kv_heads * wish.v_dim]
         ends = [sum(ends[: i + 1]) for i in range(3)]
         norms = zip((self.q_norm, self.k_norm, self.v_norm), [0, *ends], ends, strict=False)
-        self._head_norms = [(norm, first, end) for norm, first, end in norms if isinstance(norm, HeadNorms)]
+        self._head_norms = [
+            (norm, first, end) for norm, first, end in norms if isinstance(norm, HeadNorms | SplitRowNorm)
+        ]
         # In a tuple, so that the tables are no part of each layer that uses them.
         self._tables = (rotary, growth)
 
@@ -157,12 +185,12 @@ class AttentionBlock(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, spec: MLP, hidden_size: int, build: Build) -> None:
+    def __init__(self, spec: MLP, hidden_size: int, build: Build, methods: Methods) -> None:
         super().__init__()
         self.activation, self.gated = spec.activation, spec.gated
         parts = {"gate": spec.size, "up": spec.size} if spec.gated else {"up": spec.size}
-        self.gate_up = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, build.method)
-        self.down = RowParallelLinear(spec.size, hidden_size, "down" in spec.biases, build.tp, build.method)
+        self.gate_up = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, methods["ffn.gate_up"])
+        self.down = RowParallelLinear(spec.size, hidden_size, "down" in spec.biases, build.tp, methods["ffn.down"])
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         """What `down` takes."""
@@ -189,7 +217,9 @@ class Join(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer; see `spec` for what it computes."""
 
-    def __init__(self, spec: LayerSpec, hidden_size: int, mixer: AttentionBlock, build: Build) -> None:
+    def __init__(
+        self, spec: LayerSpec, hidden_size: int, mixer: AttentionBlock, build: Build, methods: Methods
+    ) -> None:
         super().__init__()
         norms = spec.norms
 
@@ -198,7 +228,7 @@ class DecoderLayer(nn.Module):
 
         self.parallel = spec.parallel
         self.mixer = mixer
-        self.ffn = FeedForward(spec.ffn, hidden_size, build)
+        self.ffn = FeedForward(spec.ffn, hidden_size, build, methods)
         self.pre_mixer = norm(norms.pre_mixer) or nn.Identity()
         self.after_mixer = Join(norm(norms.post_mixer), spec.residual_multiplier)
         self.pre_ffn = norm(norms.pre_ffn and not spec.parallel) or nn.Identity()
@@ -265,14 +295,23 @@ class Decoder(CausalLM):
             rotary = None if layer.mixer.rope is None else tables[layer.mixer.rope]
             plan = self.attention_specs.index(wish)
             growth = None if layer.mixer.query_growth is None else factors[layer.mixer.query_growth]
-            mixer = AttentionBlock(layer.mixer, spec.hidden_size, i, wish, plan, rotary, growth, build)
-            layers.append(DecoderLayer(layer, spec.hidden_size, mixer, build))
+            methods = self._methods(i)
+            try:
+                mixer = AttentionBlock(layer.mixer, spec.hidden_size, i, wish, plan, rotary, growth, build, methods)
+                layers.append(DecoderLayer(layer, spec.hidden_size, mixer, build, methods))
+            except ValueError as error:
+                raise ValueError(f"layer {i}: {error}") from None
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
         table = self.embedding if spec.tied else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
         self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap)
         self.program: CpuProgram | None = None
         self.embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
+
+    def _methods(self, index: int) -> Methods:
+        formats = layer_formats(self.spec, index, self.build.quantization)
+        names = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")
+        return {name: linear_method(formats.get(name), self.build.method) for name in names}
 
     def caches(self) -> list[LayerCache]:
         return [layer.mixer.attention.cache for layer in self.layers]
@@ -308,16 +347,20 @@ class Decoder(CausalLM):
         return self.head.most_likely(hidden)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        rows = weight_map(self.spec)
+        rows = weight_map(self.spec, self.build.quantization)
         names: CheckpointNames = self.spec.names
         missing = set(rows)
         head: torch.Tensor | None = None
+        useless = 0
         for stored, tensor in weights:
             name = names.plain(stored)
             if name is None:
                 continue
             if self.spec.tied and name == f"{names.head}.weight":
                 head = tensor
+                continue
+            if name not in rows and self._is_of_no_use(name, tensor):
+                useless += 1
                 continue
             if name not in missing:
                 what = "twice" if name in rows else "that this architecture does not know"
@@ -327,6 +370,9 @@ class Decoder(CausalLM):
             except ValueError as error:
                 raise StartupError(f"The checkpoint's {stored} does not fit its configuration: {error}.") from None
             missing.discard(name)
+        if useless:
+            logger.info("%d tensors of the checkpoint are not used: scales of K and V, or biases of 0.", useless)
+        missing -= {name for name, weight in rows.items() if weight.optional}
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise StartupError(f"The checkpoint lacks {len(missing)} tensors, among them {some}.")
@@ -335,6 +381,14 @@ class Decoder(CausalLM):
                 f"The checkpoint's {names.head}.weight is not its embedding table, though its configuration says "
                 "tie_word_embeddings; start with --hf-overrides '{\"tie_word_embeddings\": false}'."
             )
+
+    def _is_of_no_use(self, name: str, tensor: torch.Tensor) -> bool:
+        """Of quantised checkpoints: factors of attention's own tensors, and biases that a packer has added."""
+        if self.build.quantization is None:
+            return False
+        if name.endswith(_SCALES_OF_ATTENTION):
+            return True
+        return name.endswith(".bias") and not bool(tensor.any())
 
     def _load(self, weight: Weight, tensor: torch.Tensor) -> None:
         module = self.get_submodule(weight.module)
@@ -346,9 +400,12 @@ class Decoder(CausalLM):
         if self.build.compiled:
             self.program = CpuProgram(self)
         else:
-            for module in self.modules():
+            for name, module in self.named_modules():
                 if isinstance(module, LinearBase):
-                    module.finish()
+                    try:
+                        module.finish()
+                    except ValueError as error:
+                        raise StartupError(f"The weights of {name} cannot be used: {error}.") from None
         method = self.build.method
         if isinstance(method, CpuPacked) and self.build.tp.world_size == 1:
             self.head.pack(method.int8, keep=self.spec.tied)

@@ -172,6 +172,12 @@ class CheckpointNames:
     prefixes: Mapping[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
 
+    def layer(self, index: int, part: str) -> tuple[str, ...]:
+        """All that a checkpoint may call a part of a layer, its plain name first."""
+        plain = f"{self.layers}.{index}.{self.parts[part]}"
+        others = [prefix + plain.removeprefix(p) for prefix, p in self.prefixes.items() if plain.startswith(p)]
+        return (plain, *others)
+
     def plain(self, name: str) -> str | None:
         """Name of a tensor as it is without `prefixes`; None for one that is not read."""
         if name.endswith(self.ignored) or name.startswith(self.others):

@@ -1,27 +1,99 @@
-"""The contract of a form in which linear layers hold their weights."""
+"""The contracts of forms in which linear layers hold their weights.
+
+A `Scheme` knows a format: which tensors of a checkpoint make a matrix, and what matrix they make. It knows nothing of
+layers, so that experts can use it for each matrix of a stack. A `LinearMethod` is how a layer holds its matrix and
+multiplies by it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from vllm.model_executor.layers.quantization.stored import WHOLE, Stored, copy_stored
+
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
 
 
-class LinearMethod(ABC):
-    """One for a network; keeps nothing of a layer in itself."""
+class Scheme(ABC):
+    """A format of matrices [N, K]; several over each other (q, k and v) are one matrix of several parts.
+
+    Attributes:
+        stored: The tensors of a matrix, by the end of their names: `weight`, `weight_scale`, `qweight`, …
+    """
+
+    stored: Mapping[str, Stored]
 
     @abstractmethod
-    def parameters(self, in_features: int, out_features: int) -> dict[str, nn.Parameter]:
-        """What a layer holds while it is loaded, by the names of the checkpoint: `weight`, and what belongs to it."""
+    def dequantise(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int) -> torch.Tensor:
+        """The matrix in float32, [N, K].
+
+        Args:
+            tensors: What was loaded, each of the shape `Stored.shape` says; optional ones may be missing.
+            parts: Output features of each part; their sum is N.
+
+        Raises:
+            ValueError: values that are not understood.
+        """
+
+
+class LinearMethod(ABC):
+    """How linear layers hold and multiply; keeps nothing of a layer in itself.
+
+    Attributes:
+        stored: The tensors that a layer's matrix has in a checkpoint, by the end of their names.
+    """
+
+    stored: Mapping[str, Stored] = WHOLE
+
+    def parameters(self, parts: Sequence[int], in_features: int) -> dict[str, nn.Parameter]:
+        """What a layer holds while it is loaded, by the names of the checkpoint.
+
+        Args:
+            parts: Output features of each of its parts on this rank.
+
+        Raises:
+            ValueError: a group or a block does not divide the layer.
+        """
+        held = {}
+        for name, stored in self.stored.items():
+            if stored.read:
+                shape = stored.shape(parts, in_features, name)
+                held[name] = nn.Parameter(torch.empty(shape, dtype=stored.dtype), requires_grad=False)
+        return held
+
+    def load(self, layer: LinearBase, kind: str, index: int, tensor: torch.Tensor, name: str) -> None:
+        """Takes this rank's share of a tensor of one part.
+
+        Args:
+            index: Of the part.
+            name: For messages.
+
+        Raises:
+            ValueError: shape or dtype do not fit.
+        """
+        copy_stored(self.stored[kind].place(getattr(layer, kind), layer.sizes, index), tensor, name)
+
+    def finished_bytes(self, layer: LinearBase) -> int:
+        """Bytes of a layer's matrix after `finish`, of a layer that is not loaded yet."""
+        return layer.loaded_bytes()
 
     @abstractmethod
     def finish(self, layer: LinearBase) -> None:
-        """Brings what was loaded into the form in which the device multiplies by it; the loaded form may be freed."""
+        """Brings what was loaded into the form in which the device multiplies by it; the loaded form may be freed.
+
+        Raises:
+            ValueError: values that are not understood.
+        """
+
+    def take(self, layer: LinearBase) -> torch.Tensor:
+        """The matrix [N, K] in the dtype of the network, moved out of a layer that has been loaded and not finished."""
+        raise NotImplementedError(f"{type(self).__name__} has no whole matrix")
 
     @abstractmethod
     def apply(

@@ -29,9 +29,7 @@ class CpuPacked(Unquantized):
         Args:
             interleave: The rows are a gate and an up projection, for the kernels that multiply the two.
         """
-        matrix = cpu_kernels.PackedMatrix(layer.weight, layer.bias, interleave, self.int8)
-        layer.weight.data = layer.weight.new_empty(0)
-        return matrix
+        return cpu_kernels.PackedMatrix(layer.method.take(layer), layer.bias, interleave, self.int8)
 
     def finish(self, layer: LinearBase) -> None:
         layer.packed = self.pack(layer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.ops.linear import linear
@@ -17,11 +16,13 @@ if TYPE_CHECKING:
 class Unquantized(LinearMethod):
     """[out_features, in_features], multiplied by the device's library."""
 
-    def parameters(self, in_features: int, out_features: int) -> dict[str, nn.Parameter]:
-        return {"weight": nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)}
-
     def finish(self, layer: LinearBase) -> None:
         """They are in that form already."""
+
+    def take(self, layer: LinearBase) -> torch.Tensor:
+        weight = layer.weight.data
+        layer.weight.data = weight.new_empty(0)
+        return weight
 
     def apply(
         self,

@@ -1,0 +1,91 @@
+"""Kernels of quantised weights against the dequantised matrices in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near, randn
+from vllm.ops import packed4
+from vllm.ops.packed4 import Packed4
+from vllm.ops.triton import packed4 as kernels
+
+
+def make_packed(
+    rows: int, features: int, group: int, code: packed4.Code, dtype: torch.dtype, factors: bool = False
+) -> Packed4:
+    generator = torch.Generator().manual_seed(rows + features)
+    codes = torch.randint(0, 16, (rows, features), generator=generator).to(DEVICE, torch.uint8)
+    scales = torch.rand((rows, -(-features // group)), generator=generator).add(0.1).to(DEVICE)
+    zeros = None
+    if code == "int4_zeros":
+        zeros = torch.randint(0, 17, scales.shape, generator=generator).to(DEVICE).float()
+    of_rows = torch.rand(rows, generator=generator).add(0.5).to(DEVICE) if factors else None
+    given = "e2m1" if code == "e2m1" else "int4"
+    return packed4.pack(codes, scales, group, zeros, of_rows, given, dtype)
+
+
+CASES = [
+    (40, 128, 128, "int4"),
+    (70, 256, 128, "int4_zeros"),
+    (33, 192, 64, "int4"),
+    (24, 160, 32, "int4_zeros"),
+    (24, 96, 96, "int4"),
+    (72, 384, 384, "int4_zeros"),
+    (40, 144, 16, "e2m1"),
+    (40, 288, 32, "e2m1"),
+    (17, 1160, 1160, "int4"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "features", "group", "code"), CASES)
+def test_unpacked(rows: int, features: int, group: int, code: packed4.Code, dtype: torch.dtype) -> None:
+    for factors in (False, True):
+        weight = make_packed(rows, features, group, code, dtype, factors)
+        assert_near(kernels.unpack(weight, dtype), packed4.unpack(weight, dtype), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 2, 17, 70])
+@pytest.mark.parametrize(("rows", "features", "group", "code"), CASES)
+def test_packed4_linear(
+    rows: int, features: int, group: int, code: packed4.Code, tokens: int, dtype: torch.dtype
+) -> None:
+    weight = make_packed(rows, features, group, code, dtype, factors=code == "e2m1")
+    x = randn(tokens, features, dtype=dtype)
+    want = x.double() @ packed4.unpack(weight, torch.float32).double().T
+    assert_near(kernels.packed4_linear(x, weight, None), want, TOLERANCE[dtype])
+    residual, bias = randn(tokens, rows, dtype=dtype, seed=1), randn(rows, dtype=dtype, seed=2)
+    want = want + residual.double() + bias.double()
+    assert kernels.packed4_linear(x, weight, bias, residual) is residual
+    assert_near(residual, want, TOLERANCE[dtype])
+
+
+def test_programs_share_features_where_tiles_are_few() -> None:
+    how = kernels.tiles(3, 64, 16, 132)
+    assert how.split > 1
+    weight = make_packed(64, 2048, 128, "int4", torch.bfloat16)
+    x = randn(3, 2048, dtype=torch.bfloat16)
+    want = x.double() @ packed4.unpack(weight, torch.float32).double().T
+    out = x.new_empty(3, 64)
+    kernels._tile(x, weight, out, False, how)
+    assert_near(out, want, TOLERANCE[torch.bfloat16])
+    again = x.new_empty(3, 64)
+    kernels._tile(x, weight, again, False, how)
+    assert torch.equal(out, again)
+
+
+def test_long_prompts_multiply_by_a_dequantised_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DEQUANTISE_FROM", 9)
+    weight = make_packed(40, 256, 128, "int4", torch.bfloat16)
+    x = randn(9, 256, dtype=torch.bfloat16)
+    want = x.double() @ packed4.unpack(weight, torch.float32).double().T
+    assert_near(kernels.packed4_linear(x, weight, None), want, TOLERANCE[torch.bfloat16])
+
+
+def test_groups_that_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match="groups of 48 of 96 input features cannot be packed"):
+        make_packed(8, 96, 48, "int4", torch.bfloat16)

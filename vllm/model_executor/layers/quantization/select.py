@@ -1,0 +1,61 @@
+"""From the format of a layer's weights to the method by which it holds and multiplies them."""
+
+from __future__ import annotations
+
+from vllm.config import ModelConfig
+from vllm.exceptions import StartupError
+from vllm.model_executor.layers.quantization.base import LinearMethod, Scheme
+from vllm.model_executor.layers.quantization.dequantised import Dequantised
+from vllm.model_executor.layers.quantization.fp4 import Fp4
+from vllm.model_executor.layers.quantization.fp8 import Fp8
+from vllm.model_executor.layers.quantization.int4 import Int4
+from vllm.model_executor.layers.quantization.int8 import Int8
+from vllm.transformers_utils.quantization_config import (
+    Fp8Format,
+    Int4Format,
+    Int8Format,
+    QuantizationConfig,
+    WeightFormat,
+    quantization_of,
+)
+
+
+def quantization_of_model(model: ModelConfig) -> QuantizationConfig | None:
+    """Which matrices of a checkpoint are quantised, or become so as they are loaded.
+
+    Raises:
+        StartupError: it cannot be served.
+    """
+    values = getattr(model.hf_config, "quantization_config", None)
+    found = quantization_of(values, model.quantization, model.model)
+    if found is None or found.method == "int8_cpu":
+        return None
+    if model.impl != "vllm":
+        raise StartupError(
+            f"Weights quantised by {found.method!r} are read for networks of this package only, not for transformers' "
+            "code (--model-impl)."
+        )
+    return found
+
+
+def scheme_of(format: WeightFormat) -> Scheme:
+    """What makes a matrix of a format's tensors."""
+    if isinstance(format, Fp8Format):
+        return Fp8(format)
+    if isinstance(format, Int4Format):
+        return Int4(format)
+    if isinstance(format, Int8Format):
+        return Int8(format)
+    return Fp4(format)
+
+
+def linear_method(format: WeightFormat | None, plain: LinearMethod) -> LinearMethod:
+    """How a layer with weights in `format` is held.
+
+    Args:
+        format: None: they are whole.
+        plain: How this network holds whole weights.
+    """
+    if format is None:
+        return plain
+    return Dequantised(scheme_of(format), plain)
