@@ -301,3 +301,20 @@ def test_a_function_is_chosen_without_a_type(ask: Ask) -> None:
     answer, _ = ask("chat/completions", messages=[USER], tools=tools, tool_choice=choice, max_tokens=20)
     assert answer.status_code == 200, answer.text
     assert answer.json()["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "f"
+
+
+def test_text_blocks_of_a_message_are_one_text(ask: Ask) -> None:
+    blocks = [{"type": "text", "text": text} for text in ("One.", "Two.")]
+    marked = [blocks[0] | {"cache_control": {"type": "ephemeral"}}, blocks[1]]
+    prompts = {
+        ask("messages", system=said, messages=[{"role": "user", "content": said}])[1] for said in (blocks, marked)
+    }
+    (prompt,) = prompts
+    assert prompt.count("One.Two.") == 2
+
+
+@pytest.mark.parametrize("thinking", [{"type": "deep"}, {}, {"type": "enabled", "budget_tokens": 0}])
+def test_unknown_ways_of_thinking_are_refused(ask: Ask, thinking: dict[str, Any]) -> None:
+    response, _ = ask("messages", messages=[USER], thinking=thinking)
+    assert response.status_code == 400
+    assert "thinking." in response.json()["error"]["message"]

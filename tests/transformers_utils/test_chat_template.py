@@ -474,3 +474,20 @@ def test_who_has_sent_what_shows_in_no_ones_time(tokenizer: Tokenizer, monkeypat
     first = work("word ", system_scope="a", scope="c")
     assert work("word ", system_scope="a", scope="d") < first
     assert work("word ", system_scope="b", scope="e") == first
+
+
+def test_developers_speak_as_the_system_where_the_template_knows_no_such_role(tokenizer: Tokenizer) -> None:
+    said = [{"role": "developer", "content": "Be brief."}, user("Hi")]
+    chat = ChatRenderer(tokenizer, MARKED).render(said)
+    same = ChatRenderer(tokenizer, MARKED).render([said[0] | {"role": "system"}, user("Hi")])
+    assert chat.text == same.text
+    assert chat.num_system_tokens == same.num_system_tokens
+    knows = MARKED + "{# 'developer' #}"
+    assert "<|im_start|>developer" in ChatRenderer(tokenizer, knows).render(said).text
+
+
+def test_parts_are_joined_as_the_caller_says(tokenizer: Tokenizer) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    text_only = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    assert ChatRenderer(tokenizer, text_only).render([parts]).text == "usera\nb"
+    assert ChatRenderer(tokenizer, text_only).render([parts], separator="").text == "userab"

@@ -265,6 +265,12 @@ class AsyncLLMEngine:
         finally:
             work.close()
 
+    def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """A task for work that begins with a request, which has the place that `admitted` keeps here."""
+        task = asyncio.create_task(work)
+        self._admission.hand_on(task)
+        return task
+
     async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
         # Several requests may wait for the same one: it goes on when one of them leaves.
         try:
@@ -277,6 +283,11 @@ class AsyncLLMEngine:
         self._processor.drop(request_id)
         if not self._link.is_dead:
             await self._link.send(AbortRequests([(request_id, None)]))
+
+    async def abort_all(self) -> None:
+        """Ends all requests that wait or run, with the finish reason `abort`."""
+        for request_id in list(self._processor.requests):
+            await self.abort(request_id)
 
     async def check_params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:
         """`InputProcessor.params`, off the event loop where it takes a while.

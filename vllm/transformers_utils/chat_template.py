@@ -66,6 +66,8 @@ class _Template:
         takes_parts: Shows content that is a list of text parts.
         takes_objects: Shows a call whose arguments are an object.
         takes_raw: Shows a call whose arguments are text.
+        has_developers: Knows that role; where it does not, what developers say is the system's.
+        separator: Stands between the parts of a content that it shows as a string.
         tells_date: Its output depends on the day.
     """
 
@@ -75,7 +77,9 @@ class _Template:
     takes_parts: bool
     takes_objects: bool
     takes_raw: bool
+    has_developers: bool
     tells_date: bool
+    separator: str = "\n"
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class ChatRenderer:
         template_kwargs: dict[str, Any] | None = None,
         chat_template: str | None = None,
         add_special_tokens: bool = False,
+        separator: str = "\n",
         breakpoints: Sequence[Breakpoint] = (),
         system_scope: Hashable = None,
         scope: Hashable = None,
@@ -149,6 +154,7 @@ class ChatRenderer:
             template_kwargs: Further variables of the template.
             chat_template: Template source for this chat alone.
             add_special_tokens: Also add what the tokenizer adds to plain text; templates write it themselves.
+            separator: What joins text parts where the template reads strings.
             breakpoints: Places in the chat whose positions in the prompt are asked for.
             system_scope: Who else may notice, by the time it takes, that this system part has been seen.
             scope: The same of what the breakpoints mark beyond it.
@@ -167,7 +173,7 @@ class ChatRenderer:
                 f"chat_template_kwargs must not hold {min(reserved)!r}; it is set by a field of the request itself.",
                 "chat_template_kwargs",
             )
-        template = self._inspect(self._choose_template(chat_template, tools))
+        template = replace(self._inspect(self._choose_template(chat_template, tools)), separator=separator)
         chat = _Chat(
             template=template,
             messages=[
@@ -346,7 +352,8 @@ class ChatRenderer:
 
     def _inspect_template(self, source: str) -> _Template:
         dated = "strftime_now" in source
-        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, True, True, dated)
+        developers = "'developer'" in source or '"developer"' in source
+        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, True, True, developers, dated)
 
         def shown(message: dict[str, Any]) -> str:
             messages = [{"role": "user", "content": "a"}, message] if "tool_calls" in message else [message]
@@ -459,11 +466,13 @@ def _shaped(message: dict[str, Any], template: _Template) -> dict[str, Any]:
     """A normalised message in the form that the template reads; itself if that is its form already."""
     changes: dict[str, Any] = {}
     content = message["content"]
+    if message["role"] == "developer" and not template.has_developers:
+        changes["role"] = "system"
     if isinstance(content, str):
         if not template.takes_text:
             changes["content"] = [_text(content)]
     elif not template.takes_parts:
-        changes["content"] = "\n".join(part["text"] for part in content)
+        changes["content"] = template.separator.join(part["text"] for part in content)
     if message.get("tool_calls"):
         changes["tool_calls"] = [_tool_call(call, template) for call in message["tool_calls"]]
     return message | changes if changes else message

@@ -190,10 +190,11 @@ def _thinking(thinking: dict[str, Any] | None) -> dict[str, Any]:
     """Variables of the chat templates that can turn reasoning on and off."""
     if thinking is None:
         return {}
-    kind = thinking.get("type")
-    if not isinstance(kind, str):
+    kind, budget = thinking.get("type"), thinking.get("budget_tokens")
+    if kind not in ("enabled", "adaptive", "disabled"):
         raise VLLMValidationError(
-            f"thinking.type must be a string such as 'enabled', 'adaptive' or 'disabled', got {snippet(kind)}.",
-            "thinking",
+            f"thinking.type must be 'enabled', 'adaptive' or 'disabled', got {snippet(kind)}.", "thinking"
         )
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise VLLMValidationError(f"thinking.budget_tokens must be 1 or more, got {snippet(budget)}.", "thinking")
     return {"enable_thinking": kind != "disabled"}

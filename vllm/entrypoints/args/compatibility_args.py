@@ -69,7 +69,6 @@ _NO_EFFECT_SWITCHES = (
     "jit-monitor-verbose",
     "kv-cache-metrics",
     "kv-sharing-fast-prefill",
-    "language-model-only",
     "log-error-stack",
     "long-prefill-token-threshold-adaptive",
     "mm-device-do-normalize",
@@ -87,6 +86,8 @@ _NO_EFFECT_SWITCHES = (
     "use-v2-block-manager",
     "worker-use-ray",
 )
+# What this server does anyway.
+_ANYWAY_SWITCHES = ("language-model-only",)
 _NO_EFFECT_VALUES = (
     "all2all-backend",
     "allowed-local-media-path",
@@ -324,6 +325,9 @@ def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
         f"Refused: {', '.join(sorted(refused))}.",
     )
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for name in _ANYWAY_SWITCHES:
+        group.add_argument(f"--{name}", action=_Anyway, nargs=0, **hidden)
+        group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
     for name in _NO_EFFECT_SWITCHES:
         group.add_argument(f"--{name}", f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
     for name in _NO_EFFECT_VALUES:
@@ -337,6 +341,15 @@ def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
         group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
     for name, allowed in _UNSUPPORTED_VALUES.items():
         group.add_argument(f"--{name}", action=_Unsupported, allowed=allowed, **hidden)
+
+
+class _Anyway(argparse.Action):
+    """Accepts a flag that asks for what happens anyway."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        return
 
 
 class _NoEffect(argparse.Action):

@@ -80,10 +80,11 @@ def _check_message(where: str, message: Any) -> dict[str, Any]:
         content = ""
     checked: dict[str, Any] = {"role": role, "content": _check_content(where, content, role)}
     checked |= _cache_control(message)
-    if message.get("reasoning_content") is None and message.get("reasoning") is not None:
-        # Templates read the older name.
-        message = message | {"reasoning_content": message["reasoning"]}
-    for key in ("name", "tool_call_id", "reasoning_content"):
+    names = ("reasoning", "reasoning_content")
+    thought = next((message[name] for name in names if message.get(name) is not None), None)
+    # Templates read one or the other name.
+    message = message | dict.fromkeys(names, thought)
+    for key in ("name", "tool_call_id", *names):
         value = message.get(key)
         if value is not None:
             if not isinstance(value, str):

@@ -57,6 +57,7 @@ class GenerationRequest(ApiModel):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
     return_tokens_as_token_ids: bool | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.chat.answer import AnswerReading, answer_events
@@ -76,12 +76,15 @@ class ChatService:
         self._log = log
         self._defaults = engine.vllm_config.model.generation_defaults
 
-    async def answer(self, request: ChatRequest, request_id: str, *, cut: bool = False) -> ChatAnswer:
+    async def answer(
+        self, request: ChatRequest, request_id: str, *, cut: bool = False, separator: str = "\n"
+    ) -> ChatAnswer:
         """Renders the prompt, checks all fields, and hands on the answer, which begins when its events are read.
 
         Args:
             request_id: Under which the log tells of the request; clients may repeat it.
             cut: Leave out the oldest of a conversation that is too long, instead of refusing it.
+            separator: As of `ChatOptions`.
 
         Raises:
             VLLMValidationError, ApiError: A field is wrong.
@@ -94,7 +97,7 @@ class ChatService:
         answer_format = self._answers.format(request)
         if answer_format.needs_special_tokens:
             params.skip_special_tokens = False
-        options = self._options(request, answer_format)
+        options = replace(self._options(request, answer_format), separator=separator)
         rendered = await self._render(request, options, max_tokens, cut)
         last = request.messages[-1]
         continues = request.continue_final_message or request.add_generation_prompt is False

@@ -46,6 +46,7 @@ class ServingResponses:
     """
 
     def __init__(self, engine: AsyncLLMEngine, models: ServedModels, prompts: PromptReader, chat: ChatService) -> None:
+        self._engine = engine
         self._lanes = engine.lanes
         self._prompts = prompts
         self._models = models
@@ -191,7 +192,7 @@ class ServingResponses:
         writer.response["status"] = "queued"
         self._store.put(writer.stored)
         first = dict(writer.response)
-        run.task = asyncio.create_task(self._run(writer, run, events))
+        run.task = self._engine.in_background(self._run(writer, run, events))
         return await EventStream.start(run.follow()) if request.stream else first
 
     async def _run(self, writer: ResponseWriter, run: BackgroundRun, events: AsyncGenerator[AnswerEvent, None]) -> None:
