@@ -115,7 +115,9 @@ def _check_content(where: str, content: Any, role: str) -> str | list[dict[str, 
             f"{where}.content must be a string or a list of text parts, got {snippet(content)}.", "messages"
         )
     return [
-        {"type": "text", "text": _part_text(f"{where}.content[{i}]", part, role)} | _cache_control(part)
+        {"type": "text", "text": _part_text(f"{where}.content[{i}]", part, role)}
+        | _cache_control(part)
+        | _breakpoint(f"{where}.content[{i}]", part)
         for i, part in enumerate(content)
     ]
 
@@ -124,6 +126,21 @@ def _cache_control(marked: Any) -> dict[str, Any]:
     """The mark of a message or part, if it has one; `cache_marks` reads it."""
     mark = marked.get("cache_control") if isinstance(marked, dict) else None
     return {} if mark is None else {"cache_control": mark}
+
+
+def _breakpoint(where: str, part: Any) -> dict[str, Any]:
+    """OpenAI's mark of a part, under the same name as the other one."""
+    mark = part.get("prompt_cache_breakpoint") if isinstance(part, dict) else None
+    if mark is None:
+        return {}
+    ttl = mark.get("ttl") if isinstance(mark, dict) else None
+    if not isinstance(mark, dict) or mark.get("mode") != "explicit" or ttl not in (None, "30m", "12h"):
+        raise VLLMValidationError(
+            f'{where}.prompt_cache_breakpoint must be {{"mode": "explicit"}}, with or without a ttl of "30m" or '
+            f'"12h", got {snippet(mark)}.',
+            "messages",
+        )
+    return {"cache_control": {"type": "breakpoint", "ttl": ttl}}
 
 
 def left_out(kind: str) -> str:

@@ -16,6 +16,7 @@ from vllm.entrypoints.chat.messages import (
     count_chars,
     without_billing_line,
 )
+from vllm.entrypoints.chat.request import PromptCacheOptions
 from vllm.entrypoints.http.json_body import snippet
 from vllm.exceptions import ContextLengthError, VLLMValidationError
 from vllm.transformers_utils.chat_template import RenderedChat
@@ -43,6 +44,7 @@ class ChatOptions:
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     separator: str = "\n"
+    cache: PromptCacheOptions | None = None
 
 
 class PromptReader:
@@ -97,7 +99,7 @@ class PromptReader:
     ) -> dict[str, Any]:
         """What the renderer is to be called with; reads every message, but none of them twice."""
         own = without_billing_line(check_messages(messages))
-        checked, tools, breakpoints = take_breakpoints(own, check_tools(options.tools))
+        checked, tools, breakpoints = take_breakpoints(own, check_tools(options.tools), options.cache)
         kwargs = self.template_kwargs(options)
         if options.chat_template is not None and not self._trust_template:
             raise VLLMValidationError(

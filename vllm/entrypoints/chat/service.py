@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.chat.answer import AnswerReading, answer_events
 from vllm.entrypoints.chat.answer_format import AnswerFormat, AnswerReader, constrain, reasoning_ended
-from vllm.entrypoints.chat.cache_marks import cache_marks
+from vllm.entrypoints.chat.cache_marks import to_keep
 from vllm.entrypoints.chat.events import AnswerEvent
 from vllm.entrypoints.chat.generation import generate
 from vllm.entrypoints.chat.logprobs import LogprobWriter
@@ -91,7 +91,7 @@ class ChatService:
         """
         model = self._models.resolve(request.model)
         check_chat(request)
-        max_tokens = chat_max_tokens(request, self._defaults)
+        max_tokens = 1 if request.is_prewarming else chat_max_tokens(request, self._defaults)
         top_logprobs = chat_logprobs(request, self._engine.vllm_config.model.vocab_size)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
         answer_format = self._answers.format(request)
@@ -109,6 +109,7 @@ class ChatService:
             self._prompts.template_kwargs(options),
         )
         constrain(params, answer_format, ended)
+        system, marks = to_keep(rendered, request)
         outputs = generate(
             self._engine,
             request,
@@ -118,8 +119,8 @@ class ChatService:
             f"{request_id}-{random_id()[:12]}",
             log=self._log,
             text=rendered.text,
-            num_system_tokens=rendered.num_system_tokens,
-            marks=cache_marks(rendered, request.prompt_cache_retention),
+            num_system_tokens=system,
+            marks=marks,
             cache_salt=request.cache_salt,
             priority=request.priority or 0,
         )
@@ -133,6 +134,7 @@ class ChatService:
             shows_reasoning=shows_reasoning,
             shows_tokens=shows_tokens and wants_tokens,
             echoed=last_text(last) if request.echo and last["role"] == role else "",
+            is_silent=request.is_prewarming,
             count_tokens=None if answer_format.reasoning is None else self._count_tokens,
         )
         return ChatAnswer(
@@ -163,6 +165,7 @@ class ChatService:
             chat_template=request.chat_template,
             chat_template_kwargs=request.chat_template_kwargs,
             reasoning_effort=request.reasoning_effort,
+            cache=request.prompt_cache_options,
         )
 
     async def _render(

@@ -23,6 +23,7 @@ _SAME_NAME = (
     "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "prompt_cache_options",
     "top_k",
     "min_p",
     "presence_penalty",

@@ -19,6 +19,7 @@ from vllm.entrypoints.chat.service import ChatService
 from vllm.entrypoints.http.errors import ApiError, naming_fields
 from vllm.entrypoints.http.json_body import parse_model
 from vllm.entrypoints.http.streaming import EventStream
+from vllm.entrypoints.responses.cache_diagnostics import cache_diagnostics
 from vllm.entrypoints.responses.items import continues, input_items, input_messages, references, resolved
 from vllm.entrypoints.responses.lookup import KeptResponses
 from vllm.entrypoints.responses.protocol import InputTokensRequest, ResponsesRequest
@@ -81,6 +82,7 @@ class ServingResponses:
             return await EventStream.start(self._stream(writer, answer.events))
         events, size = await collect(answer.events)
         await shaped(lambda: [news for event in events for news in writer.take(event)], self._lanes, size)
+        self._diagnose(writer)
         list(writer.finish())
         self._keep(writer)
         return stored.response
@@ -172,11 +174,22 @@ class ServingResponses:
                 raise
             yield writer.encode(writer.fail(exc))
         else:
+            self._diagnose(writer)
             for news in writer.finish():
                 # Kept before its end is told, so that a client may come back at once.
                 if "response" in news:
                     self._keep(writer)
                 yield writer.encode(news)
+
+    def _diagnose(self, writer: ResponseWriter) -> None:
+        """Says why the prompt was not read from the cache, if the request names a response that should have left it
+        there."""
+        asked = (writer.response["prompt_cache_options"] or {}).get("comparison_response_id")
+        if asked is not None:
+            earlier = self._store.get(asked)
+            if earlier is not None and (earlier.tenant != writer.stored.tenant or earlier.is_running):
+                earlier = None
+            writer.response["prompt_cache_diagnostics"] = cache_diagnostics(writer.stored, earlier)
 
     def _keep(self, writer: ResponseWriter) -> None:
         if writer.response["store"]:
@@ -206,6 +219,7 @@ class ServingResponses:
                         run.add(writer.encode({"type": "response.in_progress", "response": writer.response}))
                     for news in writer.take(event):
                         run.add(writer.encode(news))
+            self._diagnose(writer)
             for news in writer.finish():
                 run.add(writer.encode(news))
         except Exception as exc:
