@@ -150,9 +150,9 @@ def test_blocks_of_a_turn_and_turns_that_follow_each_other_are_one_turn(client):
     assert (
         tokens([{"role": "user", "content": parts}])
         == tokens(turns)
-        == tokens([{"role": "user", "content": "One.\nTwo."}])
+        == tokens([{"role": "user", "content": "One.Two."}])
     )
-    assert tokens(turns, system=parts) == tokens(turns, system="One.\nTwo.") != tokens(turns)
+    assert tokens(turns, system=parts) == tokens(turns, system="One.Two.") != tokens(turns)
 
 
 def test_tool_turns_are_read(client):
