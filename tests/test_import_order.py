@@ -50,7 +50,7 @@ BENEATH: dict[str, set[str]] = {
         "step",
         "system_prompt_store",
     },
-    "executor": {"distributed", "kv_cache", "step", "system_prompt_store", "worker"},
+    "executor": {"distributed", "kv_cache", "step", "system_prompt_store", "transformers_utils", "worker"},
     "core": {"kv_cache", "sequence", "step", "system_prompt_store"},
     "engine": {
         "attention",

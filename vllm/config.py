@@ -151,9 +151,15 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Ranks that share one model."""
+    """How many processes compute.
+
+    Attributes:
+        tensor_parallel_size: Ranks that share one model.
+        data_parallel_size: Engines of a server, each with the whole model.
+    """
 
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class SystemPromptInfo:
             once, gives way to whatever needs room), `pinned`, `host` (waits in host memory until it is asked for),
             `removing` (readers still run) or `removed`.
         num_tokens: S.
-        num_blocks: KV blocks of its extents.
+        num_blocks: KV blocks of its extents; of the layers that read all tokens, where others read a window.
         source: `auto` (a chat request), `marker` (one that marked it), `shared_prefix` (seen in several raw prompts),
             `declared` (an operator) or `preload` (a file at start-up).
         created / last_used / expires: seconds of `time.time()`; `expires` is None without a ttl.
@@ -100,10 +100,11 @@ class SystemPromptInfo:
         uses: Requests that came with it or with a prompt that continues it, also before it was displaced.
         readers: Requests that hold it now.
         pin: `hard`, `automatic` or `soft`; see `PinClass`.
-        num_bytes: K and V of its extent.
+        num_bytes: K and V of its extents, over all layers and ranks.
         tokens_saved: Tokens that requests read from it instead of computing them.
         parent: Id of the prompt whose KV it continues; its extent holds only what follows.
         children: Prompts that continue it, which hold it as readers do.
+        engines: Numbers of the engines that have it.
     """
 
     id: str
@@ -124,6 +125,7 @@ class SystemPromptInfo:
     parent: str | None = None
     children: int = 0
     uses: int = 0
+    engines: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass
@@ -174,6 +176,8 @@ class SystemPromptPoolInfo:
         outcomes: Requests by what the pool did for them.
         refused: System prompts that ran unpinned, the latest last.
         varying: Where system prompts differ that are otherwise alike.
+        budget_tokens, pinned_tokens: Layers with a window keep the end of a prompt only.
+        budget_bytes, pinned_bytes: K and V of them, over all layers and ranks.
     """
 
     mode: str
@@ -187,3 +191,5 @@ class SystemPromptPoolInfo:
     outcomes: dict[str, int]
     refused: list[RefusedPromptInfo]
     varying: list[VaryingSpanInfo]
+    pinned_bytes: int = 0
+    budget_bytes: int = 0

@@ -41,8 +41,9 @@ void run_stack(Member& member, const Stack& stack, const Batch& batch, const Att
   for (int64_t i = 0; i < stack.num_layers; ++i) {
     const Layer& layer = stack.layers[i];
     const Attention& shape = layer.attention;
+    const Batch& seen = seen_by(shape, batch);
     C *k_cache = static_cast<C*>(layer.k_cache), *v_cache = static_cast<C*>(layer.v_cache);
-    const AttentionUnits<C> attention_units = {shape, batch, *plans[i], k_cache, v_cache};
+    const AttentionUnits<C> attention_units = {shape, seen, *plans[i], k_cache, v_cache};
     const auto expect_attention = [&](int64_t unit, Ahead& ahead) { attention_units.expect(unit, ahead); };
     const auto expect = [&](const Matrix& w) {
       return [&w, &tokens](int64_t unit, Ahead& ahead) { LinearUnits(w, tokens).expect(unit, ahead); };
@@ -51,9 +52,9 @@ void run_stack(Member& member, const Stack& stack, const Batch& batch, const Att
     const bool last = i + 1 == stack.num_layers, narrows = last && batch.wanted;
     norm_rows(member, layer.before_attention, hidden, tokens, size, x);
     linear<Kind>(member, buffers, x, size, tokens, layer.qkv, Store(buffers.qkv, layer.qkv.n), expect_attention);
-    rope_and_write(member, shape, batch, buffers.qkv, k_cache, v_cache,
+    rope_and_write(member, shape, seen, buffers.qkv, k_cache, v_cache,
                    [&](int64_t token, int64_t head, const float* turned) {
-                     store_query(shape, batch, token, head, turned, queries);
+                     store_query(shape, seen, token, head, turned, queries);
                    });
     if (narrows && batch.num_wanted == 0) return;
     attention<Kind>(member, attention_units, buffers, attended, expect_o);

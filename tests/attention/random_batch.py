@@ -113,6 +113,81 @@ class Batch:
         return torch.cat(out)
 
 
+class WindowPart:
+    """What the window group has of a batch: of own blocks and of each extent only what the window reaches, elsewhere
+    than the full group has it. Block tables have holes, which stand for a block of values that would show.
+
+    Attributes:
+        k, v, tables: As of `Batch`.
+        hole: The block that the holes name.
+    """
+
+    def __init__(self, batch: Batch, window: int, seed: int) -> None:
+        self.batch, self.window = batch, window
+        size, rng = batch.block_size, random.Random(seed)
+        first_own = [max(0, m.context - m.queries - window + 1) // size for m in batch.members]
+        # Of an extent the tokens that the one behind it sees, in whole blocks; one block at least.
+        self.first_pinned = {
+            length: min(max(0, length - window + 1), length - 1) // size for length in batch.first_slot
+        }
+        num_own = sum(len(table) - first for table, first in zip(batch.tables, first_own, strict=True))
+        total = num_own + sum(-(-n // size) - first for n, first in self.first_pinned.items()) + 2
+        shape = (total * size, *batch.k.shape[1:])
+        self.k, self.v = (torch.full(shape, 1e4, dtype=batch.k.dtype) for _ in range(2))
+        self.first_slot, end = {}, total
+        for length, first in self.first_pinned.items():
+            end -= -(-length // size) - first
+            self.first_slot[length] = end * size
+            self._copy(batch.first_slot[length] + first * size, end * size, (-(-length // size) - first) * size)
+        free = list(range(end))
+        rng.shuffle(free)
+        self.hole = free.pop()
+        self.tables = []
+        for table, first in zip(batch.tables, first_own, strict=True):
+            kept = [free.pop() for _ in table[first:]]
+            for block, to in zip(table[first:], kept, strict=True):
+                self._copy(block * size, to * size, size)
+            self.tables.append([self.hole] * first + kept)
+
+    def _copy(self, source: int, target: int, count: int) -> None:
+        for of_batch, of_part in ((self.batch.k, self.k), (self.batch.v, self.v)):
+            of_part[target : target + count] = of_batch[source : source + count]
+
+    def metadata(self) -> AttentionMetadata:
+        size, whole = self.batch.block_size, self.batch.metadata(True)
+        groups: list[PrefixGroup] = []
+        token = 0
+        for member in self.batch.members:
+            seen_from = sum(member.chain) - self.window + 1
+            for start, length in zip(accumulate(member.chain, initial=0), member.chain, strict=False):
+                skipped = self.first_pinned[length] * size
+                if start + length > seen_from:
+                    slot = self.first_slot[length]
+                    groups.append(PrefixGroup(token, member.queries, slot, length - skipped, start + skipped))
+            token += member.queries
+        width = max(map(len, self.tables)) + 1
+        tables = [table + [self.hole] * (width - len(table)) for table in self.tables]
+        return replace(whole, block_tables=torch.tensor(tables), groups=groups)
+
+
+AROUND = [
+    Member((), 39, 1),
+    Member((), 40, 1),
+    Member((), 41, 1),
+    Member((), 130, 1),
+    Member((), 90, 49),
+    Member((39,), 1, 1),
+    Member((40,), 1, 1),
+    Member((41,), 7, 7),
+    Member((41,), 60, 33),
+    Member((41,), 130, 1),
+    Member((10, 200), 3, 2),
+    Member((25, 10), 9, 9),
+    Member((70, 25), 20, 1),
+]
+"""Sequences whose extents, own tokens and chunks end at, before and behind the edge of a window of 40."""
+
+
 MIXED = [
     Member((), 1, 1),
     Member((), 40, 40),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import vllm
-from tests.attention.random_batch import MIXED, Batch, Member
+from tests.attention.random_batch import AROUND, MIXED, Batch, Member, WindowPart
 from vllm.attention.backends import get_backend
 from vllm.attention.backends.cpu import CpuAttentionBackend
 from vllm.attention.backends.torch import TorchAttentionBackend
@@ -39,7 +39,7 @@ KINDS = [
 CPU = torch.device("cpu")
 
 
-def written(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def written(batch: Batch | WindowPart) -> tuple[torch.Tensor, torch.Tensor]:
     """Caches that hold the batch's K and V, in the kernels' own order."""
     num_slots, kv_heads, dim = batch.k.shape
     k_cache, v_cache = torch.zeros_like(batch.k), torch.zeros_like(batch.v)
@@ -110,6 +110,16 @@ def test_chains_of_extents(cpu_instructions: str, merged_groups: bool) -> None:
         Member((47, 33), 1, 1),
     ]
     check(Batch(members, 16, 6, 2, 64, torch.float32, seed=1), WIDEN, 4e-6, merged_groups)
+
+
+@every_instructions
+@pytest.mark.parametrize("window", [1, 39, 40, 41, 500])
+def test_windows_in_blocks_of_their_own(cpu_instructions: str, window: int) -> None:
+    batch = Batch(AROUND, 16, 6, 2, 64, torch.float32, seed=window)
+    part, spec, backend = WindowPart(batch, window, seed=1), batch.spec(window=window), CpuAttentionBackend(16)
+    (prepared,) = backend.prepare(part.metadata(), [spec])
+    out = backend.attend(batch.q, *written(part), spec, prepared)
+    torch.testing.assert_close(out.double(), batch.reference(spec), atol=4e-6, rtol=0)
 
 
 @every_instructions

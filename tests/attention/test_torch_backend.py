@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from tests.attention.random_batch import MIXED, Batch, Member
+from tests.attention.random_batch import AROUND, MIXED, Batch, Member, WindowPart
 from vllm.attention.backends import get_backend
 from vllm.attention.backends.torch import TorchAttentionBackend
 from vllm.exceptions import StartupError
@@ -67,6 +67,15 @@ def test_random_batches(seed: int) -> None:
         members, rng.choice([1, 2, 7, 16, 32]), heads, kv_heads, rng.choice([64, 80, 128]), torch.float32, seed
     )
     check(batch, torch.float32)
+
+
+@pytest.mark.parametrize("window", [1, 39, 40, 41, 500])
+def test_windows_in_blocks_of_their_own(window: int) -> None:
+    batch = Batch(AROUND, 16, 6, 2, 64, torch.float32, seed=window)
+    part, spec, backend = WindowPart(batch, window, seed=1), batch.spec(window=window), TorchAttentionBackend()
+    (prepared,) = backend.prepare(part.metadata(), [spec])
+    out = backend.attend(batch.q, part.k, part.v, spec, prepared)
+    torch.testing.assert_close(out.double(), batch.reference(spec), atol=TOLERANCE[torch.float32], rtol=0)
 
 
 def test_large_scores_do_not_overflow() -> None:

@@ -72,7 +72,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def stopped(engine: AsyncLLMEngine) -> Iterator[None]:
-    pid = engine._link.client.process.pid
+    pid = engine.replicas[0].link.client.process.pid
     os.kill(pid, signal.SIGSTOP)
     try:
         yield
@@ -262,14 +262,14 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
 
 def test_what_comes_beyond_the_limit_is_refused_at_once(engine: AsyncLLMEngine, run: Run) -> None:
     def refusals() -> float:
-        return values(engine.metrics, "admission_rejections_total", "reason")["max_num_queued_reqs",]
+        return values(engine.replicas[0].metrics, "admission_rejections_total", "reason")["max_num_queued_reqs",]
 
     async def go() -> None:
         async with client(engine) as http:
             before = refusals()
             with stopped(engine):
                 two = asyncio.create_task(http.post("/v1/completions", json={"prompt": "a", "n": 2, "max_tokens": 4}))
-                await until(lambda: engine._processor.num_outputs == 2)
+                await until(lambda: engine.replicas[0].processor.num_outputs == 2)
                 refused = await http.post("/v1/completions", json={"prompt": "a", "n": 3})
                 assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
                 # A herd: places are taken before anything is read of what the requests say.
@@ -301,7 +301,7 @@ def test_what_comes_beyond_the_limit_is_refused_at_once(engine: AsyncLLMEngine, 
                         while (said := (await http.get(path)).json())["status"] in ("queued", "in_progress"):
                             await asyncio.sleep(0.01)
                     assert said["status"] == "incomplete", said
-        assert (engine._processor.num_outputs, engine._admission._num_prepared) == (0, 0)
+        assert (engine.replicas[0].processor.num_outputs, engine._admission._num_prepared) == (0, 0)
 
     run(go())
 
@@ -317,7 +317,7 @@ def test_health_says_when_the_engine_does_not_get_on(engine: AsyncLLMEngine, run
                 await asyncio.sleep(1.2)
                 assert await status() == 200  # without work there is nothing to wait for
                 request = asyncio.create_task(generate(engine))
-                await until(lambda: bool(engine._processor.requests))
+                await until(lambda: bool(engine.replicas[0].processor.requests))
                 assert await status() == 200
                 while await status() == 200:
                     await asyncio.sleep(0.05)
@@ -342,7 +342,7 @@ def test_health_says_when_the_engine_does_not_get_on(engine: AsyncLLMEngine, run
 def test_news_that_cannot_be_taken_in_are_the_engines_death(
     engine: AsyncLLMEngine, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_stats = engine.metrics.on_stats
+    on_stats = engine.replicas[0].metrics.on_stats
     faults = 0
 
     def break_once(stats: EngineStats) -> None:
@@ -352,13 +352,13 @@ def test_news_that_cannot_be_taken_in_are_the_engines_death(
             raise ZeroDivisionError
         on_stats(stats)
 
-    monkeypatch.setattr(engine.metrics, "on_stats", break_once)
+    monkeypatch.setattr(engine.replicas[0].metrics, "on_stats", break_once)
 
     async def fails() -> None:
         nonlocal faults
         requests = [asyncio.create_task(generate(engine, 1000, request_id=str(i))) for i in range(3)]
-        await until(lambda: engine.stats.num_running == 3)
-        process, faults = engine._link.client.process, 1
+        await until(lambda: engine.replicas[0].stats.num_running == 3)
+        process, faults = engine.replicas[0].link.client.process, 1
         for request in requests:
             with pytest.raises(EngineDeadError):
                 await request

@@ -22,7 +22,7 @@ def test_a_line_says_what_came_since_the_last_one_and_none_comes_of_silence(monk
     lines: list[str] = []
     monkeypatch.setattr(stats_log.logger, "info", lambda text, *values: lines.append(text % values))
     totals, stats, now = Totals(), EngineStats(), 0.0
-    log = StatsLog(cast(EngineMetrics, totals), lambda: stats, lambda: now)
+    log = StatsLog(cast(EngineMetrics, totals), lambda: stats, clock=lambda: now)
     now = 10.0
     log.write()
     assert lines == []
@@ -30,8 +30,9 @@ def test_a_line_says_what_came_since_the_last_one_and_none_comes_of_silence(monk
     stats = EngineStats(num_running=2, num_waiting=1, kv_cache_usage=0.25, prefix_cache_queries=8, prefix_cache_hits=2)
     log.write()
     assert lines == [
-        "Avg prompt throughput: 10.0 tokens/s, Avg generation throughput: 4.0 tokens/s, Running: 2 reqs, "
-        "Waiting: 1 reqs, KV cache usage: 25.0%, Prefix cache hit rate: 25.0%, System prompts: 0 pinned, 0 tokens"
+        "Engine 000: Avg prompt throughput: 10.0 tokens/s, Avg generation throughput: 4.0 tokens/s, "
+        "Running: 2 reqs, Waiting: 1 reqs, KV cache usage: 25.0%, Prefix cache hit rate: 25.0%, "
+        "System prompts: 0 pinned, 0 tokens"
     ]
     # A request that waits without a token is worth a line; an idle engine is not.
     log.write()

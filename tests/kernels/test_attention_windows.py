@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.attention.random_batch import MIXED, Batch, Member
+from tests.attention.random_batch import AROUND, MIXED, Batch, Member, WindowPart
 from tests.kernels.kernel_inputs import DEVICE, TOLERANCE, assert_near
 from tests.kernels.test_triton_backend import inputs, metadata, place, sequences_of
 from vllm.attention.backends.triton import TritonAttention, TritonAttentionBackend
 from vllm.attention.replay import ReplayPlans
 from vllm.attention.spec import AttentionSpec
+from vllm.ops.attention.metadata import AttentionMetadata
 from vllm.ops.attention.prefix import group_array, plan_prefix
 from vllm.ops.attention.suffix import plan_suffix
 from vllm.ops.attention.tiles import TileConfig
@@ -193,6 +195,52 @@ def test_steps_of_mixed_layers_are_replayed(decode: bool) -> None:
             out = attend(backend, batch, spec, prepared, sinks if spec.sinks else None)
             assert_near(out[:n], want, TOLERANCE[torch.float32])
             assert not out[n:].any()
+
+
+@pytest.mark.parametrize("window", [40, *(pytest.param(window, marks=heavy) for window in (1, 39, 41, 500))])
+def test_windows_in_blocks_of_their_own(window: int) -> None:
+    batch = make(AROUND, (4, 2, 32), torch.float32, seed=window)
+    part, spec, backend = (
+        WindowPart(batch, window, seed=1),
+        batch.spec(window=window),
+        TritonAttentionBackend(DEVICE, 16),
+    )
+    (prepared,) = backend.prepare(on_device(part), [spec])
+    out = backend.attend(*(x.to(DEVICE) for x in (batch.q, part.k, part.v)), spec, prepared)
+    assert_near(out.cpu(), batch.reference(spec), TOLERANCE[torch.float32])
+
+
+def on_device(part: WindowPart) -> AttentionMetadata:
+    host = part.metadata()
+    return replace(host, slot_mapping=host.slot_mapping.to(DEVICE), block_tables=host.block_tables.to(DEVICE))
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_steps_with_a_window_group_are_replayed(decode: bool) -> None:
+    """Layers of either group, each with its block tables and extents, by the same buffers."""
+    rng, size, shape = random.Random(1), 8 if decode else 96, (4, 2, 32)
+    steps = [[Member(m.chain, m.context, 1 if decode else m.queries) for m in AROUND[i : i + 7]] for i in (0, 6, 3)]
+    specs = [make(AROUND, shape, torch.float32).spec(window=w) for w in (None, WINDOW)]
+    backend = TritonAttentionBackend(DEVICE, 16)
+    tables = [torch.zeros(9, 40, dtype=torch.int64, device=DEVICE) for _ in specs]
+    plans = ReplayPlans(backend, specs, size, tables[0], 16, tables[1])
+    captured = plans.prepared(size, decode=decode, plain=False)
+    for i, members in enumerate(steps):
+        batch = make(members, shape, torch.float32, seed=i)
+        part = WindowPart(batch, WINDOW, seed=i)
+        rows = rng.sample(range(9), len(members))
+        for held, kept in zip(tables, (batch.tables, part.tables), strict=True):
+            held.zero_()
+            for row, table in zip(rows, kept, strict=True):
+                held[row, : len(table)] = torch.tensor(table, device=DEVICE)
+        groups = batch.metadata(True).groups
+        plans.fill(inputs(size), sequences_of(batch, rows), groups, part.metadata().groups, decode=decode)
+        for spec, prepared, caches in zip(specs, captured, ((batch.k, batch.v), (part.k, part.v)), strict=True):
+            q = torch.zeros(size, *batch.q.shape[1:])
+            q[: len(batch.q)] = batch.q
+            out = backend.attend(q.to(DEVICE), *(x.to(DEVICE) for x in caches), spec, prepared).cpu()
+            assert_near(out[: len(batch.q)], batch.reference(spec), TOLERANCE[torch.float32])
+            assert not out[len(batch.q) :].any()
 
 
 def test_what_lies_behind_the_window_is_not_read() -> None:

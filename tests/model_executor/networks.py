@@ -75,31 +75,35 @@ def logits_of(
     *,
     pinned: int = 0,
     chunk: int | None = None,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """Logits at every position of one sequence, over a KV cache of its own.
 
     Args:
         pinned: So many of the tokens are a pinned prompt: computed first, into an extent that the others read.
         chunk: At most so many tokens are computed in a step; None: all that can be.
+        device: Where the network is.
     """
     backend = backend or TorchAttentionBackend()
     own = list(reversed(range(-(-(len(token_ids) - pinned) // block))))
     extent = list(range(len(own), len(own) + -(-pinned // block)))
     num_slots = (len(own) + len(extent)) * block
     rows = [(cache.k, cache.v) for cache in model.caches()]
-    k_caches = [torch.zeros(num_slots, k.num_heads, k.dim, dtype=k.dtype) for k, _ in rows]
-    v_caches = [torch.zeros(num_slots, v.num_heads, v.dim, dtype=v.dtype) for _, v in rows]
+    k_caches = [torch.zeros(num_slots, k.num_heads, k.dim, dtype=k.dtype, device=device) for k, _ in rows]
+    v_caches = [torch.zeros(num_slots, v.num_heads, v.dim, dtype=v.dtype, device=device) for _, v in rows]
 
     def step(blocks: list[int], offset: int, start: int, end: int) -> torch.Tensor:
         """Tokens from `start` to `end`, whose own tokens lie in `blocks` and begin at `offset`."""
-        positions = torch.arange(start, end)
+        positions = torch.arange(start, end, device=device)
         places = positions - offset
-        slots = torch.tensor(blocks)[places // block] * block + places % block
+        slots = torch.tensor(blocks, device=device)[places // block] * block + places % block
         groups = [PrefixGroup(0, end - start, extent[0] * block, offset)] if offset else []
-        metadata = AttentionMetadata(slots, torch.tensor([blocks]), [end - start], [end - offset], groups, block)
+        metadata = AttentionMetadata(
+            slots, torch.tensor([blocks], device=device), [end - start], [end - offset], groups, block
+        )
         prepared = backend.prepare(metadata, model.attention_specs)
         context = ForwardContext(backend, prepared, positions, slots, k_caches, v_caches)
-        return model.logits(model(torch.tensor(token_ids[start:end]), context))
+        return model.logits(model(torch.tensor(token_ids[start:end], device=device), context))
 
     pieces = []
     with torch.inference_mode():

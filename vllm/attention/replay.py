@@ -198,6 +198,7 @@ class ReplayPlans:
         backend: Serves the layers.
         specs: The network's different ones, in order.
         max_tokens, block_tables, block_size: As of `ReplayBuffers`.
+        window_tables: Block tables of the window group, which layers with a window read; None where there is none.
 
     Attributes:
         inputs: What `fill` was given of each query token; int64 [3, max_tokens].
@@ -210,13 +211,16 @@ class ReplayPlans:
         max_tokens: int,
         block_tables: torch.Tensor,
         block_size: int,
+        window_tables: torch.Tensor | None = None,
     ) -> None:
         self._of_specs = [backend.of(spec) for spec in specs]
+        self._has_window_group = window_tables is not None
         self._buffers: dict[TritonAttention, ReplayBuffers] = {}
         of_shape: dict[tuple[int, int], ReplayBuffers] = {}
         for attention in dict.fromkeys(self._of_specs):
             shape = (attention.num_heads, attention.head_dim)
-            buffers = ReplayBuffers(attention, max_tokens, block_tables, block_size, of_shape.get(shape))
+            tables = block_tables if attention.window is None or window_tables is None else window_tables
+            buffers = ReplayBuffers(attention, max_tokens, tables, block_size, of_shape.get(shape))
             self._buffers[attention] = of_shape[shape] = buffers
         self.inputs = next(iter(self._buffers.values())).inputs
 
@@ -225,12 +229,30 @@ class ReplayPlans:
         plans = {a: buffers.prepared(tokens, decode=decode, plain=plain) for a, buffers in self._buffers.items()}
         return [plans[attention] for attention in self._of_specs]
 
-    def fill(self, inputs: np.ndarray, sequences: np.ndarray, groups: list[PrefixGroup], *, decode: bool) -> bool:
-        """Plans a step for every shape; see `ReplayBuffers.fill`. Returns whether it may be replayed as a plain one."""
-        plain = {b: b.fill(inputs, sequences, groups, decode=decode) for b in self._buffers.values()}
+    def fill(
+        self,
+        inputs: np.ndarray,
+        sequences: np.ndarray,
+        groups: list[PrefixGroup],
+        window_groups: list[PrefixGroup] | None = None,
+        *,
+        decode: bool,
+    ) -> bool:
+        """Plans a step for every shape; see `ReplayBuffers.fill`. Returns whether it may be replayed as a plain one.
+
+        Args:
+            window_groups: Reads of extents of the window group, where there is one.
+        """
+
+        def fill(attention: TritonAttention, plain: bool) -> bool:
+            within = self._has_window_group and attention.window is not None
+            reads = (window_groups or []) if within else groups
+            return self._buffers[attention].fill(inputs, sequences, reads, decode=decode, plain=plain)
+
+        plain = {attention: fill(attention, True) for attention in self._buffers}
         if all(plain.values()):
             return True
-        for buffers, was_plain in plain.items():
+        for attention, was_plain in plain.items():
             if was_plain:
-                buffers.fill(inputs, sequences, groups, decode=decode, plain=False)
+                fill(attention, False)
         return False

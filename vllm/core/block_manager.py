@@ -34,6 +34,12 @@ class BlockManager(BlockPool):
         super().__init__(num_blocks, block_size, enable_caching)
         self.windows = windows
 
+    @property
+    def usage(self) -> float:
+        """Share of the schedulable blocks that are used, in the group where it is higher: at 1 requests must wait."""
+        used = super().usage
+        return used if self.windows is None else max(used, self.windows.usage)
+
     def blocks_for(self, seq: Sequence, num_tokens: int) -> int:
         """Own blocks that `seq` needs for its first `num_tokens` tokens."""
         return -(-(num_tokens - seq.prefix_len) // self.block_size)

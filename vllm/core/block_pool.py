@@ -54,6 +54,11 @@ class BlockPool:
     def num_schedulable_blocks(self) -> int:
         return self.num_blocks - self._num_pinned
 
+    @property
+    def usage(self) -> float:
+        """Share of the schedulable blocks that are used."""
+        return self.num_used_blocks / max(1, self.num_schedulable_blocks)
+
     def num_free_after(self, blocks: Iterable[int]) -> int:
         """Free blocks that would be left if `blocks` were acquired."""
         return len(self._free) - sum(self._ref_count[b] == 0 for b in blocks)

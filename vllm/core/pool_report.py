@@ -23,6 +23,13 @@ def reason(pool: SystemPromptPool, refusal: Outcome, num_tokens: int) -> str:
             f"{pool.config.min_tokens}."
         )
     if refusal == Outcome.OVER_BUDGET:
+        short = pool.window_shortage(num_tokens)
+        if short is not None:
+            return (
+                f"The layers that read {short.window} tokens would keep the last {short.kept} of the system prompt's, "
+                f"but {short.taken} of the {short.budget} tokens that they may keep of pinned prompts are taken; "
+                "remove a prompt or raise --system-prompt-cache-tokens."
+            )
         used = pool.taken_blocks * pool.block_size
         return (
             f"The system prompt has {num_tokens} tokens, but {used} of the pool's {pool.budget_tokens} tokens are "
@@ -88,6 +95,7 @@ def _nearest(pool: SystemPromptPool, seq: Sequence, at_least: int) -> dict[str, 
 
 def info(pool: SystemPromptPool) -> SystemPromptPoolInfo:
     """The pool's figures."""
+    num_bytes = pool.num_bytes
     return SystemPromptPoolInfo(
         mode=pool.config.mode,
         budget_tokens=pool.budget_tokens,
@@ -100,4 +108,6 @@ def info(pool: SystemPromptPool) -> SystemPromptPoolInfo:
         outcomes=dict(pool.outcomes),
         refused=pool.log.refused,
         varying=pool.log.varying,
+        pinned_bytes=num_bytes.pinned,
+        budget_bytes=num_bytes.budget,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from vllm.core.demand import Demand
 from vllm.core.pin_policy import Claim, claim_of, giving_way, leaving_host, worth_now
@@ -45,6 +46,23 @@ class WindowRoom:
     layout: WindowLayout
     on_release: Callable[[Extent], None]
     bytes_per_block: int = 0
+
+
+class WindowShortage(NamedTuple):
+    """Why a prompt does not fit into the window group, in tokens: what it would keep there, and what of the budget is
+    taken."""
+
+    window: int
+    kept: int
+    taken: int
+    budget: int
+
+
+class PoolBytes(NamedTuple):
+    """K and V of both groups, in bytes: what is pinned, and the budget."""
+
+    pinned: int
+    budget: int
 
 
 class PromptRoom:
@@ -100,6 +118,32 @@ class PromptRoom:
     def taken_blocks(self) -> int:
         """Blocks of the full group that are pinned or promised."""
         return self.blocks.pinned_blocks + self._promised.full
+
+    def set_budget(self, num_blocks: int) -> None:
+        """Changes the budget of the full group, and that of the window group, where no prompt keeps more blocks."""
+        self.blocks.set_budget(num_blocks)
+        if self.windows is not None:
+            self.windows.blocks.set_budget(num_blocks)
+
+    def num_bytes(self, bytes_per_block: int) -> PoolBytes:
+        """Given the bytes of a block of the full group, over all ranks."""
+        pools = [(self.blocks, bytes_per_block)]
+        if self.windows is not None:
+            pools.append((self.windows.blocks, self.windows.bytes_per_block))
+        return PoolBytes(
+            sum(pool.pinned_blocks * size for pool, size in pools),
+            sum(pool.budget_blocks * size for pool, size in pools),
+        )
+
+    def window_shortage(self, num_tokens: int) -> WindowShortage | None:
+        """What a prompt of so many tokens lacks in the window group, where it finds room in the full one."""
+        size = self.blocks_of(num_tokens)
+        missing = self._missing(size)
+        if self.windows is None or missing.full > 0 or missing.window <= 0:
+            return None
+        pool = self.windows.blocks
+        blocks = size.window, pool.pinned_blocks + self._promised.window, pool.budget_blocks
+        return WindowShortage(self.windows.layout.window, *(n * self.block_size for n in blocks))
 
     @property
     def is_filling(self) -> bool:

@@ -94,6 +94,9 @@ class PromptTiers:
             an idle engine take a multiple.
         window_share: Bytes of a block of the window group, in blocks of the full group.
         clock: Seconds; replaced in tests.
+
+    Attributes:
+        num_host_blocks: Blocks of the full group whose content has its place in the host tier.
     """
 
     def __init__(
@@ -109,6 +112,7 @@ class PromptTiers:
         self.keeps_snapshots = keeps_snapshots
         self.copy_blocks = copy_blocks
         self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.num_host_blocks = 0
         self._window_share = window_share
         self._clock = clock
         self._stored = {record.prompt_id: record for record in stored}
@@ -358,6 +362,7 @@ class PromptTiers:
         start = self.host.find_window(count) if prompt.pin != PinClass.HARD else None
         if start is not None:
             self.host.pin(prompt.id, (Extent(start, count),))
+            self.num_host_blocks += size.full
         place = HostImage(prompt.id, size.full, start, size.window, self._extra(size))
         image = self._images[prompt.id] = _Image(place, prompt)
         return image
@@ -376,6 +381,7 @@ class PromptTiers:
             self._dropped.append(place)
         else:
             self.host.unpin(place.prompt_id)
+            self.num_host_blocks -= place.num_blocks
 
     def check_integrity(self, prompts: dict[str, PinnedPrompt]) -> None:
         """Raises AssertionError when images, host blocks and prompts do not fit together."""
@@ -383,6 +389,7 @@ class PromptTiers:
         assert {k: i.place.start for k, i in self._images.items() if i.stays} == {
             k: e.start for k, (e,) in self.host.extents.items()
         }
+        assert self.num_host_blocks == sum(i.place.num_blocks for i in self._images.values() if i.stays)
         busy = {job.record.prompt_id for job in self._under_way}
         for key, image in self._images.items():
             loading = any(load.prompt is image.owner for load in self._loads)

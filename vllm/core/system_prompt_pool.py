@@ -37,7 +37,7 @@ from vllm.core.prefix_tree import Walk
 from vllm.core.prompt_index import EVERYBODY
 from vllm.core.prompt_life import PromptLife
 from vllm.core.prompt_registry import PromptRegistry
-from vllm.core.prompt_room import PromptRoom, WindowRoom
+from vllm.core.prompt_room import PoolBytes, PromptRoom, WindowRoom, WindowShortage
 from vllm.core.prompt_router import PromptRouter
 from vllm.core.prompt_tiers import PromptTiers
 from vllm.core.wants import Decision, Want
@@ -225,7 +225,7 @@ class SystemPromptPool:
         return prompt
 
     def set_budget(self, num_tokens: int) -> None:
-        """Changes how many tokens may be pinned; what must stay schedulable stays so.
+        """Changes how many tokens may be pinned; what must stay schedulable stays so, in each cache group.
 
         Raises:
             ValueError: more than that is pinned or promised already.
@@ -238,7 +238,7 @@ class SystemPromptPool:
                 f"{self.taken_blocks * self.block_size} tokens are pinned already, more than {num_tokens}; "
                 "remove prompts first."
             )
-        self.blocks.set_budget(num_blocks)
+        self._room.set_budget(num_blocks)
 
     # Steps, driven by the scheduler ----------------------------------------------------------------------------
 
@@ -362,6 +362,15 @@ class SystemPromptPool:
     @property
     def budget_tokens(self) -> int:
         return self.blocks.budget_blocks * self.block_size
+
+    @property
+    def num_bytes(self) -> PoolBytes:
+        """Bytes of K and V that are pinned, and that may be, over all layers and ranks."""
+        return self._room.num_bytes(self.bytes_per_block)
+
+    def window_shortage(self, num_tokens: int) -> WindowShortage | None:
+        """What a prompt of so many tokens lacks where that is room for what layers with a window keep, nothing else."""
+        return self._room.window_shortage(num_tokens)
 
     @property
     def pinned_tokens(self) -> int:

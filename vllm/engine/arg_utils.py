@@ -143,6 +143,7 @@ class EngineArgs:
     system_prompt_cache_dir_gib: float = 20.0
     system_prompt_host_cache_gib: float | Literal["auto"] = "auto"
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     device: str = "auto"
     attention_backend: str | None = None
     enforce_eager: bool = False
@@ -282,6 +283,7 @@ class EngineArgs:
         add = adder("device and ranks")
         add("device", "auto, cpu or cuda.")
         add("tensor_parallel_size", "Ranks that share the model: one GPU each, or a process each on a CPU.", type=int)
+        add("data_parallel_size", "Engines behind one port, each with the whole model.", type=int)
         add("attention_backend", "TORCH, or the device's: CPU, TRITON, XFORMERS; the device's own choice if not given.")
         add("enforce_eager", "Never capture CUDA graphs.")
         add = adder("logging")
@@ -351,7 +353,9 @@ class EngineArgs:
                 long_prefill_token_threshold=self._long_prefill_token_threshold(platform),
                 max_outputs_beside_others=_OUTPUTS_BESIDE_OTHERS[platform.device_type],
             ),
-            parallel=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
+            parallel=ParallelConfig(
+                tensor_parallel_size=self.tensor_parallel_size, data_parallel_size=self.data_parallel_size
+            ),
             device=platform.device_type,
             attention_backend=_attention_backend(self.attention_backend) or platform.attention_backend(),
             # The code of transformers is not made for being captured.
@@ -469,7 +473,7 @@ class EngineArgs:
             return int(self.system_prompt_host_cache_gib * 2**30)
         if platform.device_type == "cpu" or self.system_prompt_cache == "off":
             return 0  # A CPU's KV cache is host memory itself.
-        return int(_HOST_SHARE * platform.available_host_memory_bytes())
+        return int(_HOST_SHARE * platform.available_host_memory_bytes()) // self.data_parallel_size
 
     def _check_ranges(self) -> None:
         if self.block_size not in _BLOCK_SIZES:
@@ -486,6 +490,7 @@ class EngineArgs:
             "max_num_seqs": (1, _MAX_SEQS),
             "max_num_batched_tokens": (1, 2**31 - 1),
             "tensor_parallel_size": (1, 1024),
+            "data_parallel_size": (1, 1024),
             "max_num_queued_reqs": (1, 2**31 - 1),
             "long_prefill_token_threshold": (0, 2**31 - 1),
             "system_prompt_cache_tokens": (0, 2**40),

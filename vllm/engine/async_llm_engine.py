@@ -8,26 +8,21 @@ import time
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from prometheus_client import CollectorRegistry
 from transformers import PreTrainedTokenizerFast
 
-from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.admission import Admission
 from vllm.engine.arg_utils import EngineArgs
 from vllm.engine.calls import PinName, PinOptions
-from vllm.engine.core_link import CoreLink, LinkEvents
+from vllm.engine.fleet_prompts import FleetPrompts
 from vllm.engine.input_processor import CheckedParams, InputProcessor, ProcessedPrompt, check_sampling_params
 from vllm.engine.mailbox import Mailbox
-from vllm.engine.messages import AbortRequests, EngineReady, EngineStats, StepOutputs
-from vllm.engine.metrics import EngineMetrics
-from vllm.engine.output_processor import OutputProcessor
-from vllm.engine.prompt_calls import PromptCalls
+from vllm.engine.messages import EngineRequest
+from vllm.engine.metrics import JoinedMetrics
+from vllm.engine.replica import Replica, start_replicas
+from vllm.engine.routing import Router, current_engine, prefixes
 from vllm.engine.search_state import Search
-from vllm.engine.stats_log import StatsLog
 from vllm.engine.tenant import current_tenant
-from vllm.engine.varying_prompts import log_varying_prompts
-from vllm.engine.watchdog import Watchdog
 from vllm.engine.work_lanes import WorkLanes
 from vllm.exceptions import EngineDeadError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType, TokensPrompt
@@ -45,21 +40,22 @@ _MANY_IDS = 4096
 
 
 class AsyncLLMEngine:
-    """Client of an engine process that it starts and ends with itself.
+    """Client of engine processes that it starts and ends with itself: one, or `--data-parallel-size` of them, each of
+    which has the whole model and serves the requests that it is picked for.
 
     Args:
-        args: Flags; the engine process gets what they are resolved to.
-        max_restarts: How often an engine process that has died is started again. What was in flight fails with
-            `EngineDeadError`, as does whatever comes until the new process is ready; its caches start empty.
+        args: Flags; the engine processes get what they are resolved to.
+        max_restarts: How often each engine process that has died is started again. What was in flight fails with
+            `EngineDeadError`, as does whatever comes until a process is ready; its caches start empty.
 
     Attributes:
         lanes: Threads for work on long requests.
         process_command: Starts an engine process, which takes its arguments from standard input.
-        stats: The engine core's state after its latest step.
+        replicas: The engine processes.
         metrics_registry: Prometheus metrics.
 
     Raises:
-        StartupError: the engine process cannot run with these arguments on this machine.
+        StartupError: an engine process cannot run with these arguments on this machine.
     """
 
     process_command: ClassVar[Sequence[str]] = (sys.executable, "-m", "vllm.engine.core_process")
@@ -71,29 +67,25 @@ class AsyncLLMEngine:
         self.renderer = ChatRenderer(self.tokenizer, model.chat_template)
         self.input_processor = InputProcessor(model, self.tokenizer, self.renderer, serves=True)
         self._compiler = ConstraintCompiler(model)
-        self.stats = EngineStats()
-        self._logs_stats = not args.disable_log_stats
-        self._stats_log: asyncio.Task[None] | None = None
-        self._watchdog = Watchdog(envs.execute_model_timeout_s())
-        self._is_sleeping = False
         self._closed = False
         self.lanes = WorkLanes()
-        self._prompts = PromptCalls(self._call)
-        events = LinkEvents(self._take_in, self._on_death, self._on_restart, self._prompts.pin_again)
+        logs_stats = not args.disable_log_stats
         try:
-            self._link = CoreLink(self.vllm_config, self.process_command, max_restarts, events)
+            self.replicas = start_replicas(
+                self.vllm_config, self.tokenizer, self.process_command, max_restarts, logs_stats
+            )
         except BaseException:
             self._compiler.shutdown()
             self.lanes.shutdown()
             raise
-        ready = self._link.ready
-        self.num_blocks, self.pool_budget_tokens = ready.num_blocks, ready.pool_budget_tokens
-        self.metrics = EngineMetrics(self.vllm_config, ready.num_blocks)
-        self._processor = OutputProcessor(self.tokenizer, self.metrics)
+        self._router = Router([replica.load for replica in self.replicas])
+        self._prompts = FleetPrompts([replica.prompts for replica in self.replicas])
+        metrics = [replica.metrics for replica in self.replicas]
+        self.metrics_registry = metrics[0].registry if len(metrics) == 1 else JoinedMetrics(metrics).registry
         self._admission = Admission(
             self.vllm_config.scheduler.max_num_queued_reqs,
-            lambda: self._processor.num_outputs,
-            self.metrics.on_refusal,
+            lambda: sum(replica.processor.num_outputs for replica in self.replicas),
+            metrics[0].on_refusal,
         )
 
     @classmethod
@@ -101,78 +93,55 @@ class AsyncLLMEngine:
         return cls(args, max_restarts)
 
     @property
-    def metrics_registry(self) -> CollectorRegistry:
-        return self.metrics.registry
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache, of all engines."""
+        return sum(replica.num_blocks for replica in self.replicas)
+
+    @property
+    def pool_budget_tokens(self) -> int:
+        """Tokens that may be pinned, of all engines."""
+        return sum(replica.pool_budget_tokens for replica in self.replicas)
+
+    @property
+    def num_requests(self) -> int:
+        """Sequences that run or wait, after the latest step of each engine."""
+        return sum(replica.stats.num_running + replica.stats.num_waiting for replica in self.replicas)
 
     # Life ------------------------------------------------------------------------------------------------------
 
     def _ensure_reading(self) -> None:
         """Starts what needs a running event loop, with the first use."""
-        self._link.ensure_reading()
-        if self._stats_log is None and self._logs_stats and not (self._closed or self._link.errored):
-            self._stats_log = asyncio.get_running_loop().create_task(StatsLog(self.metrics, lambda: self.stats).run())
-
-    async def _take_in(self, news: StepOutputs) -> None:
-        if news.outputs or news.results or (news.stats is not None and news.stats.iteration_tokens):
-            self._watchdog.note_progress()
-        orders = self._processor.process(news.outputs)
-        if orders.aborts:
-            await self._link.send(AbortRequests(orders.aborts))
-        for fork in orders.forks:
-            await self._link.send(fork)
-        if news.stats is not None:
-            self.stats = news.stats
-            self.metrics.on_stats(news.stats)
-            log_varying_prompts(news.stats.varying_prompts, self.tokenizer)
-        self._link.take_results(news.results)
-
-    def _on_death(self, error: EngineDeadError) -> None:
-        self._processor.fail_all(error)
-
-    def _on_restart(self, ready: EngineReady) -> None:
-        self.num_blocks, self.pool_budget_tokens = ready.num_blocks, ready.pool_budget_tokens
-        self.stats = EngineStats()
-        self.metrics.on_restart(ready.num_blocks)
-        self._is_sleeping = False
+        for replica in self.replicas:
+            replica.ensure_reading()
 
     @property
     def errored(self) -> bool:
-        """Whether the engine process has ended, for good or until it is started again."""
-        return self._link.errored
+        """Whether every engine process has ended, for good or until it is started again."""
+        return all(replica.link.errored for replica in self.replicas)
 
     @property
     def dead_error(self) -> EngineDeadError:
-        return self._link.dead_error
-
-    def _has_work(self) -> bool:
-        """Whether the engine ought to finish steps."""
-        return not self._is_sleeping and bool(self._processor.requests or self._link.num_calls)
-
-    def _expect_work(self) -> None:
-        """Tells the watchdog that work is about to go to the engine."""
-        if not self._has_work():
-            self._watchdog.note_progress()
+        return self.replicas[0].link.dead_error
 
     async def check_health(self) -> None:
-        """Raises `EngineDeadError` if the engine process has ended, `EngineStalledError` while it has work and has not
-        finished a step for long."""
-        if self.errored:
-            raise self.dead_error
-        self._watchdog.check(self._has_work())
+        """Raises `EngineDeadError` or `EngineStalledError` if no engine serves: its process has ended, or has work and
+        has not finished a step for long."""
+        faults = [replica.fault() for replica in self.replicas]
+        if faults[0] is not None and all(faults):
+            raise faults[0]
 
     async def wait_until_dead(self) -> None:
-        """Returns when the engine process has ended and is not started again."""
+        """Returns when every engine process has ended and none is started again."""
         self._ensure_reading()
-        await self._link.wait_until_dead()
+        await asyncio.gather(*(replica.link.wait_until_dead() for replica in self.replicas))
 
     def shutdown(self) -> None:
-        """Ends the engine process; open requests end with an error."""
+        """Ends the engine processes; open requests end with an error."""
         if self._closed:
             return
         self._closed = True
-        self._link.shutdown()
-        if self._stats_log is not None:
-            self._stats_log.cancel()
+        for replica in self.replicas:
+            replica.shutdown()
         self._compiler.shutdown()
         self.lanes.shutdown()
 
@@ -231,13 +200,14 @@ class AsyncLLMEngine:
                 is_search=search is not None,
             )
             mailbox = Mailbox(request.sampling_params.output_kind)
-            self._expect_work()
-            try:
-                state = self._processor.add(request, processed, mailbox.put, search)
-            except ValueError as error:
-                raise VLLMValidationError(str(error), "request_id") from None
+            if any(request_id in replica.processor.requests for replica in self.replicas):
+                raise VLLMValidationError(f"request id {request_id!r} is in use", "request_id")
+            replica, to_compute = self._pick(request)
+            replica.expect_work()
+            state = replica.processor.add(request, processed, mailbox.put, search)
+            replica.load.waiting_tokens += to_compute
         try:
-            await self._link.send(request)
+            await replica.link.send(request)
             while True:
                 try:
                     news = await mailbox.take()
@@ -245,12 +215,39 @@ class AsyncLLMEngine:
                     if wanted and error.param == "structured_outputs":
                         self._compiler.refuse(wanted, error)
                     raise
+                replica.load.waiting_tokens -= to_compute
+                to_compute = 0
                 yield news
                 if news.finished:
                     return
         finally:
-            if not state.finished and self._processor.requests.get(request_id) is state:
-                await self.abort(request_id)
+            replica.load.waiting_tokens -= to_compute
+            if not state.finished and replica.processor.requests.get(request_id) is state:
+                await replica.abort(request_id)
+
+    def _pick(self, request: EngineRequest) -> tuple[Replica, int]:
+        """The engine for a request, and how many tokens of its prompt that most likely has to compute.
+
+        Raises:
+            VLLMValidationError: the client names an engine that there is not.
+        """
+        wanted = current_engine.get()
+        if wanted is not None and wanted >= len(self.replicas):
+            raise VLLMValidationError(
+                f"X-data-parallel-rank must be an engine of this server, 0 to {len(self.replicas) - 1}; got {wanted}.",
+                "X-data-parallel-rank",
+            )
+        if len(self.replicas) == 1:
+            return self.replicas[0], 0
+        token_ids = request.prompt_token_ids
+        system_scope = request.tenant if self.vllm_config.system_prompt.private else None
+        heads = prefixes(token_ids, request.num_system_tokens, system_scope, (request.tenant, request.cache_salt))
+        for replica in self.replicas:
+            replica.load.num_outputs = replica.processor.num_outputs
+        replica = self.replicas[self._router.pick(len(token_ids), heads) if wanted is None else wanted]
+        to_compute = len(token_ids) - replica.load.num_known(heads)
+        replica.load.note(heads)
+        return replica, to_compute
 
     async def admitted(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Awaits work that begins with one request, for which it keeps a place from now on. What it does before that,
@@ -280,14 +277,15 @@ class AsyncLLMEngine:
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; the engine takes note before its next step. Unknown ids are ignored."""
-        self._processor.drop(request_id)
-        if not self._link.is_dead:
-            await self._link.send(AbortRequests([(request_id, None)]))
+        for replica in self.replicas:
+            if request_id in replica.processor.requests:
+                await replica.abort(request_id)
 
     async def abort_all(self) -> None:
         """Ends all requests that wait or run, with the finish reason `abort`."""
-        for request_id in list(self._processor.requests):
-            await self.abort(request_id)
+        for replica in self.replicas:
+            for request_id in list(replica.processor.requests):
+                await replica.abort(request_id)
 
     async def check_params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:
         """`InputProcessor.params`, off the event loop where it takes a while.
@@ -403,12 +401,13 @@ class AsyncLLMEngine:
             marks=marks,
             tenant=current_tenant.get(),
         )
-        answer: dict[str, Any] = await self._call("explain_request", request)
+        replica, _ = self._pick(request)
+        answer: dict[str, Any] = await replica.call("explain_request", request)
         return answer
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets cached suffix blocks; pinned prompts stay."""
-        return bool(await self._call("reset_prefix_cache"))
+        return all(await self._call("reset_prefix_cache"))
 
     async def sleep(self, level: int = 1) -> None:
         """Starts no step until `wake_up`; see `EngineCore.sleep`.
@@ -418,17 +417,19 @@ class AsyncLLMEngine:
         """
         check_int("level", level, 0, 2)
         await self._call("sleep", level)
-        self._is_sleeping = True
+        for replica in self.replicas:
+            replica.is_sleeping = True
 
     async def wake_up(self) -> None:
         await self._call("wake_up")
-        self._expect_work()
-        self._is_sleeping = False
+        for replica in self.replicas:
+            replica.expect_work()
+            replica.is_sleeping = False
 
     async def is_sleeping(self) -> bool:
-        return bool(await self._call("is_sleeping"))
+        return any(await self._call("is_sleeping"))
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        self._ensure_reading()
-        self._expect_work()
-        return await self._link.call(method, *args)
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """Calls a method of every engine core that runs."""
+        running = [replica for replica in self.replicas if not replica.link.errored] or self.replicas
+        return await asyncio.gather(*(replica.call(method, *args) for replica in running))

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -29,6 +29,7 @@ class CoreClient:
         make_args: The arguments, given the addresses of its input and its output.
         folder: Where the sockets are; who may enter it may speak to the process.
         name: Of this process among those that use the folder.
+        environment: Variables of the process beside those of this one.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class CoreClient:
         context: zmq.asyncio.Context,
         folder: Path,
         name: str,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._decoder = msgspec.msgpack.Decoder(StepOutputs)
         addresses = [f"ipc://{folder / f'{direction}{name}'}" for direction in ("in", "out")]
@@ -46,7 +48,7 @@ class CoreClient:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **(environment or {})},
         )
         if self.process.stdin is None:
             raise RuntimeError("the engine process has no standard input")

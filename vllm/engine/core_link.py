@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class CoreLink:
         config: What the process runs.
         command: Starts it; it takes its arguments from standard input.
         max_restarts: How often it is started again after it has died.
+        environment: Variables of the process beside those of this one.
 
     Attributes:
         client: The process that runs now, or ran last.
@@ -56,9 +57,17 @@ class CoreLink:
         StartupError: it cannot run with this configuration on this machine.
     """
 
-    def __init__(self, config: VllmConfig, command: Sequence[str], max_restarts: int, events: LinkEvents) -> None:
+    def __init__(
+        self,
+        config: VllmConfig,
+        command: Sequence[str],
+        max_restarts: int,
+        events: LinkEvents,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self._config = config
         self._command = command
+        self._environment = environment or {}
         self._restarts_left = max_restarts
         self._events = events
         self._incarnation = 0
@@ -85,7 +94,8 @@ class CoreLink:
         def make_args(input_address: str, output_address: str) -> CoreProcessArgs:
             return CoreProcessArgs(self._config, input_address, output_address)
 
-        return CoreClient(self._command, make_args, self._context, Path(self._folder.name), str(self._incarnation))
+        folder = Path(self._folder.name)
+        return CoreClient(self._command, make_args, self._context, folder, str(self._incarnation), self._environment)
 
     # Speaking --------------------------------------------------------------------------------------------------
 

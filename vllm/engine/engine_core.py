@@ -103,13 +103,11 @@ class EngineCore:
         )
 
     def _window_room(self, windows: WindowBlocks) -> WindowRoom:
-        """The pinned part of the window group. A budget in tokens is one of the full group; what it lets in finds room
-        here as long as a sequence of any length does."""
-        pool, num_blocks = self.config.system_prompt, windows.num_blocks
-        budget = num_blocks if pool.budget_tokens is not None else int(num_blocks * pool.budget_fraction)
+        """The pinned part of the window group. Its budget is that of the full group: the same share of its blocks, or
+        as many tokens, which short prompts need here as well; long ones need fewer."""
         floor = windows.layout.most_blocks(self.config.model.max_model_len)
         return WindowRoom(
-            PinnedBlockPool(num_blocks, budget, floor),
+            PinnedBlockPool(windows.num_blocks, self._budget_blocks(windows.num_blocks), floor),
             windows.layout,
             windows.give_back,
             self._memory.window_block_bytes * self.config.parallel.tensor_parallel_size,
@@ -128,16 +126,23 @@ class EngineCore:
         num_blocks, num_window_blocks = num_bytes // memory.block_bytes, 0
         if cache.num_blocks is not None:
             num_blocks, source = cache.num_blocks, "--num-gpu-blocks-override"
-            num_window_blocks = 0 if layout is None else layout.blocks_beside(num_blocks, longest)
+            num_window_blocks = 0 if layout is None else layout.blocks_beside(num_blocks, memory, longest)
         elif layout is not None:
-            num_blocks, num_window_blocks = layout.split(
-                num_bytes, memory.block_bytes, memory.window_block_bytes, longest
-            )
+            num_blocks, num_window_blocks = layout.split(num_bytes, memory, longest)
         if num_blocks < floor:
             raise StartupError(
                 f"The KV cache has room for {max(0, num_blocks) * cache.block_size} tokens ({source}), fewer than one "
                 f"sequence of {self.config.model.max_model_len}; lower --max-model-len, or raise "
                 "--kv-cache-memory-bytes or --gpu-memory-utilization."
+            )
+        if layout is not None:
+            logger.info(
+                "Layers that read %d tokens keep K and V of %d tokens (%.2f GiB), the others of %d (%.2f GiB).",
+                layout.window,
+                num_window_blocks * cache.block_size,
+                num_window_blocks * memory.window_block_bytes / 2**30,
+                num_blocks * cache.block_size,
+                num_blocks * memory.block_bytes / 2**30,
             )
         return num_blocks, num_window_blocks
 
@@ -452,7 +457,7 @@ class EngineCore:
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
-            kv_cache_usage=blocks.num_used_blocks / max(1, blocks.num_schedulable_blocks),
+            kv_cache_usage=blocks.usage,
             iteration_tokens=iteration_tokens,
             num_preemptions=scheduler.num_preemptions,
             prefix_cache_queries=scheduler.prefix_cache_queries,
@@ -471,7 +476,7 @@ class EngineCore:
             pool_outcomes=dict(pool.outcomes),
             pool_prefill_seconds=pool.take_prefill_seconds(),
             varying_prompts=new_spans,
-            pool_host_tokens=pool.tiers.host.pinned_blocks * blocks.block_size,
+            pool_host_tokens=pool.tiers.num_host_blocks * blocks.block_size,
             pool_snapshots={f"{op}/{outcome}": n for (op, outcome), n in pool.tiers.outcomes.items()},
         )
 

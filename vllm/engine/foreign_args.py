@@ -251,7 +251,6 @@ UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
     "cpu-offload-gb": ("0",),
     "custom-histogram-buckets": ("{}",),
     "data-parallel-rank": ("0",),
-    "data-parallel-size": ("1",),
     "data-parallel-size-local": ("1",),
     "data-parallel-start-rank": ("0",),
     "decode-context-parallel-size": ("1",),

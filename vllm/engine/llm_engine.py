@@ -17,7 +17,7 @@ from vllm.engine.input_processor import InputProcessor, check_sampling_params
 from vllm.engine.output_processor import OutputProcessor
 from vllm.engine.search_state import Search
 from vllm.engine.varying_prompts import log_varying_prompts
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
 from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sampling_params import SamplingParams
@@ -53,6 +53,11 @@ class LLMEngine:
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> LLMEngine:
+        if args.data_parallel_size != 1:
+            raise StartupError(
+                f"data_parallel_size must be 1 where the engine runs in its caller's process, got "
+                f"{args.data_parallel_size}; `vllm serve` starts several engines."
+            )
         return cls(*args.resolve())
 
     def add_request(

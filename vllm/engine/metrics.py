@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.utils import floatToGoString
 
 from vllm.config import VllmConfig
@@ -81,15 +81,18 @@ class _Histogram:
 class EngineMetrics(RequestObserver):
     """Metrics of one engine, in a registry of its own.
 
+    Args:
+        index: Number of the engine.
+
     Attributes:
         num_prompt_tokens, num_generated_tokens: Computed since the start; of prompts, when their first token comes.
 
     Counters whose totals the engine core keeps are advanced by the difference to the last totals seen.
     """
 
-    def __init__(self, config: VllmConfig, num_blocks: int) -> None:
+    def __init__(self, config: VllmConfig, num_blocks: int, index: int = 0) -> None:
         self.registry = CollectorRegistry()
-        self._values = {"model_name": config.model.served_model_names[0], "engine": "0"}
+        self._values = {"model_name": config.model.served_model_names[0], "engine": str(index)}
         self._totals: dict[tuple[str, str], int] = {}
         self._new_tokens = 0
         self.num_prompt_tokens = self.num_generated_tokens = 0
@@ -166,7 +169,7 @@ class EngineMetrics(RequestObserver):
             "gpu_memory_utilization": str(config.cache.gpu_memory_utilization),
             "enable_prefix_caching": str(config.cache.enable_prefix_caching),
             "cache_dtype": config.model.dtype,
-            "engine": "0",
+            "engine": str(index),
         }
         self._cache_info = Gauge(
             "vllm:cache_config_info",
@@ -292,3 +295,23 @@ class EngineMetrics(RequestObserver):
             self._decode.observe(decode)
             if max(lengths) > 1:
                 self._tpot.observe(decode / (max(lengths) - 1))
+
+
+class JoinedMetrics:
+    """The metrics of several engines under the same names, as a registry collects them."""
+
+    def __init__(self, engines: Sequence[EngineMetrics]) -> None:
+        self._engines = engines
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Each name once, with the samples of all engines."""
+        families: dict[str, Metric] = {}
+        for engine in self._engines:
+            for family in engine.registry.collect():
+                if family.name in families:
+                    families[family.name].samples += family.samples
+                else:
+                    families[family.name] = family
+        yield from families.values()

@@ -7,11 +7,10 @@ from typing import Any
 
 import msgspec
 
-from vllm.engine.calls import MAX_BUDGET_TOKENS, PinOptions, PromptChanges, check_prompt_id
+from vllm.engine.calls import PinOptions, PromptChanges, check_prompt_id
 from vllm.exceptions import EngineDeadError
 from vllm.logger import init_logger
 from vllm.outputs import SystemPromptInfo, SystemPromptPoolInfo
-from vllm.sampling_params import check_int
 
 logger = init_logger(__name__)
 
@@ -57,8 +56,7 @@ class PromptCalls:
         return msgspec.convert(await self._call("system_prompt_pool"), SystemPromptPoolInfo)
 
     async def set_budget(self, num_tokens: int) -> int:
-        """See `AsyncLLMEngine.set_system_prompt_budget`."""
-        check_int("num_tokens", num_tokens, 0, MAX_BUDGET_TOKENS)
+        """See `AsyncLLMEngine.set_system_prompt_budget`; the number has been checked."""
         return int(await self._call("set_system_prompt_budget", num_tokens))
 
     async def pin_again(self) -> bool:

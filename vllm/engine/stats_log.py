@@ -21,6 +21,7 @@ class StatsLog:
     Args:
         metrics: Counts tokens.
         stats: Gives the engine core's latest state.
+        index: Number of the engine.
         clock: Seconds.
     """
 
@@ -28,10 +29,12 @@ class StatsLog:
         self,
         metrics: EngineMetrics,
         stats: Callable[[], EngineStats],
+        index: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
         self._stats = stats
+        self._index = index
         self._clock = clock
         self._before = self._totals()
 
@@ -55,9 +58,10 @@ class StatsLog:
             return
         hit_rate = stats.prefix_cache_hits / max(1, stats.prefix_cache_queries)
         logger.info(
-            "Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, Running: %d reqs, "
-            "Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%, System prompts: %d pinned, "
-            "%d tokens",
+            "Engine %03d: Avg prompt throughput: %.1f tokens/s, Avg generation throughput: %.1f tokens/s, "
+            "Running: %d reqs, Waiting: %d reqs, KV cache usage: %.1f%%, Prefix cache hit rate: %.1f%%, "
+            "System prompts: %d pinned, %d tokens",
+            self._index,
             (prompt_now - prompt) / seconds,
             (generated_now - generated) / seconds,
             stats.num_running,

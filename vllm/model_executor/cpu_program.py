@@ -10,8 +10,9 @@ from torch import nn
 from vllm.attention.layer import ForwardContext
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
+from vllm.model_executor.layers.moe import MixtureOfExperts
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
-from vllm.model_executor.models.spec import DecoderSpec
+from vllm.model_executor.models.spec import DecoderSpec, MoE
 from vllm.ops.cpu import kernels as cpu_kernels
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def misfit_of_sizes(spec: DecoderSpec, num_ranks: int, dtype: torch.dtype) -> st
     if not spec.logits_multiplier > 0:
         return f"its logits are multiplied by {spec.logits_multiplier:g}"
     sizes = {"hidden_size": {spec.hidden_size}}
-    sizes["intermediate_size"] = {layer.ffn.size // num_ranks for layer in spec.layers}
+    mlps = [layer.ffn.shared if isinstance(layer.ffn, MoE) else layer.ffn for layer in spec.layers]
+    sizes["intermediate_size"] = {mlp.size // num_ranks for mlp in mlps if mlp is not None}
     mixers = {layer.mixer for layer in spec.layers}
     sizes["the size of all heads"] = {mixer.num_heads * mixer.head_dim // num_ranks for mixer in mixers}
     for name, found in sizes.items():
@@ -54,6 +56,9 @@ class CpuProgram:
         self.stack = cpu_kernels.DecoderProgram(
             [_layer(layer, method) for layer in model.layers], _norm(model.norm), model.embedding_multiplier
         )
+        has_window = [spec.window is not None for spec in model.attention_specs]
+        self._full_plan = has_window.index(False) if False in has_window else 0
+        self._window_plan = has_window.index(True) if True in has_window else 0
         if model.dtype == torch.bfloat16:
             # Results differ in the last bits, so whoever compares two runs wants to know.
             how = cpu_kernels.ARITHMETICS[cpu_kernels.arithmetic()]
@@ -64,6 +69,8 @@ class CpuProgram:
         """What a network has that the kernels do not compute, or None; sizes and heads apart (`misfit_of_sizes`, and
         `misfit` of the attention backend)."""
         for layer in spec.layers:
+            if isinstance(layer.ffn, MoE):
+                return "they have experts"
             if layer.ffn.activation not in cpu_kernels.ACTIVATIONS:
                 return f"its activation is {layer.ffn.activation}"
         return None
@@ -71,7 +78,7 @@ class CpuProgram:
     def steps(
         self,
         head: cpu_kernels.PackedHead,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | cpu_kernels.BlockMatrix,
         rows: cpu_kernels.SequenceRows,
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
@@ -83,13 +90,18 @@ class CpuProgram:
     def forward(self, embeddings: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """Rows of the embedding table [T, hidden_size] → float32 states, as `Decoder.forward`."""
         caches = context.k_caches, context.v_caches
-        # Plans do not differ: the kernels cut a batch by the window of each layer themselves.
-        return self.stack.forward(embeddings, context.positions, *caches, context.prepared[0], context.wanted)
+        # Plans of one cache group do not differ: the kernels cut a batch by the window of each layer themselves.
+        batch, within = context.prepared[self._full_plan], None
+        if context.window_slots is not None:
+            within = context.prepared[self._window_plan]
+        return self.stack.forward(embeddings, context.positions, *caches, batch, context.wanted, within)
 
 
 def _layer(layer: DecoderLayer, method: CpuPacked) -> cpu_kernels.DecoderLayer:
     """Takes the matrices out of `layer`."""
     mixer, ffn = layer.mixer, layer.ffn
+    if isinstance(ffn, MixtureOfExperts):
+        raise TypeError("experts are no part of a program")
     return cpu_kernels.DecoderLayer(
         _attention(mixer),
         method.pack(mixer.qkv),

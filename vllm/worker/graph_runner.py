@@ -102,7 +102,10 @@ class GraphRunner:
         self._mixed_sizes = [n for n in _MIXED_SIZES if n <= max_num_batched_tokens]
         self.max_mixed_tokens = max(self._mixed_sizes, default=0)
         most = max(max_num_seqs, self.max_mixed_tokens)
-        self._plans = ReplayPlans(backend, model.attention_specs, most, cache.block_tables, cache.block_size)
+        window_tables = None if cache.window is None else cache.window.block_tables
+        self._plans = ReplayPlans(
+            backend, model.attention_specs, most, cache.block_tables, cache.block_size, window_tables
+        )
         device = token_ids.device
         self._logits = torch.empty((max_num_seqs, sampler.vocab_size), dtype=model.dtype, device=device)
         self._drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
@@ -174,19 +177,24 @@ class GraphRunner:
 
     def _forward(self, tokens: int, *, decode: bool, plain: bool) -> torch.Tensor:
         rows, positions, own = self._plans.inputs[:, :tokens]
-        block_size = self._cache.block_size
-        inside = own.clamp(min=0)
-        tables = self._cache.block_tables
-        blocks = tables[rows.clamp(max=tables.shape[0] - 1), inside // block_size]
+        cache = self._cache
         context = ForwardContext(
             backend=self._backend,
             prepared=self._plans.prepared(tokens, decode=decode, plain=plain),
             positions=positions,
-            slot_mapping=torch.where(own < 0, -1, blocks * block_size + inside % block_size),
-            k_caches=self._cache.k_caches,
-            v_caches=self._cache.v_caches,
+            slot_mapping=self._slots(cache.block_tables, rows, own),
+            k_caches=cache.k_caches,
+            v_caches=cache.v_caches,
+            window_slots=None if cache.window is None else self._slots(cache.window.block_tables, rows, own),
         )
         return self._model(self._token_ids[rows, positions], context)
+
+    def _slots(self, tables: torch.Tensor, rows: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """Slot of each query token in the group of these block tables, -1 for padding; int64 [T]."""
+        block_size = self._cache.block_size
+        inside = own.clamp(min=0)
+        blocks = tables[rows.clamp(max=tables.shape[0] - 1), inside // block_size]
+        return torch.where(own < 0, -1, blocks * block_size + inside % block_size)
 
     def _inputs(self, tokens: int, rows: np.ndarray, positions: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Of each query token its row, its position, and its position among the own tokens (-1: padding)."""
@@ -201,6 +209,7 @@ class GraphRunner:
         positions: np.ndarray,
         own: np.ndarray,
         groups: list[PrefixGroup],
+        window_groups: list[PrefixGroup] | None = None,
         later: list[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One decode step; the drawn tokens are written behind each row's tokens.
@@ -209,7 +218,8 @@ class GraphRunner:
             rows: Row of each sequence; int64 [n].
             positions: Of its input token; int64 [n].
             own: The same among its own tokens, the pinned prefix left out; int64 [n].
-            groups: Reads of pinned extents, in tokens = entries of `rows`.
+            groups, window_groups: Reads of pinned extents, in tokens = entries of `rows`; those of the window group
+                where there is one.
             later: Entries of `rows` that are left to `Sampler.draw`, into the tokens that are returned.
 
         Returns logits [n, vocab_size] and the drawn tokens, int64 [n]; overwritten by the next call.
@@ -222,7 +232,7 @@ class GraphRunner:
         sequences[:, 2] = own + 1
         sequences[:, 3] = rows
         inputs = self._inputs(batch, rows, positions, own)
-        plain = self._plans.fill(inputs, sequences, groups, decode=True)
+        plain = self._plans.fill(inputs, sequences, groups, window_groups, decode=True)
         cut = self._sampler.rows.is_cut[rows]
         if later or self._any_later:
             when = np.full(len(self._later), NO_MASK)
@@ -243,17 +253,20 @@ class GraphRunner:
         own: np.ndarray,
         sequences: np.ndarray,
         groups: list[PrefixGroup],
+        window_groups: list[PrefixGroup] | None = None,
     ) -> torch.Tensor:
         """A step of at most `max_mixed_tokens` query tokens.
 
         Args:
             rows, positions, own: As for `decode`, of each query token; int64 [n].
+            groups, window_groups: As for `decode`, in query tokens.
             sequences: (first query token, query tokens, own tokens with the query tokens, row) of each sequence.
 
         Returns hidden states [n, hidden_size]; overwritten by the next call.
         """
         tokens = next(n for n in self._mixed_sizes if n >= len(rows))
-        self._plans.fill(self._inputs(tokens, rows, positions, own), sequences, groups, decode=False)
+        inputs = self._inputs(tokens, rows, positions, own)
+        self._plans.fill(inputs, sequences, groups, window_groups, decode=False)
         step = self._mixed[tokens]
         step.graph.replay()
         return step.hidden[: len(rows)]

@@ -50,6 +50,8 @@ class HostArena:
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._device = device
         self._slabs: dict[int, Future[bool]] = {}
+        # Those of them that nobody needs yet.
+        self._spare: set[int] = set()
         self._threads: ThreadPoolExecutor | None = None
         self._locking = threading.Lock()
         if not num_bytes:
@@ -103,14 +105,21 @@ class HostArena:
             row += 1
 
     def prepare(self, first: int, num_bytes: int) -> Callable[[], None]:
-        """Has a part of the arena made ready to be written by the host; returns what waits until it is.
+        """Has a part of the arena made ready, from its first byte on and before all that nobody needs yet; returns what
+        waits until it is.
 
-        Making memory ready fills it with zeros, so what is written before would be lost.
+        Making memory ready fills it with zeros, so what the host writes before would be lost.
         """
         ready: list[Future[bool]] = []
         if self._threads is not None:
             slabs = range(first // _SLAB, -(-(first + num_bytes) // _SLAB))
-            ready = [self._lock_ahead(self._threads, slab) for slab in slabs]
+            if any(slab not in self._slabs or slab in self._spare for slab in slabs):
+                for slab in list(self._spare):
+                    if self._slabs[slab].cancel():
+                        del self._slabs[slab]
+                self._spare.clear()
+            ready = [self._lock_soon(self._threads, slab) for slab in slabs]
+            self._lock_ahead(self._threads, slabs.start)
 
         def wait() -> None:
             for slab in ready:
@@ -120,10 +129,19 @@ class HostArena:
 
     def _prepare(self, slab: int) -> None:
         if self._threads is not None:
-            self._lock_ahead(self._threads, slab).result()
+            ready = self._lock_soon(self._threads, slab)
+            self._lock_ahead(self._threads, slab)
+            ready.result()
 
-    def _lock_ahead(self, threads: ThreadPoolExecutor, slab: int) -> Future[bool]:
-        """Has a slab locked, and those that are used next: the tier is filled from its end on. Returns the slab's."""
+    def _lock_soon(self, threads: ThreadPoolExecutor, slab: int) -> Future[bool]:
+        """Has a slab locked that is needed."""
+        self._spare.discard(slab)
+        if slab not in self._slabs:
+            self._slabs[slab] = threads.submit(self._lock, slab)
+        return self._slabs[slab]
+
+    def _lock_ahead(self, threads: ThreadPoolExecutor, slab: int) -> None:
+        """Has those slabs locked that are used after one: the tier is filled from its end on."""
         count = max(1, min(_AHEAD, len(self.tensor) // _SLAB // 8))
         last = max(0, slab - count + 1)
         # Each part of each copy asks, mostly for what has been begun.
@@ -131,7 +149,7 @@ class HostArena:
             for ahead in range(slab, last - 1, -1):
                 if ahead not in self._slabs:
                     self._slabs[ahead] = threads.submit(self._lock, ahead)
-        return self._slabs[slab]
+                    self._spare.add(ahead)
 
     def _lock(self, slab: int) -> bool:
         """Page-locks a slab; without that, its copies are slower and hold up the steps, but right."""

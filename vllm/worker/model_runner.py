@@ -69,10 +69,10 @@ class ModelRunner:
         self._num_prompt_logprobs = np.zeros(num_rows, np.int64)
         self.graphs: GraphRunner | None = None
         self._compiled: CompiledSteps | None = None
-        if not is_gpu(device) and cache.window is None:
-            rows = SequenceRows(
-                self.token_ids, cache.block_tables, torch.from_numpy(self._prefix_len), cache.block_size
-            )
+        if not is_gpu(device):
+            window_tables = None if cache.window is None else cache.window.block_tables
+            prefix_len = torch.from_numpy(self._prefix_len)
+            rows = SequenceRows(self.token_ids, cache.block_tables, prefix_len, cache.block_size, window_tables)
             self._compiled = model.compiled_steps(rows, cache.k_caches, cache.v_caches)
 
     def capture_graphs(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -187,7 +187,7 @@ class ModelRunner:
     def _run_compiled(self, compiled: CompiledSteps, plan: StepPlan) -> Draw:
         """A batch as one call into the compiled CPU kernels; as two where the draw waits for masks, or where the states
         of prompt tokens are wanted."""
-        groups = self._groups(plan.rows, plan.counts)
+        groups, window_groups = self._groups(plan.rows, plan.counts), self._window_groups(plan)
         starts, counts = np.array(plan.starts, np.int64), np.array(plan.counts, np.int64)
         picked = np.flatnonzero(plan.samples)
         rows, num_tokens = np.array(plan.rows, np.int64)[picked], (starts + counts)[picked]
@@ -202,12 +202,19 @@ class ModelRunner:
         all_states = any(plan.wants_prompt_logprobs)
         if not all_states and not plan.masked:
             drawn = compiled.draw(
-                plan.rows, plan.starts, plan.counts, plan.samples, groups, asked.tables, logits_out=logits
+                plan.rows,
+                plan.starts,
+                plan.counts,
+                plan.samples,
+                groups,
+                asked.tables,
+                logits_out=logits,
+                window_groups=window_groups,
             )
             wait = finish(drawn, {})
             return lambda masks: wait
         samples = None if all_states else plan.samples
-        hidden = compiled.hidden(plan.rows, plan.starts, plan.counts, samples, groups)
+        hidden = compiled.hidden(plan.rows, plan.starts, plan.counts, samples, groups, window_groups)
         ends = counts.cumsum()
 
         @torch.inference_mode()
@@ -235,8 +242,8 @@ class ModelRunner:
         graphs = self.graphs
         if graphs is not None and ends[-1] <= graphs.max_mixed_tokens:
             sequences = np.stack((ends - counts, counts, context_lens, rows), axis=1)
-            groups = self._groups(plan.rows, plan.counts)
-            hidden = graphs.mixed(token_rows, token_positions, token_own, sequences, groups)
+            groups, window_groups = self._groups(plan.rows, plan.counts), self._window_groups(plan)
+            hidden = graphs.mixed(token_rows, token_positions, token_own, sequences, groups, window_groups)
             return self._draw_later(plan, hidden, rows, starts + counts, ends)
         row_index, positions, own = self._to_device(np.stack((token_rows, token_positions, token_own)))
         block_size = self.cache.block_size
@@ -270,8 +277,8 @@ class ModelRunner:
             rows, context_lens: Row of each sequence, and its own tokens.
             row_index, own: Row of each token, and its place among the own tokens.
         """
-        group = self.cache.window
-        if group is None:
+        group, groups = self.cache.window, self._window_groups(plan)
+        if group is None or groups is None:
             return None
         tables, block_size = group.block_tables, group.block_size
         columns = -(-int(context_lens.max()) // block_size)
@@ -280,15 +287,22 @@ class ModelRunner:
             block_tables=tables[self._to_device(rows), :columns],
             query_lens=plan.counts,
             context_lens=context_lens.tolist(),
-            groups=self._joined_groups([self._window_prefix[row] for row in plan.rows], plan.counts),
+            groups=groups,
             block_size=block_size,
         )
+
+    def _window_groups(self, plan: StepPlan) -> list[PrefixGroup] | None:
+        """What a batch reads of extents of the window group; None where there is none."""
+        if self.cache.window is None:
+            return None
+        return self._joined_groups([self._window_prefix[row] for row in plan.rows], plan.counts)
 
     def _replay(self, graphs: GraphRunner, plan: StepPlan) -> Draw:
         """A step of decode alone, as a captured graph."""
         rows, starts = np.array(plan.rows, np.int64), np.array(plan.starts, np.int64)
-        groups = self._groups(plan.rows, plan.counts)
-        logits, drawn = graphs.decode(rows, starts, starts - self._prefix_len[rows], groups, plan.masked)
+        groups, window_groups = self._groups(plan.rows, plan.counts), self._window_groups(plan)
+        own = starts - self._prefix_len[rows]
+        logits, drawn = graphs.decode(rows, starts, own, groups, window_groups, plan.masked)
 
         @torch.inference_mode()
         def draw(token_masks: np.ndarray | None) -> Callable[[], StepResult]:

@@ -123,6 +123,10 @@ class ExtentTransfers:
     def _copy_blocks(self, transfers: Iterable[ExtentCopy]) -> None:
         for transfer in transfers:
             image = self._image(transfer.image)
+            if transfer.to_host and transfer.first == 0 and transfer.image.start is not None:
+                # Copies of this image come step by step: its memory is made ready ahead of them, in their order.
+                size = transfer.image.size * self._all_block_bytes
+                self._arena.prepare(transfer.image.start * self._all_block_bytes, size)
             for area in _areas_of(transfer, self._block_bytes, self._follows, self._num_full):
                 if self._on_gpu and transfer.image.start is not None:
                     self._copy_area(image, area, transfer.to_host)

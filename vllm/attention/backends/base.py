@@ -18,6 +18,11 @@ class AttentionBackend(ABC):
 
     For every query token: all slots of the extents of its groups, and the own slots of its sequence up to and including
     itself, as far as the layer's window reaches. Softmax statistics are float32, log-sum-exps natural.
+
+    Layers with a window may keep it in blocks of their own (see `kv_cache.windows`): plans are then made for the layers
+    of each group with that group's slots, block tables and extents. What a token reads before its own tokens ends where
+    the last of its groups ends, but need not begin with the sequence. Entries of block tables that lie behind the
+    window of all query tokens are not read.
     """
 
     @property
@@ -27,14 +32,6 @@ class AttentionBackend(ABC):
         `slots`: a slot after the other, each `[num_kv_heads, head_dim]`.
         """
         return "slots"
-
-    @property
-    def has_window_group(self) -> bool:
-        """Whether layers with a window may keep it in blocks of their own (see `kv_cache.windows`): plans are then made
-        for the layers of each group with that group's slots, block tables and extents; what a token reads before its
-        own tokens ends where the last of its groups ends, but need not begin with the sequence; entries of block tables
-        that lie behind the window of all query tokens are not read."""
-        return False
 
     @abstractmethod
     def misfit(self, spec: AttentionSpec) -> str | None:

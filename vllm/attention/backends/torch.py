@@ -58,10 +58,6 @@ class TorchAttentionBackend(AttentionBackend):
     The query heads that share a KV head are rows of one matrix, so grouped-query attention needs no copy of K or V.
     """
 
-    @property
-    def has_window_group(self) -> bool:
-        return True
-
     def misfit(self, spec: AttentionSpec) -> str | None:
         return None
 

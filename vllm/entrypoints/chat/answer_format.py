@@ -63,8 +63,12 @@ class AnswerFormat:
 
     def make_parser(self, reasoning_ended: bool | None, is_whole: bool = False) -> AnswerParser:
         """A parser for one output; `is_whole` as of `AnswerParser`."""
+        tools = self._make_tool_parser()
+        if tools is not None and tools.reads_reasoning:
+            tools.begin(bool(reasoning_ended) and self.reasoning is not None)
+            return AnswerParser(None, tools)
         reasoning = None if self.reasoning is None else self.reasoning(reasoning_ended)
-        return AnswerParser(reasoning, self._make_tool_parser(), is_whole and self.choice == "auto")
+        return AnswerParser(reasoning, tools, is_whole and self.choice == "auto")
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """`tool_calls` where the model chose to call; who names the function knows that it is called."""

@@ -53,6 +53,8 @@ class AnswerParser:
         said = self._tools.feed(content) if content else []
         if finished:
             said += self._tools.finish()
+        # Of a format whose parser of calls reads the reasoning, too.
+        self.thoughts += [event.text for event in said if isinstance(event, Reasoning)]
         if self._is_whole and not _are_calls(said):
             self._are_broken = True
             said = [Text(content)]

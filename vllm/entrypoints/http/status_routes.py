@@ -43,7 +43,7 @@ def status_routes(engine: AsyncLLMEngine, registry: CollectorRegistry) -> APIRou
 
     @router.get("/load")
     async def load() -> Response:
-        return json_response({"server_load": engine.stats.num_running + engine.stats.num_waiting})
+        return json_response({"server_load": engine.num_requests})
 
     @router.get("/metrics")
     async def metrics() -> Response:

@@ -66,6 +66,7 @@ class BatchStruct(ctypes.Structure):
         ("groups", c_void_p),
         ("num_wanted", c_int64),
         ("wanted", c_void_p),
+        ("within", c_void_p),
     ]
 
 

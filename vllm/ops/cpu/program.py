@@ -21,12 +21,13 @@ from vllm.ops.cpu.attention import (
     PreparedBatch,
     norm_struct,
 )
+from vllm.ops.cpu.blocks import BLOCKS, BlockMatrix
 from vllm.ops.cpu.library import address, kernels, threads
 from vllm.ops.cpu.matrix import (
     ACTIVATIONS,
+    Matrix,
     MatrixStruct,
     PackedHead,
-    PackedMatrix,
     ProjectionStruct,
     arithmetic,
     format_of,
@@ -76,6 +77,8 @@ class _Rows(ctypes.Structure):
         ("table_stride", c_int64),
         ("prefix_lens", c_void_p),
         ("block_size", c_int64),
+        ("window_tables", c_void_p),
+        ("window_stride", c_int64),
     ]
 
 
@@ -97,6 +100,8 @@ class _Step(ctypes.Structure):
         ("samples", POINTER(c_int64)),
         ("num_groups", c_int64),
         ("groups", POINTER(c_int64)),
+        ("num_window_groups", c_int64),
+        ("window_groups", POINTER(c_int64)),
         ("hidden", c_void_p),
         ("sampling", SamplingStruct),
     ]
@@ -127,10 +132,10 @@ class DecoderLayer:
     """
 
     attention: AttentionOptions
-    qkv: PackedMatrix
-    o: PackedMatrix
-    up: PackedMatrix
-    down: PackedMatrix
+    qkv: Matrix
+    o: Matrix
+    up: Matrix
+    down: Matrix
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
@@ -168,7 +173,7 @@ class DecoderLayer:
                 raise ValueError(f"{name} has {norm.size} elements, hidden_size is {hidden}")
 
     @property
-    def matrices(self) -> tuple[PackedMatrix, ...]:
+    def matrices(self) -> tuple[Matrix, ...]:
         return self.qkv, self.o, self.up, self.down
 
     def fill(self, struct: _Layer) -> None:
@@ -197,7 +202,8 @@ class DecoderProgram:
             raise ValueError(f"layers and final norm differ in hidden_size: {', '.join(map(str, sorted(sizes)))}")
         self.layers = tuple(layers)
         self._kept = final_norm
-        self._formats = {m.data.dtype for layer in layers for m in layer.matrices} - {torch.int8}
+        # int8 and blocks go with any.
+        self._formats = {m.data.dtype for layer in layers for m in layer.matrices} - {torch.int8, torch.uint8}
         self._layers = (_Layer * len(layers))()
         for struct, layer in zip(self._layers, layers, strict=True):
             layer.fill(struct)
@@ -212,8 +218,8 @@ class DecoderProgram:
         self._caches: list[torch.Tensor] = []
 
     def use_caches(self, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]) -> None:
-        """K/V tensors of every layer [num_slots, num_kv_heads, head_dim], all of the dtype of the matrices; beside int8
-        matrices, of any."""
+        """K/V tensors of every layer [num_slots, num_kv_heads, head_dim], all of the dtype of the matrices; beside
+        matrices of int8 or in blocks, of any."""
         if self._caches is k_caches:
             return
         if self._formats - {k_caches[0].dtype}:
@@ -237,14 +243,21 @@ class DecoderProgram:
         v_caches: list[torch.Tensor],
         batch: PreparedBatch,
         wanted: torch.Tensor | None = None,
+        within: PreparedBatch | None = None,
     ) -> torch.Tensor:
         """[T, hidden_size], rows of the table of embeddings → the normalised states after the last layer of the tokens
-        `wanted` (int64 [R], ascending) or of all, float32 [R, hidden_size]; writes K and V of every token."""
+        `wanted` (int64 [R], ascending) or of all, float32 [R, hidden_size]; writes K and V of every token.
+
+        `within`: the batch as layers with a window see it, where they have blocks of their own."""
         self.use_caches(k_caches, v_caches)
         hidden = embeddings.to(torch.float32, copy=True)
         if self.struct.embedding_factor != 1.0:
             hidden *= self.struct.embedding_factor
         batch.struct.positions = address(positions)
+        batch.struct.within = None
+        if within is not None:
+            within.struct.positions = address(positions)
+            batch.struct.within = ctypes.addressof(within.struct)
         picked = [] if wanted is None else wanted.tolist()
         rows = (c_int64 * max(1, len(picked)))(*picked)  # an empty list has a place too: none is not all
         batch.struct.num_wanted = len(picked)
@@ -261,12 +274,19 @@ class SequenceRows:
         block_tables: int64 [rows, columns].
         prefix_lens: Tokens in pinned extents; int64 [rows]. The blocks of a row hold those after them.
         block_size: Slots in a block.
+        window_tables: Block tables of the layers with a window, where they have blocks of their own; int64 [rows,
+            columns].
     """
 
     def __init__(
-        self, token_ids: torch.Tensor, block_tables: torch.Tensor, prefix_lens: torch.Tensor, block_size: int
+        self,
+        token_ids: torch.Tensor,
+        block_tables: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        block_size: int,
+        window_tables: torch.Tensor | None = None,
     ) -> None:
-        self._tensors = (token_ids, block_tables, prefix_lens)
+        self._tensors = (token_ids, block_tables, prefix_lens, window_tables)
         self.struct = _Rows(
             address(token_ids),
             token_ids.stride(0),
@@ -274,6 +294,8 @@ class SequenceRows:
             block_tables.stride(0),
             address(prefix_lens),
             block_size,
+            address(window_tables),
+            0 if window_tables is None else window_tables.stride(0),
         )
 
 
@@ -284,7 +306,7 @@ class CompiledSteps:
     Args:
         program: The layers, their K/V tensors given.
         head: Output projection.
-        embeddings: float32 or bfloat16 [vocab_size, hidden_size].
+        embeddings: float32 or bfloat16 [vocab_size, hidden_size], or such a table in blocks.
         rows: The sequences.
     """
 
@@ -292,11 +314,15 @@ class CompiledSteps:
         self,
         program: DecoderProgram,
         head: PackedHead,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | BlockMatrix,
         rows: SequenceRows,
     ) -> None:
         self._kept = (program, head, embeddings, rows)
-        self._network = _Network(program.struct, head.struct, address(embeddings), format_of(embeddings.dtype))
+        if isinstance(embeddings, BlockMatrix):
+            table, kind = c_void_p(ctypes.addressof(embeddings.struct)), BLOCKS
+        else:
+            table, kind = address(embeddings), format_of(embeddings.dtype)
+        self._network = _Network(program.struct, head.struct, table, kind)
         self._rows = rows
         self._tables: SamplingTables | None = None
         self._tables_struct = TablesStruct()
@@ -313,19 +339,22 @@ class CompiledSteps:
         masks: torch.Tensor | None = None,
         mask_rows: torch.Tensor | None = None,
         logits_out: torch.Tensor | None = None,
+        window_groups: list[PrefixGroup] | None = None,
     ) -> list[int]:
         """Computes the tokens `starts[i] … starts[i] + counts[i]` of each row, draws the next token of those that
         sample, writes it into their rows and counts it where they have penalties.
 
         Args:
+            groups: Reads of pinned extents.
             tables: What the rows ask for; of rows that do not sample it is not read.
             masks, mask_rows: As `cpu_sampling.sample` takes them; `mask_rows` has an entry for each row that samples.
             logits_out: float32 [rows that sample, vocab_size]; becomes what the network made of them.
+            window_groups: Reads of the layers with a window, where they have blocks of their own.
 
         Returns the tokens of the rows that sample, in order.
         """
         drawn = torch.empty(sum(samples), dtype=torch.int64)
-        step = self._step(rows, starts, counts, samples, groups)
+        step = self._step(rows, starts, counts, samples, groups, window_groups)
         step.sampling = self._sampling(drawn, tables, masks, mask_rows, logits_out)
         self._run(byref(self._network), byref(self._rows.struct), byref(step), threads())
         return drawn.tolist()
@@ -369,12 +398,13 @@ class CompiledSteps:
         counts: list[int],
         samples: list[bool] | None,
         groups: list[PrefixGroup],
+        window_groups: list[PrefixGroup] | None = None,
     ) -> torch.Tensor:
         """Computes as `draw` does; returns the normalised states of the last token of those that sample, or of every
         token where `samples` is None; float32 [R, hidden_size]."""
         size = sum(counts if samples is None else samples)
         out = torch.empty((size, self._network.stack.hidden_size))
-        step = self._step(rows, starts, counts, samples, groups)
+        step = self._step(rows, starts, counts, samples, groups, window_groups)
         step.hidden = address(out)
         self._run(byref(self._network), byref(self._rows.struct), byref(step), threads())
         return out
@@ -400,9 +430,9 @@ class CompiledSteps:
         counts: list[int],
         samples: list[bool] | None,
         groups: list[PrefixGroup],
+        window_groups: list[PrefixGroup] | None,
     ) -> _Step:
         ints = c_int64 * len(rows)
-        flat = [n for g in groups for n in (g.first_token, g.num_tokens, g.first_slot, g.length)]
         return _Step(
             len(rows),
             ints(*rows),
@@ -410,5 +440,12 @@ class CompiledSteps:
             ints(*counts),
             None if samples is None else ints(*samples),
             len(groups),
-            (c_int64 * len(flat))(*flat),
+            _group_array(groups),
+            len(window_groups or ()),
+            _group_array(window_groups) if window_groups else None,
         )
+
+
+def _group_array(groups: list[PrefixGroup]) -> ctypes.Array[c_int64]:
+    flat = [n for g in groups for n in (g.first_token, g.num_tokens, g.first_slot, g.length)]
+    return (c_int64 * len(flat))(*flat)

@@ -13,6 +13,7 @@ from vllm.entrypoints.chat.reasoning_parsers.families import (
     Qwen3ReasoningParser,
     SeedOssReasoningParser,
 )
+from vllm.entrypoints.chat.reasoning_parsers.openai_gptoss import GptOssReasoningParser
 from vllm.entrypoints.chat.reasoning_parsers.tags import ReasoningParser
 
 REASONING_PARSERS: dict[str, type[ReasoningParser]] = {
@@ -28,6 +29,7 @@ REASONING_PARSERS: dict[str, type[ReasoningParser]] = {
     "mistral": MistralReasoningParser,
     "nemotron_v3": Qwen3ReasoningParser,
     "olmo3": DeepSeekR1ReasoningParser,
+    "openai_gptoss": GptOssReasoningParser,
     "qwen3": Qwen3ReasoningParser,
     "seed_oss": SeedOssReasoningParser,
     "step3": DeepSeekR1ReasoningParser,

@@ -13,6 +13,7 @@ from vllm.entrypoints.chat.tool_parsers.json_objects import (
 )
 from vllm.entrypoints.chat.tool_parsers.llama3_json import Llama3JsonToolParser
 from vllm.entrypoints.chat.tool_parsers.mistral import MistralToolParser
+from vllm.entrypoints.chat.tool_parsers.openai import OpenAIToolParser
 from vllm.entrypoints.chat.tool_parsers.pythonic import Olmo3ToolParser, PythonicToolParser
 from vllm.entrypoints.chat.tool_parsers.sections import DeepSeekV3ToolParser, KimiK2ToolParser
 from vllm.entrypoints.chat.tool_parsers.tagged import (
@@ -47,6 +48,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "mistral": MistralToolParser,
     "olmo3": Olmo3ToolParser,
     "phi4_mini_json": Phi4MiniToolParser,
+    "openai": OpenAIToolParser,
     "pythonic": PythonicToolParser,
     "qwen3_coder": Qwen3CoderToolParser,
     "qwen3_xml": Qwen3CoderToolParser,
