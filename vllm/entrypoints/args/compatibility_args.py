@@ -34,7 +34,8 @@ def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
     )
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
     for name in ANYWAY_SWITCHES:
-        group.add_argument(f"--{name}", action=_Anyway, nargs=0, **hidden)
+        help_text = "what this server does anyway"
+        group.add_argument(f"--{name}", action=_Anyway, nargs=0, default=argparse.SUPPRESS, help=help_text)
         group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
     for name in NO_EFFECT_SWITCHES:
         group.add_argument(f"--{name}", f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
