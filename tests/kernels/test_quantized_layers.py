@@ -19,6 +19,17 @@ from vllm.transformers_utils.quantization_config import Fp8Format, quantization_
 
 PARTS = {"q": 48, "k": 32, "v": 32}
 FEATURES = 384
+DAILY = (
+    "fp8 tensor",
+    "fp8 block",
+    "int8",
+    "mxfp4",
+    "nvfp4",
+    "awq 64",
+    "gptq act-order",
+    "pack asymmetric 128",
+    "pack -1",
+)
 
 
 @pytest.fixture
@@ -29,7 +40,9 @@ def bfloat16() -> object:
 
 
 @pytest.mark.usefixtures("bfloat16")
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    "name", [name if name in DAILY else pytest.param(name, marks=pytest.mark.nightly) for name in FORMS]
+)
 def test_products_are_those_of_the_dequantised_matrices(name: str) -> None:
     form = FORMS[name]
     quantization = quantization_of(form.config, None, "the test")

@@ -84,27 +84,37 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class OutputProjection(nn.Module):
-    """Hidden states → scores of the vocabulary: `cap(multiplier · x Wᵀ)`.
+    """Hidden states → scores of the vocabulary: `cap(multiplier · (x Wᵀ + b))`.
 
     Args:
         table: Holds W; shared with the embedding where the two are tied.
         multiplier: Of the scores.
         softcap: Scores s become `softcap · tanh(s / softcap)`; None: they stay as they are.
+        has_bias: There is a b; each rank holds all of it.
     """
 
-    def __init__(self, table: VocabParallelEmbedding, multiplier: float, softcap: float | None) -> None:
+    def __init__(
+        self, table: VocabParallelEmbedding, multiplier: float, softcap: float | None, has_bias: bool = False
+    ) -> None:
         super().__init__()
+        self.bias: nn.Parameter | None
+        bias = nn.Parameter(torch.zeros(table.vocab_size), requires_grad=False) if has_bias else None
+        self.register_parameter("bias", bias)
         self.table = table
         self.multiplier = multiplier
         self.softcap = softcap
         self.packed: cpu_kernels.PackedHead | None = None
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads the `bias` (`kind`); it has no parts."""
+        copy_checked(getattr(self, kind), tensor, kind)
 
     def pack(self, int8: bool, keep: bool) -> None:
         """Moves the weights into a packed copy for the compiled CPU kernels; the table's own stay if `keep`.
         Blocks are in that form already."""
         matrix: cpu_kernels.Matrix | None = self.table.blocks
         if matrix is None:
-            matrix = cpu_kernels.PackedMatrix(self.table.weight[: self.table.vocab_size], int8=int8)
+            matrix = cpu_kernels.PackedMatrix(self.table.weight[: self.table.vocab_size], self.bias, int8=int8)
         self.packed = cpu_kernels.PackedHead(matrix, self.multiplier, self.softcap)
         if not keep:
             self.table.weight.data = self.table.weight.new_empty(0)
@@ -115,6 +125,8 @@ class OutputProjection(nn.Module):
             scores = cpu_kernels.linear(hidden.float().contiguous(), self.packed, cpu_kernels.arithmetic())
             return scores if out is None else out.copy_(scores)
         scores = self.table.logits(hidden, out)
+        if self.bias is not None:
+            scores.add_(self.bias)
         if self.multiplier != 1.0:
             scores.mul_(self.multiplier)
         if self.softcap is not None:

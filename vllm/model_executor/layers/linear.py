@@ -162,6 +162,18 @@ class RowParallelLinear(LinearBase):
 _BIAS = Stored((OUT,))
 
 
+def shard(tensor: torch.Tensor, dim: int, size: int, tp: TensorParallelGroup, name: str) -> torch.Tensor:
+    """This rank's `size` entries along dimension `dim` of a whole tensor.
+
+    Raises:
+        ValueError: the ranks' shares are not the whole tensor.
+    """
+    whole = size * tp.world_size
+    if tensor.dim() <= dim or tensor.shape[dim] != whole:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {whole} in dimension {dim}")
+    return tensor.narrow(dim, tp.rank * size, size)
+
+
 def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:
     """Copies a checkpoint tensor into a parameter.
 

@@ -16,6 +16,8 @@ from vllm.platforms import current_platform
 from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 _DUMMY_STD = 0.02
+# Of MXFP4 numbers, which are 0 to 6: 2^-7.
+_DUMMY_EXPONENT = 120
 _CODES = {
     torch.int32: (-(2**31), 2**31),
     torch.int8: (-128, 128),
@@ -85,7 +87,11 @@ def _fill_with_noise(model: CausalLM, seed: int, device: torch.device) -> None:
     random codes, their scales small."""
     generator = torch.Generator(device=device).manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.dtype in _CODES:
+        if name.endswith("_blocks"):
+            parameter.random_(0, 256, generator=generator)
+        elif name.endswith("_scales"):
+            parameter.fill_(_DUMMY_EXPONENT)
+        elif parameter.dtype in _CODES:
             # In place, so that no more than the weights is in memory; of 8-bit floats those below 2, with either sign.
             codes = parameter.view(torch.uint8) if parameter.dtype == torch.float8_e4m3fn else parameter
             codes.random_(*_CODES[parameter.dtype], generator=generator)
@@ -93,7 +99,7 @@ def _fill_with_noise(model: CausalLM, seed: int, device: torch.device) -> None:
                 codes.add_(codes.ge(64), alpha=64)
         elif "scale" in name.rpartition(".")[2]:
             parameter.fill_(_DUMMY_STD)
-        elif parameter.dim() == 1:
+        elif parameter.dim() == 1 or name.endswith("_bias"):
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
             parameter.normal_(0.0, _DUMMY_STD, generator=generator)

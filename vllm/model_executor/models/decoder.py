@@ -18,14 +18,21 @@ from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram
 from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm, SplitRowNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear, copy_checked
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    copy_checked,
+    shard,
+)
+from vllm.model_executor.layers.moe import ExpertsBesideMLP, MixtureOfExperts, StackedExperts
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.layers.quantization.select import linear_method
 from vllm.model_executor.layers.rotary_embedding import QueryFactors, RotaryEmbedding
 from vllm.model_executor.models.base import CausalLM
-from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
-from vllm.model_executor.models.weight_map import Weight, layer_formats, weight_map
+from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec, MoE
+from vllm.model_executor.models.weight_map import Weight, layer_formats, linears, weight_map
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
 from vllm.ops.packed8 import Rows8
 from vllm.ops.rope import QkNorm, Rope
@@ -154,6 +161,14 @@ class AttentionBlock(nn.Module):
         ]
         # In a tuple, so that the tables are no part of each layer that uses them.
         self._tables = (rotary, growth)
+        self._tp = build.tp
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads this rank's `sinks` (`kind`); it has no parts."""
+        sinks = self.attention.sinks
+        if sinks is None:
+            raise ValueError(f"{kind} are of no use to this attention")
+        copy_checked(sinks, shard(tensor, 0, len(sinks), self._tp, kind), kind)
 
     def attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The packed output of `qkv` → what `o` takes; writes K and V."""
@@ -198,22 +213,43 @@ class FeedForward(nn.Module):
         """What `down` takes."""
         return self.down.method.activated(self.down, self.gate_up(x), self.activation, self.gated)
 
+    def forward(self, x: torch.Tensor | Rows8, residual: torch.Tensor, join: Join) -> torch.Tensor:
+        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
+        out: torch.Tensor = join(self.down, self.middle(x), residual)
+        return out
+
 
 class Join(nn.Module):
-    """Adds what a block makes to the residual stream: `residual + multiplier · norm(linear(x))`."""
+    """Adds what a block makes to the residual stream: `residual + multiplier · norm(block(x))`.
+
+    Attributes:
+        is_sum: There is neither a norm nor a multiplier, so that a block may add the stream itself.
+    """
 
     def __init__(self, norm: RowNorm | None, multiplier: float) -> None:
         super().__init__()
         self.norm = norm
         self.multiplier = multiplier
-        self._in_linear = norm is None and multiplier == 1.0
+        self.is_sum = norm is None and multiplier == 1.0
 
     def forward(self, linear: RowParallelLinear, x: torch.Tensor | Rows8, residual: torch.Tensor) -> torch.Tensor:
-        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
-        if self._in_linear:
-            return linear(x, residual)
-        out = linear(x)
+        """The stream [T, hidden_size] after a block that ends with `linear`; the one before it may be overwritten."""
+        return linear(x, residual) if self.is_sum else self.add(linear(x), residual)
+
+    def add(self, out: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The stream after a block that has made `out`."""
         return torch.add(residual, out if self.norm is None else self.norm(out), alpha=self.multiplier)
+
+
+def _feed_forward(spec: MLP | MoE, hidden_size: int, build: Build, methods: Methods) -> FeedForward | MixtureOfExperts:
+    if isinstance(spec, MLP):
+        return FeedForward(spec, hidden_size, build, methods)
+    shared = None
+    if spec.shared is not None:
+        of_shared = {f"ffn.{name}": methods[f"ffn.shared.{name}"] for name in ("gate_up", "down")}
+        shared = FeedForward(spec.shared, hidden_size, build, of_shared)
+    kind = MixtureOfExperts if spec.beside is None else ExpertsBesideMLP
+    return kind(spec, hidden_size, shared, build.tp)
 
 
 class DecoderLayer(nn.Module):
@@ -230,7 +266,7 @@ class DecoderLayer(nn.Module):
 
         self.parallel = spec.parallel
         self.mixer = mixer
-        self.ffn = FeedForward(spec.ffn, hidden_size, build, methods)
+        self.ffn = _feed_forward(spec.ffn, hidden_size, build, methods)
         self.pre_mixer = norm(norms.pre_mixer) or nn.Identity()
         self.after_mixer = Join(norm(norms.post_mixer), spec.residual_multiplier)
         self.pre_ffn = norm(norms.pre_ffn and not spec.parallel) or nn.Identity()
@@ -255,15 +291,17 @@ class DecoderLayer(nn.Module):
             x, residual = x[wanted], residual[wanted]
             normed = normed[wanted] if self.parallel else normed
         residual = self.after_mixer(mixer.o, x, residual)
-        before_ffn = normed if self.parallel else _normalised(self.pre_ffn, residual, ffn.gate_up)
-        out: torch.Tensor = self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
+        # Experts and their router all take what is normalised.
+        first = ffn.gate_up if isinstance(ffn, FeedForward) else None
+        before_ffn = normed if self.parallel else _normalised(self.pre_ffn, residual, first)
+        out: torch.Tensor = ffn(before_ffn, residual, self.after_ffn)
         return out if self.scalar is None else out.mul_(self.scalar)
 
 
-def _normalised(norm: nn.Module, x: torch.Tensor, linear: LinearBase) -> torch.Tensor | Rows8:
-    """What a linear layer takes of the residual stream."""
+def _normalised(norm: nn.Module, x: torch.Tensor, linear: LinearBase | None) -> torch.Tensor | Rows8:
+    """What a linear layer, or (None) several, take of the residual stream."""
     if isinstance(norm, RowNorm):
-        return linear.method.normalised(linear, x, norm)
+        return norm(x) if linear is None else linear.method.normalised(linear, x, norm)
     return x
 
 
@@ -315,7 +353,7 @@ class Decoder(CausalLM):
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
         table = self.embedding if spec.tied else self._table(spec.names.head)
-        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap)
+        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap, spec.head_bias)
         self.program: CpuProgram | None = None
         self.embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
 
@@ -323,12 +361,14 @@ class Decoder(CausalLM):
         quantization = self.build.quantization
         format = None if quantization is None else quantization.format_of((name,))
         block_type = format.types[0][1] if isinstance(format, GGUFFormat) else None
+        if block_type is not None and self.spec.head_bias:
+            raise ValueError("its output layer has a bias, which weights in blocks are multiplied without")
         return VocabParallelEmbedding(self.spec.vocab_size, self.spec.hidden_size, self.build.tp, block_type)
 
     def _methods(self, index: int) -> Methods:
         formats = layer_formats(self.spec, index, self.build.quantization)
-        names = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")
-        return {name: linear_method(formats.get(name), self.build.method, self.build.kernels) for name in names}
+        method, kernels = self.build.method, self.build.kernels
+        return {name: linear_method(formats.get(name), method, kernels) for name in linears(self.spec.layers[index])}
 
     def caches(self) -> list[LayerCache]:
         return [layer.mixer.attention.cache for layer in self.layers]
@@ -367,7 +407,12 @@ class Decoder(CausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         rows = weight_map(self.spec, self.build.quantization)
         names: CheckpointNames = self.spec.names
-        missing = set(rows)
+        missing = {name for name, row in rows.items() if row.whole is None}
+        pieces: dict[str, set[str]] = {}
+        for piece, row in rows.items():
+            if row.whole is not None:
+                pieces.setdefault(row.whole, set()).add(piece)
+        left = set(rows)
         head: torch.Tensor | None = None
         useless = 0
         for stored, tensor in weights:
@@ -380,14 +425,21 @@ class Decoder(CausalLM):
             if name not in rows and self._is_of_no_use(name, tensor):
                 useless += 1
                 continue
-            if name not in missing:
+            if name not in left:
                 what = "twice" if name in rows else "that this architecture does not know"
                 raise StartupError(f"The checkpoint has a tensor {stored!r} {what}.")
             try:
                 self._load(rows[name], tensor)
             except ValueError as error:
                 raise StartupError(f"The checkpoint's {stored} does not fit its configuration: {error}.") from None
-            missing.discard(name)
+            left.discard(name)
+            whole = rows[name].whole
+            if whole is None:
+                left -= pieces.get(name, set())
+            else:
+                left.discard(whole)
+                pieces[whole].discard(name)
+            missing.discard(name if whole is None or pieces[whole] else whole)
         if useless:
             logger.info("%d tensors of the checkpoint are not used: scales of K and V, or biases of 0.", useless)
         missing -= {name for name, weight in rows.items() if weight.optional}
@@ -419,7 +471,7 @@ class Decoder(CausalLM):
             self.program = CpuProgram(self)
         else:
             for name, module in self.named_modules():
-                if isinstance(module, LinearBase):
+                if isinstance(module, LinearBase | StackedExperts):
                     try:
                         module.finish()
                     except ValueError as error:
