@@ -119,6 +119,11 @@ class ChatRenderer:
         self._parts = SystemPartCache()
         self._inspect: Callable[[str], _Template] = lru_cache(maxsize=_MAX_TEMPLATES)(self._inspect_template)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether chats can be rendered without a template of their own."""
+        return bool(self._chat_template or self._tokenizer.hf.chat_template)
+
     def render(
         self,
         messages: list[dict[str, Any]],
