@@ -19,6 +19,13 @@ REQUIREMENTS := requirements-$(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu).t
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
+# Behind pip's own messages, of which the last ones seldom name the cause.
+define NO_PACKAGES
+echo "error: the packages could not be installed; pip says why above. They come from the package index that pip is set up \
+for (pip config list). Without a network, fetch them where there is one, as wheels for Python $$($(BIN)/python -V | cut -d' ' -f2): \
+pip download -d wheels setuptools -r $(REQUIREMENTS) . -- and here: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels make serve" >&2; exit 1
+endef
+
 .PHONY: serve test lint clean
 .DELETE_ON_ERROR:
 
@@ -41,10 +48,10 @@ $(INSTALLED): pyproject.toml setup.py vllm/version.py $(REQUIREMENTS) $(wildcard
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else \
 	  "Python 3.11, 3.12 or 3.13 is needed, this is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(REQUIREMENTS)
-	$(PIP) install -e .
+	@$(PIP) install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(REQUIREMENTS) || { $(NO_PACKAGES); }
+	@$(PIP) install -e . || { $(NO_PACKAGES); }
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED)
-	$(PIP) install -e '.[test,dev]'
+	@$(PIP) install -e '.[test,dev]' || { $(NO_PACKAGES); }
 	@touch $@

@@ -33,6 +33,12 @@ from vllm.entrypoints.openai.system_prompts import ServingSystemPrompts
 from vllm.entrypoints.openai.tokenization import ServingTokenization
 from vllm.entrypoints.responses import routes as responses_routes
 from vllm.entrypoints.responses.serving import ServingResponses
+from vllm.entrypoints.web.history import History
+from vllm.entrypoints.web.routes import OPEN_PATHS as WEB_PATHS
+from vllm.entrypoints.web.routes import web_routes
+
+# Models whose answers can be read in one way only, which holds unless a flag names another.
+_OWN_REASONING = {"gpt_oss": "openai_gptoss"}
 
 BODIES: Bodies = {
     **openai_routes.BODIES,
@@ -56,7 +62,9 @@ class Services:
         models = ServedModels(engine.vllm_config, args.fingerprint_mode, args.fingerprint_value)
         self.prompts = prompts = PromptReader(engine, args.default_chat_template_kwargs)
         answers = AnswerReader(
-            args.tool_call_parser, auto_tools=args.enable_auto_tool_choice, reasoning_parser=args.reasoning_parser
+            args.tool_call_parser,
+            auto_tools=args.enable_auto_tool_choice,
+            reasoning_parser=args.reasoning_parser or _OWN_REASONING.get(engine.vllm_config.model.hf_config.model_type),
         )
         chat = ChatService(
             engine,
@@ -80,7 +88,10 @@ class Services:
 
 
 def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
-    """The application for a running engine; `args` are the flags of `args.cli_args`."""
+    """The application for a running engine; `args` are the flags of `args.cli_args`.
+
+    `app.state.history` is what the page draws; whoever serves the application runs it beside.
+    """
     services, registry = Services(engine, args), CollectorRegistry()
     routers = [
         openai_routes.completion_routes(engine, services.chat, services.completion),
@@ -90,10 +101,15 @@ def build_app(engine: AsyncLLMEngine, args: argparse.Namespace) -> FastAPI:
         openai_routes.model_routes(services.models),
         openai_routes.tokenization_routes(services.tokenization),
         system_prompt_routes.system_prompt_routes(
-            services.system_prompts, services.explanations, AdminGuard(admin_key(args))
+            services.system_prompts, services.explanations, AdminGuard(admin_key(args), own_pages=args.web)
         ),
         status_routes(engine, registry),
     ]
     if envs.server_dev_mode():
         routers.append(development_routes(engine))
-    return make_app(args, routers, BODIES, engine.lanes, registry)
+    history = History(engine.metrics_registry)
+    if args.web:
+        routers.append(web_routes(history))
+    app = make_app(args, routers, BODIES, engine.lanes, registry, open_paths=WEB_PATHS if args.web else ())
+    app.state.history = history
+    return app

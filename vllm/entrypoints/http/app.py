@@ -32,6 +32,7 @@ def make_app(
     bodies: Bodies,
     lanes: WorkLanes,
     registry: CollectorRegistry,
+    open_paths: Iterable[str] = (),
 ) -> FastAPI:
     """An application with these routes.
 
@@ -40,6 +41,7 @@ def make_app(
         bodies: What the routes read, for `/openapi.json`.
         lanes: Where long work is done.
         registry: Gets the metrics of HTTP.
+        open_paths: Paths that may be read without a key, besides those of monitors.
     """
     app = FastAPI(
         title="vLLM-compatible server",
@@ -53,7 +55,7 @@ def make_app(
     for router in routers:
         app.include_router(router)
     describe_bodies(app, bodies)
-    _add_middleware(app, args, registry)
+    _add_middleware(app, args, registry, open_paths)
     app.state.turns = Turns()
     app.state.bodies = BodyBytes()
     app.state.lanes = lanes
@@ -65,12 +67,20 @@ def admin_key(args: argparse.Namespace) -> str | None:
     return args.admin_api_key or envs.admin_api_key()
 
 
-def _add_middleware(app: FastAPI, args: argparse.Namespace, registry: CollectorRegistry) -> None:
+def _add_middleware(
+    app: FastAPI, args: argparse.Namespace, registry: CollectorRegistry, open_paths: Iterable[str]
+) -> None:
     """The one added last sees a request first."""
     app.add_middleware(EngineChoiceMiddleware)
     keys = args.api_key or ([envs.api_key()] if envs.api_key() else [])
     if keys:
-        app.add_middleware(ApiKeyMiddleware, keys=keys, root_path=args.root_path, admin_key=admin_key(args))
+        app.add_middleware(
+            ApiKeyMiddleware,
+            keys=keys,
+            root_path=args.root_path,
+            admin_key=admin_key(args),
+            open_paths=tuple(open_paths),
+        )
     if args.root_path:
         app.add_middleware(RootPathMiddleware, root_path=args.root_path)
     app.add_middleware(RequestIdMiddleware, always=args.enable_request_id_headers)

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# What load balancers and monitors ask for all day is not counted.
-_UNCOUNTED = frozenset({"/health", "/load", "/metrics", "/ping", "/server_info", "/version"})
+# What load balancers, monitors and an open page ask for all day is not counted.
+_UNCOUNTED = frozenset({"/health", "/load", "/metrics", "/ping", "/server_info", "/version", "/web/history"})
 _METHODS = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 _DURATION_S = (0.1, 0.5, 1)
 _FINE_DURATION_S = (

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import uuid
 from collections.abc import Iterable
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -35,14 +36,23 @@ class ApiKeyMiddleware:
         keys: Accepted keys; not empty.
         root_path: Prefix under which a proxy serves the app (`--root-path`).
         admin_key: Accepted as well; the routes of operators ask for it (`AdminGuard`).
+        open_paths: More paths that may be read without a key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], root_path: str = "", admin_key: str | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        root_path: str = "",
+        admin_key: str | None = None,
+        open_paths: Iterable[str] = (),
+    ) -> None:
         self.app = app
         keys = list(keys)
         self._tells_tenants = len(keys) > 1
         self._digests = [_digest_of_key(key) for key in [*keys, *([admin_key] if admin_key else [])]]
-        self._open = frozenset(OPEN_PATHS) | frozenset(root_path + path for path in OPEN_PATHS)
+        paths = (*OPEN_PATHS, *open_paths)
+        self._open = frozenset(paths) | frozenset(root_path + path for path in paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = _match(scope, self._digests) if scope["type"] != "lifespan" else None
@@ -85,10 +95,12 @@ class AdminGuard:
     Args:
         key: Must come with every request (`--admin-api-key`); None lets TCP clients of this machine in that speak for
             themselves, and nobody else: no proxy, and no web page in a browser of this machine.
+        own_pages: Whether pages that this server has sent to such a browser are let in as well.
     """
 
-    def __init__(self, key: str | None) -> None:
+    def __init__(self, key: str | None, own_pages: bool = False) -> None:
         self._digests = [_digest_of_key(key)] if key is not None else None
+        self._own_pages = own_pages
 
     def __call__(self, request: Request) -> None:
         if self._digests is not None:
@@ -105,7 +117,7 @@ class AdminGuard:
                 403,
                 "Without --admin-api-key, this route answers only to clients on the server's own machine.",
             )
-        elif (header := _speaks_for_another(request.headers)) is not None:
+        elif (header := _speaks_for_another(request.headers, self._own_pages)) is not None:
             raise ApiError(
                 403,
                 f"Without --admin-api-key, this route answers neither to proxies nor to web pages, and the header "
@@ -113,15 +125,29 @@ class AdminGuard:
             )
 
 
-def _speaks_for_another(headers: Headers) -> str | None:
-    """The header by which a request shows that a proxy passes it on, or that a web page makes a browser send it."""
+def _speaks_for_another(headers: Headers, own_pages: bool) -> str | None:
+    """The header by which a request shows that a proxy passes it on, or that a web page makes a browser send it; with
+    `own_pages`, a page that is not of this server."""
+    of_own_page = own_pages and _is_of_own_page(headers)
     for name in headers:
+        if of_own_page and (name == "origin" or name.startswith("sec-fetch-")):
+            continue
         if name in _OF_OTHERS or name.startswith(_OF_OTHERS_PREFIXES):
             return name
     # A page of a domain that its owner lets point to this machine. Names without a dot are nobody's domain.
     host = headers.get("host", "").rpartition("@")[2]
     name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     return "host" if "." in name and not _is_loopback(name) and not name.endswith(".localhost") else None
+
+
+def _is_of_own_page(headers: Headers) -> bool:
+    """Whether a browser says that a page of the very host that it asks, by name and port, makes it send the request.
+
+    Scripts can set none of these headers. Behind a proxy that hides itself, the page's address is the proxy's.
+    """
+    page = headers.get("origin") or headers.get("referer", "")
+    fetched = headers.get("sec-fetch-site") == "same-origin" and headers.get("sec-fetch-dest") == "empty"
+    return fetched and urlsplit(page).netloc == headers.get("host")
 
 
 def _is_loopback(host: str) -> bool:

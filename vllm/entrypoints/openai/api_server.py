@@ -13,7 +13,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import FrameType
 
@@ -27,6 +27,7 @@ from vllm.entrypoints.args.parser import FlexibleArgumentParser
 from vllm.entrypoints.assembly import build_app
 from vllm.entrypoints.chat.prompts import PromptReader
 from vllm.entrypoints.http.listening import listen, listening_socket
+from vllm.entrypoints.http.start_log import address_of, log_start
 from vllm.entrypoints.openai.system_prompt_files import preload, read_system_prompt_file
 from vllm.exceptions import StartupError, VLLMValidationError
 from vllm.logger import init_logger
@@ -42,7 +43,19 @@ _ENGINE_DEATH_GRACE_S = 2
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to `_serve`, which also has an engine to stop."""
+    """Leaves signals to `_serve`, which also has an engine to stop.
+
+    Args:
+        on_started: Called when connections are taken, as the last thing of the start.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_started()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -83,8 +96,9 @@ def _stop_loading(sig: int, frame: FrameType | None) -> None:
 
 
 async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Namespace) -> int:
+    app = build_app(engine, args)
     config = uvicorn.Config(
-        build_app(engine, args),
+        app,
         uds=args.uds,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
@@ -100,25 +114,27 @@ async def _serve(engine: AsyncLLMEngine, sock: socket.socket, args: argparse.Nam
     except (OSError, ssl.SSLError) as exc:
         raise StartupError(f"The --ssl files cannot be used: {exc}.") from None
     listen(sock, args.uds)
-    server = _Server(config)
+    server = _Server(config, on_started=lambda: log_start(engine, args, address_of(sock, args)))
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     loop = asyncio.get_running_loop()
     for sig in _SIGNALS:
         loop.add_signal_handler(sig, _on_signal, server, serving, signal.Signals(sig).name)
-    watching = asyncio.create_task(_watch_engine(engine, server))
+    beside = [asyncio.create_task(_watch_engine(engine, server))]
+    if args.web:
+        beside.append(asyncio.create_task(app.state.history.run()))
     # What is loaded by now stays. The collector need not look at it again and again while requests come and go, which
     # took a quarter of this process's time at 5,000 streamed tokens a second; nor at new objects as often as usual,
     # since reference counts free nearly all of them.
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
-    _log_start(engine, _address(sock, args))
     try:
         await serving
     except asyncio.CancelledError:
         logger.warning("Stopped at once; open requests were cut off.")
     finally:
-        watching.cancel()
+        for task in beside:
+            task.cancel()
         for sig in _SIGNALS:
             loop.remove_signal_handler(sig)
     return 1 if engine.errored else 0
@@ -139,28 +155,6 @@ async def _watch_engine(engine: AsyncLLMEngine, server: _Server) -> None:
     await asyncio.sleep(_ENGINE_DEATH_GRACE_S)
     server.config.timeout_graceful_shutdown = _ENGINE_DEATH_GRACE_S
     server.should_exit = True
-
-
-def _address(sock: socket.socket, args: argparse.Namespace) -> str:
-    """Where clients find the server."""
-    scheme = "https" if args.ssl_certfile else "http"
-    if args.uds is not None:
-        return f"{args.uds} ({scheme}, paths under {args.root_path}/v1)"
-    host, port = sock.getsockname()[:2]
-    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"{scheme}://{shown}:{port}{args.root_path}/v1"
-
-
-def _log_start(engine: AsyncLLMEngine, address: str) -> None:
-    config = engine.vllm_config
-    logger.info(
-        "Model: %s, dtype %s, context %d tokens", config.model.model, config.model.dtype, config.model.max_model_len
-    )
-    logger.info("KV cache: %d tokens", engine.num_blocks * config.cache.block_size)
-    logger.info(
-        "System prompts: mode %s, at most %d tokens pinned", config.system_prompt.mode, engine.pool_budget_tokens
-    )
-    logger.info("Serving %s on %s", config.model.served_model_names[0], address)
 
 
 def main() -> None:

@@ -81,6 +81,7 @@ class ServingExplanations:
             "object": "system_prompt.explanation",
             "prompt_tokens": len(token_ids),
             "system_tokens": system,
+            "text": await self._engine.lanes.run(_texts, self._engine.tokenizer, token_ids, system or 0),
             **found,
             "nearest": _nearest_json(found["nearest"], token_ids, self._engine.tokenizer),
             "reason": _reason(found),
@@ -94,6 +95,15 @@ class ServingExplanations:
             if chat is not None:
                 return chat
         return None if request.messages is None else parse_model(ChatCompletionRequest, fields)
+
+
+def _texts(tokenizer: Tokenizer, token_ids: list[int], boundary: int) -> dict[str, str]:
+    """The prompt as the model reads it, control tokens included, cut where the system part ends."""
+    system, own = token_ids[:boundary], token_ids[boundary:]
+    return {
+        "system": tokenizer.decode(system, skip_special_tokens=False),
+        "own": tokenizer.decode(own, skip_special_tokens=False),
+    }
 
 
 def _nearest_json(nearest: dict[str, Any] | None, token_ids: list[int], tokenizer: Tokenizer) -> dict[str, Any] | None:
