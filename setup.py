@@ -27,7 +27,8 @@ AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # The order is that of linking: inline library functions are taken from the file compiled for every processor.
 FLAGS = {
     "module.cpp": [],
-    "isa_avx2.cpp": ["-mavx2", "-mfma"],
+    "block_packing.cpp": [],
+    "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": AVX512_BF16,
     "isa_amx.cpp": AMX,  # compiles to nothing without these flags

@@ -27,13 +27,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 
 from chat_load import markdown_table, positive_int, say
 from machine_facts import machine
 from vllm.ops.attention.metadata import AttentionMetadata, PrefixGroup
 from vllm.ops.cpu import kernels as cpu_kernels
-from vllm.ops.cpu.kernels import AttentionOptions, DecoderLayer, DecoderProgram, Norm, PackedMatrix, Rope
+from vllm.ops.cpu.kernels import (
+    AttentionOptions,
+    BlockMatrix,
+    BlockRows,
+    DecoderLayer,
+    DecoderProgram,
+    Matrix,
+    Norm,
+    PackedMatrix,
+    Rope,
+)
 from vllm.ops.sampling import Flag, IntColumn, SamplingTables
 from vllm.platforms import CpuPlatform
 
@@ -47,7 +59,10 @@ MATRICES = {
     "down": (HIDDEN, INTERMEDIATE),
     "output": (VOCABULARY, HIDDEN),
 }
+# Of weights, and what is multiplied by them; those of BLOCKS stay as GGUF files have them.
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+BLOCKS = {"Q4_1": torch.float32, "Q8_0": torch.float32}
+FORMATS |= BLOCKS
 LINEAR_ROWS = (1, 8, 32, 200, 2048)
 ARITHMETICS = {
     cpu_kernels.WIDEN: "widened to float32",
@@ -117,13 +132,22 @@ class Setting:
         return Result(case.kernel, case.dtype, seconds * 1e6, *rates, case.from_memory)
 
 
-def packed(name: str, form: str, interleave: bool = False) -> PackedMatrix:
+def packed(name: str, form: str, interleave: bool = False) -> Matrix:
     n, k = MATRICES[name]
+    if form in BLOCKS:
+        sizes = (n // 2, n // 2) if interleave else (n,)
+        return BlockMatrix([in_blocks(form, size, k) for size in sizes], interleave=interleave)
     return PackedMatrix((torch.randn(n, k) * 0.02).to(FORMATS[form]), interleave=interleave, int8=form == "int8")
 
 
-def size_of(matrix: PackedMatrix) -> int:
-    return matrix.data.nbytes + (0 if matrix.scale is None else matrix.scale.nbytes)
+def in_blocks(form: str, n: int, k: int) -> BlockRows:
+    blocks = gguf.quantize(np.random.default_rng(0).standard_normal((n, k)) * 0.02, gguf.GGMLQuantizationType[form])
+    return BlockRows(torch.from_numpy(blocks), k, form)
+
+
+def size_of(matrix: Matrix) -> int:
+    scale = matrix.scale if isinstance(matrix, PackedMatrix) else None
+    return matrix.data.nbytes + (0 if scale is None else scale.nbytes)
 
 
 def linear_cases(setting: Setting) -> Iterator[Case]:
@@ -155,7 +179,7 @@ def swiglu_cases(setting: Setting) -> Iterator[Case]:
 
 
 def calls_of(
-    kernel: Callable[[torch.Tensor, PackedMatrix, int], torch.Tensor], x: torch.Tensor, matrices: Sequence[PackedMatrix]
+    kernel: Callable[[torch.Tensor, Matrix, int], torch.Tensor], x: torch.Tensor, matrices: Sequence[Matrix]
 ) -> list[Callable[[], object]]:
     return [partial(kernel, x, matrix, cpu_kernels.arithmetic()) for matrix in matrices]
 
@@ -387,7 +411,7 @@ def rooflines(results: Sequence[Result], given: dict[str, float]) -> dict[str, f
     }
     wide = max(rates["float32"], default=0.0)
     narrow = max([wide, *rates["bfloat16"], *rates["int8"]])
-    return {MEMORY: max(memory), "float32": wide, "bfloat16": narrow, "int8": narrow}
+    return {MEMORY: max(memory), "float32": wide, "bfloat16": narrow, "int8": narrow, **dict.fromkeys(BLOCKS, wide)}
 
 
 def with_rooflines(result: Result, highest: dict[str, float]) -> dict[str, Any]:

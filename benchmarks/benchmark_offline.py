@@ -27,6 +27,17 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from workloads import MAX_MODEL_LEN, MAX_NUM_SEQS, SCHEMA, SHAPES, Workload, workloads
 
 
+def compressed(packing: str, **weights: Any) -> dict[str, Any]:
+    """A `quantization_config` of compressed-tensors for all linear layers."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": packing,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+
+
 def make_model(folder: Path, config: dict[str, Any]) -> None:
     """A checkpoint without weights: the configuration, and a tokenizer of bytes and random words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -107,11 +118,24 @@ class Bench:
         )
 
 
+_FP4 = {"num_bits": 4, "type": "float", "symmetric": True}
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "fp8-block": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "int4": compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128, symmetric=True),
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "mxfp4": compressed("mxfp4-pack-quantized", **_FP4, strategy="group", group_size=32),
+    "nvfp4": compressed("nvfp4-pack-quantized", **_FP4, strategy="tensor_group", group_size=16),
+}
+"""Formats of the weights: what the checkpoint's configuration says of them. fp8 is made of whole weights at load."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the results to this file as JSON")
     parser.add_argument("--only", default="", help="run only the workloads whose name matches this regular expression")
     parser.add_argument("--engine-args", type=json.loads, default={}, help="more engine arguments, as a JSON object")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="format of the weights; whole if not given")
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b", help="of the network")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
@@ -131,10 +155,14 @@ def main() -> None:
         print(line, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), shape)
+        values = QUANTIZATIONS[args.quantization] if args.quantization else {}
+        make_model(Path(folder), shape | ({"quantization_config": values} if values else {}))
         started = time.perf_counter()
         options: dict[str, Any] = {"max_model_len": max_len, "max_num_seqs": MAX_NUM_SEQS, "dtype": "bfloat16"}
-        options |= {"load_format": "dummy", "seed": 0} | args.engine_args
+        options |= {"load_format": "dummy", "seed": 0}
+        if args.quantization and not values:
+            options["quantization"] = args.quantization
+        options |= args.engine_args
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(model=folder, **options))
         note("start-up", time.perf_counter() - started, 0)
         bench = Bench(engine)

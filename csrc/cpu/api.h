@@ -15,9 +15,26 @@
 #include <cstdint>
 
 // Raised with every change of what Python calls; vllm/ops/cpu/library.py says the same number.
-constexpr int32_t kInterface = 5;
+constexpr int32_t kInterface = 6;
 
-enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+// kBlocks: the weights are in blocks, each tile of a type of its own, see blocks.h; multiplied as float32, or, where
+// activations are bfloat16, as these.
+enum Format : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kBlocks = 3, kBlocksAsBFloat16 = 4 };
+
+// Weights in blocks of 32 along K. The names are GGUF's but the last: 4-bit numbers with a scale and a shift in float32
+// for each group of blocks.
+enum BlockType : int32_t {
+  kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4_K, kQ5_K, kQ6_K, kIQ4_NL, kGroups, kNumBlockTypes
+};
+constexpr int64_t kBlockDepth = 32;
+
+struct Tile {
+  const char* data;
+  int32_t type;
+  int32_t span;      // blocks that share a head
+  int32_t together;  // tiles that take turns in memory
+  int32_t bytes;     // of it alone
+};
 
 // How bfloat16 weights multiply: widened to float32, in dot products of pairs, or in tile registers; each as the one
 // before it where the instructions for it are not there.
@@ -26,7 +43,7 @@ enum Arithmetic : int32_t { kWiden = 0, kDot = 1, kTiles = 2 };
 enum Instructions : int32_t { kAvx2 = 0, kAvx512 = 1, kAvx512Bf16 = 2, kAmx = 3 };
 
 struct Matrix {
-  const void* data;    // packed
+  const void* data;    // packed; of weights in blocks a Tile for each 16 columns
   const float* scale;  // int8: factor of each column
   const float* bias;   // null, or one number a column
   int64_t n, k;        // without padding
@@ -145,7 +162,7 @@ struct Rows {
 struct Network {
   Stack stack;
   Projection head;
-  const void* embeddings;  // [vocabulary][hidden_size]
+  const void* embeddings;  // [vocabulary][hidden_size]; kBlocks: a Matrix
   int32_t embedding_format;
 };
 
@@ -231,7 +248,7 @@ struct Buffers {
   // Results of attention units: [row][head_dim] unnormalised sums, bases and sums of weights.
   float *sums, *bases, *totals;
   int64_t* indices;
-  uint16_t* panels;  // [threads][panel_size]: int8 weights made bfloat16
+  uint16_t* panels;  // [threads][panel_size]: int8 weights made bfloat16, decoded blocks
   int64_t panel_size;
 };
 

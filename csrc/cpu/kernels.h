@@ -15,7 +15,7 @@ void with_kind([[maybe_unused]] int32_t format, [[maybe_unused]] int32_t arithme
 #ifdef __AMX_BF16__
   return f(TilesBf16());  // called for nothing else
 #else
-  if (format == kFloat32) return f(Float32());
+  if (format == kFloat32 || format == kBlocks) return f(Float32());
 #ifdef __AVX512BF16__
   if (arithmetic != kWiden) return f(DotBf16());
 #endif

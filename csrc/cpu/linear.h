@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "activations.h"
+#include "blocks.h"
 #include "norms.h"
 
 namespace {
@@ -197,6 +198,18 @@ struct Highest final : Finish {
 constexpr int64_t kUnitTiles = kUnitColumns / kLanes;
 constexpr int64_t kUnitRows = 192;
 
+inline void finish_lines(const Matrix& w, int64_t row, int64_t rows, int64_t column, float* block, int64_t width,
+                         const Finish& finish) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* line = block + i * kUnitColumns;
+    if (w.scale)
+      for (int64_t j = 0; j < width; ++j) line[j] *= w.scale[column + j];
+    if (w.bias)
+      for (int64_t j = 0; j < width; ++j) line[j] += w.bias[column + j];
+    finish(row + i, column, line, width);
+  }
+}
+
 template <class Kind>
 inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_row, int64_t end_row, const Matrix& w,
                         const typename Kind::B* tiles, int64_t column, int64_t count, const Finish& finish,
@@ -210,15 +223,44 @@ inline void linear_unit(const typename Kind::A* x, int64_t lda, int64_t first_ro
     session.rows(some);
     product<Kind>(x + row * lda, lda, some, [&](int64_t j) { return tiles + j * stride; }, count, steps, block,
                   kUnitColumns, ahead, row > first_row);
-    for (int64_t i = 0; i < some; ++i) {
-      float* line = block + i * kUnitColumns;
-      if (w.scale)
-        for (int64_t j = 0; j < width; ++j) line[j] *= w.scale[column + j];
-      if (w.bias)
-        for (int64_t j = 0; j < width; ++j) line[j] += w.bias[column + j];
-      finish(row + i, column, line, width);
-    }
+    finish_lines(w, row, some, column, block, width, finish);
   }
+}
+
+// Tiles in blocks that a few rows take at a time; decoding needs registers too.
+constexpr int tiles_in_blocks_for(int rows) { return rows <= 2 || Simd::kTiles == 1 ? Simd::kTiles : Simd::kTiles / 2; }
+
+// The same for a few rows and weights in blocks, which are decoded in registers; tiles of one type go together.
+template <class Kind>
+inline void blocks_unit(const typename Kind::A* x, int64_t lda, int64_t row, int64_t rows, const Matrix& w,
+                        const Tile* tiles, int64_t column, int64_t count, const Finish& finish, Ahead& ahead) {
+  alignas(64) float block[Kind::kMostRows * kUnitColumns];
+  ahead.spread(num_fetches(rows, count, w.k));
+  bool done[kUnitTiles] = {};
+  for (int64_t first = 0; first < count; ++first) {
+    if (done[first]) continue;
+    int64_t places[kUnitTiles], found = 0;
+    for (int64_t j = first; j < count; ++j)
+      if (tiles[j].type == tiles[first].type && tiles[j].span == tiles[first].span) {
+        places[found++] = j;
+        done[j] = true;
+      }
+    with_type(tiles[first].type, [&](auto type) {
+      using Type = decltype(type);
+      with_some_rows(rows, [&](auto r) {
+        constexpr int wide = tiles_in_blocks_for(decltype(r)::value);
+        int64_t j = 0;
+        for (; j + wide <= found; j += wide)
+          few_rows<Kind, Type, r, wide>(x + row * lda, lda, rows, tiles, places + j, w.k, block, kUnitColumns,
+                                                  ahead);
+        if constexpr (wide > 1)
+          for (; j < found; ++j)
+            few_rows<Kind, Type, r, 1>(x + row * lda, lda, rows, tiles, places + j, w.k, block, kUnitColumns,
+                                                 ahead);
+      });
+    });
+  }
+  finish_lines(w, row, rows, column, block, std::min(count * kLanes, w.n - column), finish);
 }
 
 // int8 tiles → bfloat16 tiles; exact.
@@ -240,11 +282,18 @@ struct LinearUnits {
 
   int64_t first_tile(int64_t unit) const { return unit / row_units * kUnitTiles; }
   int64_t num_tiles(int64_t unit) const { return std::min(kUnitTiles, tiles - first_tile(unit)); }
+  bool in_blocks() const { return w.format == kBlocks || w.format == kBlocksAsBFloat16; }
   const char* weights(int64_t unit) const {
     return static_cast<const char*>(w.data) + first_tile(unit) * kLanes * w.k * size_of(w.format);
   }
+  const Tile* blocks(int64_t unit) const { return static_cast<const Tile*>(w.data) + first_tile(unit); }
   void expect(int64_t unit, Ahead& ahead) const {
-    if (unit < count) ahead.expect(weights(unit), num_tiles(unit) * kLanes * w.k * size_of(w.format));
+    if (unit >= count) return;
+    if (!in_blocks()) return ahead.expect(weights(unit), num_tiles(unit) * kLanes * w.k * size_of(w.format));
+    const Tile* tiles = blocks(unit);
+    if (tiles->together == num_tiles(unit)) return ahead.expect(tiles->data, num_tiles(unit) * tiles->bytes);
+    // Types may differ; a few lines too many or too few do no harm.
+    for (int64_t j = 0; j < num_tiles(unit); ++j) ahead.expect(tiles[j].data, tiles->bytes);
   }
 
  private:
@@ -290,7 +339,8 @@ struct LookAhead {
 };
 
 // x Wᵀ + b, every finished line given to `finish`. `Kind` says what `x` is and how weights of its own format multiply;
-// int8 weights go with every kind.
+// int8 weights and
+// weights in blocks go with every kind.
 template <class Kind>
 void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, int64_t lda, int64_t rows,
             const Matrix& w, const Finish& finish, const Next& next) {
@@ -301,6 +351,17 @@ void linear(Member& member, const Buffers& buffers, const typename Kind::A* x, i
     const int64_t row = unit % units.row_units * kUnitRows, end = std::min(rows, row + kUnitRows);
     ahead.expect_nothing();
     if (looks_ahead<Kind>(end - row)) look_ahead(member, units, unit, ahead, next);
+    if (units.in_blocks()) {
+      const Tile* tiles = units.blocks(unit);
+      using Decoded = typename ForBlocks<Kind>::Decoded;
+      if constexpr (!kInTiles<Kind>)
+        if (end - row <= Simd::kMostRows)
+          return blocks_unit<Decoded>(x, lda, row, end - row, w, tiles, column, count, finish, ahead);
+      auto* panel = reinterpret_cast<typename Decoded::B*>(buffers.panels + member.index * buffers.panel_size);
+      for (int64_t j = 0; j < count; ++j) decode_tile(tiles[j], w.k, panel + j * kLanes * w.k);
+      linear_unit<Decoded>(x, lda, row, end, w, panel, column, count, finish, ahead);
+      return;
+    }
     const char* weights = units.weights(unit);
     if (w.format != kInt8) {
       linear_unit<Kind>(x, lda, row, end, w, reinterpret_cast<const typename Kind::B*>(weights), column, count, finish,

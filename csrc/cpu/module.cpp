@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "api.h"
+#include "block_packing.h"
 #include "parallel.h"
 #include "plan.h"
 
@@ -99,7 +100,7 @@ struct Workspace {
 thread_local Workspace workspace;
 
 void reserve_panels(Workspace& memory, Buffers& buffers, int64_t longest, int threads) {
-  buffers.panel_size = kUnitColumns * longest;
+  buffers.panel_size = 2 * kUnitColumns * longest;  // room for float32 too
   buffers.panels = memory.panels.take<uint16_t>(buffers.panel_size * threads);
 }
 
@@ -148,7 +149,7 @@ bool uses_tiles = false;  // beside them
 
 // Those for operands of a format, so many elements deep.
 const Kernels& kernels_for(int32_t format, int32_t arithmetic, std::initializer_list<int64_t> depths) {
-  const bool tiles = uses_tiles && arithmetic == kTiles && format != kFloat32 &&
+  const bool tiles = uses_tiles && arithmetic == kTiles && format != kFloat32 && format != kBlocks &&
                      std::all_of(depths.begin(), depths.end(), [](int64_t depth) { return depth % 32 == 0; });
   return tiles ? *kAmxKernels : *kernels;
 }
@@ -183,7 +184,7 @@ EXPORT int32_t vsp_interface() { return kInterface; }
 // The best instruction set that this processor, its operating system and this build offer; -1: not even AVX2 with FMA.
 EXPORT int32_t vsp_best_instructions() {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return -1;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return -1;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
       !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
     return kAvx2;
@@ -349,6 +350,11 @@ void draw_next(const Network& network, const Rows& rows, const float* x, int64_t
 void embed(const Network& network, int64_t token_id, float* to) {
   const int64_t size = network.stack.hidden_size;
   const float factor = network.stack.embedding_factor;
+  if (network.embedding_format == kBlocks) {
+    decode_block_row(*static_cast<const Matrix*>(network.embeddings), token_id, to);
+    for (int64_t i = 0; i < size; ++i) to[i] *= factor;
+    return;
+  }
   if (network.embedding_format == kFloat32) {
     const float* from = static_cast<const float*>(network.embeddings) + token_id * size;
     for (int64_t i = 0; i < size; ++i) to[i] = factor * from[i];
@@ -559,6 +565,53 @@ EXPORT void vsp_pack_int8(const float* from, int64_t n, int64_t k, int32_t inter
         tile[(j / 4 * kLanes + i) * 4 + j % 4] = row < n ? int8_t(std::lrintf(line[j] / factor)) : int8_t(0);
     }
   }
+}
+
+namespace {
+
+// How many tiles from `first` on take turns in memory: those of one unit of work that are of one type.
+int64_t num_together(const int32_t* types, const int32_t* spans, int64_t first, int64_t count) {
+  const int64_t unit = kUnitColumns / kLanes, end = std::min(count, (first / unit + 1) * unit);
+  int64_t last = first + 1;
+  while (last < end && types[last] == types[first] && spans[last] == spans[first]) ++last;
+  return last - first;
+}
+
+}  // namespace
+
+// Bytes of a matrix in blocks, of tiles of these types.
+EXPORT int64_t vsp_block_bytes(int64_t num_tiles, const int32_t* types, const int32_t* spans, int64_t k) {
+  int64_t bytes = 0;
+  for (int64_t t = 0; t < num_tiles; ++t) bytes += block_tile_bytes(types[t], spans[t], k);
+  return bytes;
+}
+
+// Packs a matrix in blocks: tile t has the `counts[t]` rows that begin at sources[t], as a file has them. Fills `table`,
+// which points into `to`.
+EXPORT void vsp_pack_blocks(int64_t num_tiles, const uint8_t* const* sources, const int64_t* counts,
+                            const int32_t* types, const int32_t* spans, int64_t k, Tile* table, char* to,
+                            int32_t threads) {
+  for (int64_t t = 0; t < num_tiles;) {
+    const int64_t together = num_together(types, spans, t, num_tiles);
+    const int64_t bytes = block_tile_bytes(types[t], spans[t], k), turns = k / kBlockDepth / spans[t];
+    for (int64_t i = 0; i < together; ++i, ++t)
+      table[t] = {to + i * (bytes / turns), types[t], spans[t], int32_t(together), int32_t(bytes)};
+    to += together * bytes;
+  }
+  run_team(threads, [&](Team& team, int index) {
+    Member(team, index).for_each(num_tiles, [&](int64_t t) {
+      pack_block_tile(sources[t], counts[t], k, table[t], const_cast<char*>(table[t].data));
+    });
+  });
+}
+
+// Rows `ids` [count] of a matrix in blocks, dequantised → out [count][k]
+EXPORT void vsp_block_rows(const Matrix* w, const int64_t* ids, int64_t count, float* out, int32_t threads) {
+  run_team(threads, [&](Team& team, int index) {
+    Member(team, index).for_each_range(count, 8, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) decode_block_row(*w, ids[i], out + i * w->k);
+    });
+  });
 }
 
 // Copies blocks of `bytes`; pairs [count][2] of (from, to). All sources are read before any destination is written.

@@ -77,6 +77,15 @@ struct Float32 : InLanes {
     for (int j = 0; j < tiles; ++j) w[j] = Simd::load(b[j]);
     add_outer(acc, a, lda, w);
   }
+  // The same for weights in registers, of two neighbouring depths.
+  template <int rows, int tiles>
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* const (&x)[rows], int64_t depth,
+                                     const V (&even)[tiles], const V (&odd)[tiles]) {
+    for (int i = 0; i < rows; ++i) {
+      const V first = Simd::set1(x[i][depth]), second = Simd::set1(x[i][depth + 1]);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = Simd::fma(second, odd[j], Simd::fma(first, even[j], acc[i][j]));
+    }
+  }
 };
 
 struct WidenedBf16 : InLanes {
@@ -111,6 +120,18 @@ struct DotBf16 : InLanes {
       std::memcpy(&pair, a + i * lda, 4);
       const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
       for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], x, w[j]);
+    }
+  }
+  template <int rows, int tiles>
+  static ALWAYS_INLINE void add_pair(V (&acc)[rows][tiles], const A* const (&x)[rows], int64_t depth,
+                                     const V (&even)[tiles], const V (&odd)[tiles]) {
+    __m512bh w[tiles];
+    for (int j = 0; j < tiles; ++j) w[j] = (__m512bh)Simd::rounded_pairs(even[j], odd[j]);
+    for (int i = 0; i < rows; ++i) {
+      int32_t pair;
+      std::memcpy(&pair, x[i] + depth, 4);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+      for (int j = 0; j < tiles; ++j) acc[i][j] = _mm512_dpbf16_ps(acc[i][j], both, w[j]);
     }
   }
 };
@@ -192,6 +213,16 @@ struct ForInt8<TilesBf16> {
 
 inline void store_row(float* out, V v) { Simd::store(out, v); }
 inline void store_row(uint16_t* out, V v) { Simd::store_bf16(out, v); }
+
+// Beside a kind: what multiplies by weights that were decoded from blocks, which are never rounded to be widened again.
+template <class Kind>
+struct ForBlocks {
+  using Decoded = Kind;
+};
+template <>
+struct ForBlocks<WidenedBf16> {
+  using Decoded = Float32;
+};
 
 // Memory that will be read --------------------------------------------------------------------------------------------
 

@@ -84,6 +84,13 @@ struct Simd {
     store_half(p, even.lo, odd.lo);
     store_half(p + 16, even.hi, odd.hi);
   }
+  // Stores 16 pairs of bfloat16, rounded as `store_bf16` does.
+  static void store_rounded_pairs(uint16_t* p, V even, V odd) {
+    const __m256i lo = _mm256_or_si256(rounded(even.lo), _mm256_slli_epi32(rounded(odd.lo), 16));
+    const __m256i hi = _mm256_or_si256(rounded(even.hi), _mm256_slli_epi32(rounded(odd.hi), 16));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), lo);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), hi);
+  }
   // Lanes from `first` on become a score so low that its power of two is 0.
   static V hide_from(V v, int first) {
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -168,6 +175,46 @@ struct Simd {
     return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
   }
 
+  // Weights in blocks: 16 words, and numbers of a few bits in them.
+  using Words = Whole;
+  static Words load_words(const char* p) { return {words(p), words(p + 32)}; }
+  static Words load_bytes(const char* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+  }
+  static Words load_shorts(const char* p) {
+    return {_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+  }
+  static V load_int8(const char* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8))))};
+  }
+  static V load_half(const char* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+  }
+  // The number of so many bits at bit `at` of each word.
+  template <int bits, int at>
+  static V field(Words w) {
+    const __m256i most = _mm256_set1_epi32((1 << bits) - 1);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w.lo, at), most)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w.hi, at), most))};
+  }
+  // One of 16 values, by the nibble at bit `at` of each word.
+  template <int at>
+  static V pick(Words w, const float* values) {
+    return {picked<at>(w.lo, values), picked<at>(w.hi, values)};
+  }
+  // Adds to the lanes whose word has bit `at`.
+  template <int at>
+  static V add_where_bit(V v, Words w, V more) {
+    const __m256i bit = _mm256_set1_epi32(1 << at);
+    const __m256i lo = _mm256_cmpeq_epi32(_mm256_and_si256(w.lo, bit), bit);
+    const __m256i hi = _mm256_cmpeq_epi32(_mm256_and_si256(w.hi, bit), bit);
+    return add_where(v, Mask{_mm256_castsi256_ps(lo), _mm256_castsi256_ps(hi)}, more);
+  }
+
   // Sums of float32 in float64.
   struct Wide {
     __m256d parts[4];
@@ -189,6 +236,14 @@ struct Simd {
   }
 
  private:
+  template <int at>
+  static __m256 picked(__m256i word, const float* values) {
+    // A permutation looks at three bits of an index; the fourth, moved to the sign, chooses between two.
+    const __m256i index = _mm256_srli_epi32(word, at);
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(values), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(values + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(word, 28 - at)));
+  }
   static __m256 mask_of(unsigned bits) {
     const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int32_t(bits)), bit), bit));

@@ -35,9 +35,9 @@ struct Simd {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
   }
-  static void store_bf16(uint16_t* p, V v) {
+  static __m256i narrow(V v) {
 #ifdef __AVX512BF16__
-    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(v);
+    return (__m256i)_mm512_cvtneps_pbh(v);
 #else
     // Round to nearest, ties to even; a NaN stays one because its quiet bit is set first.
     __m512i bits = _mm512_castps_si512(v);
@@ -45,10 +45,10 @@ struct Simd {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     bits = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
 #endif
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
   }
+  static void store_bf16(uint16_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
   // The two bfloat16 of each 32-bit lane.
   static V even(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   static V odd(const uint16_t* p) {
@@ -65,6 +65,12 @@ struct Simd {
     return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(even), 16), _mm512_castps_si512(odd));
   }
   static void store_pairs(uint16_t* p, V even, V odd) { _mm512_storeu_si512(p, pairs(even, odd)); }
+  // 16 pairs of bfloat16, rounded as `store_bf16` does.
+  static __m512i rounded_pairs(V even, V odd) {
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(odd)), 16);
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow(even)), high);
+  }
+  static void store_rounded_pairs(uint16_t* p, V even, V odd) { _mm512_storeu_si512(p, rounded_pairs(even, odd)); }
   // Lanes from `first` on become a score so low that its power of two is 0.
   static V hide_from(V v, int first) {
     const __mmask16 hidden = first <= 0 ? __mmask16(0xffff) : first >= 16 ? __mmask16(0) : __mmask16(0xffff << first);
@@ -112,6 +118,39 @@ struct Simd {
     return _mm512_mask_add_epi32(count, m, count, _mm512_set1_epi32(1));
   }
   static int64_t sum(Whole a) { return _mm512_reduce_add_epi32(a); }
+
+  // Weights in blocks: 16 words, and numbers of a few bits in them.
+  using Words = __m512i;
+  static Words load_words(const char* p) { return _mm512_loadu_si512(p); }
+  static Words load_bytes(const char* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Words load_shorts(const char* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static V load_int8(const char* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static V load_half(const char* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // The value at bit `at` of each word. A permutation looks at four bits of an index, whatever is above them.
+  template <int at>
+  static V pick(Words w, const float* values) {
+    return _mm512_permutexvar_ps(at == 0 ? w : _mm512_srli_epi32(w, at), _mm512_load_ps(values));
+  }
+  template <int bits, int at>
+  static V field(Words w) {
+    alignas(64) static constexpr float kFour[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    alignas(64) static constexpr float kTwo[] = {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3};
+    static_assert(bits == 4 || bits == 2);
+    return pick<at>(w, bits == 4 ? kFour : kTwo);
+  }
+  // Adds to the lanes whose word has bit `at`.
+  template <int at>
+  static V add_where_bit(V v, Words w, V more) {
+    return _mm512_mask_add_ps(v, _mm512_test_epi32_mask(w, _mm512_set1_epi32(1 << at)), v, more);
+  }
 
   // Sums of float32 in float64.
   struct Wide {

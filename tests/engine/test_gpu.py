@@ -155,7 +155,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "graphs": {},
     "eager": {"enforce_eager": True},
     "nothing pinned": {"system_prompt_cache": "off"},
-    "chunks, and too few blocks": {"num_gpu_blocks_override": 140, "max_num_batched_tokens": 200},
+    "chunks, and too few blocks": {"num_gpu_blocks_override": 190, "max_num_batched_tokens": 200},
     "pins on the host": {"system_prompt_cache_tokens": 720, "system_prompt_host_cache_gib": 0.2},
 }
 

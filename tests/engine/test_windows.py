@@ -154,7 +154,9 @@ def test_a_long_pin_takes_less_than_a_third_of_all_keys_and_values(make_windowed
 
 def test_short_prompts_fill_the_budget_of_the_window_layers_first(make_windowed: Callable[..., LLMEngine]) -> None:
     """A refusal says so, and a larger budget is one of both groups. Requests of any length still run."""
-    engine = make_windowed(system_prompt_cache_fraction=0.2, max_num_batched_tokens=64, max_num_seqs=8)
+    engine = make_windowed(
+        num_gpu_blocks_override=512, system_prompt_cache_fraction=0.2, max_num_batched_tokens=64, max_num_seqs=8
+    )
     pool = engine.core.pool
 
     def fill(count: int) -> int:
@@ -170,7 +172,7 @@ def test_short_prompts_fill_the_budget_of_the_window_layers_first(make_windowed:
     windows = engine.core.scheduler.blocks.windows
     budget = int(0.2 * windows.num_blocks)
     assert fill(budget // 3) * 3 <= budget < pool.blocks.budget_blocks
-    pool.set_budget(128 * 16)
+    pool.set_budget(512 * 16)
     most = windows.num_blocks - windows.layout.most_blocks(512)
     assert fill(most // 3) * 3 <= most
     run(engine, [Request(text(450, seed)) for seed in range(3)], greedy(20))
@@ -232,10 +234,10 @@ def test_preempted_requests_go_on_with_the_same_tokens(
 ) -> None:
     engine = make_windowed(num_gpu_blocks_override=32, max_num_batched_tokens=64, max_num_seqs=8)
     head = text(50, 1)
-    prompts = [[*head, *text(60 + i, 10 + i)] for i in range(6)]
-    outputs = run(engine, [Request(prompt, 50) for prompt in prompts], greedy(48))
+    prompts = [[*head, *text(60 + i, 10 + i)] for i in range(4)]
+    outputs = run(engine, [Request(prompt, 50) for prompt in prompts], greedy(32))
     assert engine.core.scheduler.num_preemptions > 0
-    assert tokens(outputs) == [expected(prompt, 48) for prompt in prompts]
+    assert tokens(outputs) == [expected(prompt, 32) for prompt in prompts]
     assert_nothing_held(engine)
 
 
@@ -252,7 +254,7 @@ def test_outputs_of_one_prompt_share_its_window(
 
 def test_many_requests_hold_no_more_than_their_windows(make_windowed: Callable[..., LLMEngine]) -> None:
     """The window group is smaller than what the requests have computed together."""
-    engine = make_windowed(num_gpu_blocks_override=160, max_num_batched_tokens=64, max_num_seqs=4)
+    engine = make_windowed(num_gpu_blocks_override=512, max_num_batched_tokens=64, max_num_seqs=4)
     windows = engine.core.scheduler.blocks.windows
     prompts = [text(400, seed) for seed in range(4)]
     assert windows.num_blocks * 16 < sum(map(len, prompts))

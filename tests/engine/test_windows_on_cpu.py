@@ -70,6 +70,9 @@ def test_tokens_behind_pinned_prompts_are_those_of_transformers(gemma_dir: Path)
     assert engine.core.pool.num_prefills == 2
     assert again == together
     assert_nothing_held(engine)
+    # The layers in one call, the rest of a step in torch.
+    worker.runner._compiled = None
+    assert tokens(run(engine, REQUESTS, greedy(NUM_TOKENS))) == together
     engine.shutdown()
 
     model = Gemma3ForCausalLM.from_pretrained(gemma_dir, dtype=torch.float32, attn_implementation="eager")

@@ -160,6 +160,38 @@ def test_networks(cpu_instructions: str, name: str, kind: str) -> None:
 
 
 @every_instructions
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_layers_with_a_window_have_blocks_of_their_own(cpu_instructions: str, kind: str) -> None:
+    """Other block numbers, extents of which the window is kept, and tables of which the head has been given back."""
+    (dtype, int8, tolerance), window, hole = KINDS[kind], 16, 6
+    options = NetworkOptions([LayerOptions(window=window), LayerOptions(), LayerOptions(window=window)])
+    bench = Bench(options, dtype, int8)
+    for caches in bench.caches:
+        for layer in (0, 2):
+            caches[layer] = randn(14 * 16, *caches[layer].shape[1:], seed=8).to(dtype)
+            caches[layer][hole * 16 : hole * 16 + 16] = float("nan")
+    program = bench.network.program()
+    program.use_caches(*bench.caches)
+    full = torch.tensor([[11, 0, 0], [3, 0, 7], [5, 1, 2], [8, 9, 10]])
+    prefix_lens, tables = torch.tensor([0, EXTENT, 0, 0]), torch.tensor([[2, 0, 0], [13, 1, 4], [0, 3, 5], [7, 9, 10]])
+    rows = SequenceRows(bench.token_ids, full, prefix_lens, 16, tables)
+    steps = CompiledSteps(program, bench.head, bench.network.embeddings, rows)
+    want = [bench.network.states(ids[:88]) for ids in bench.token_ids]
+    for step in STEPS:
+        expected = torch.cat([want[row][start : start + count] for row, start, count in step])
+        groups = groups_of(step)
+        # Of the prompt the window and the rest of its block are kept.
+        within = [PrefixGroup(g.first_token, g.num_tokens, 9 * 16, EXTENT - 16, 16) for g in groups]
+        row, starts, counts = (list(column) for column in zip(*step, strict=True))
+        states = steps.hidden(row, starts, counts, None, groups, within)
+        assert error_of(states, expected) < tolerance
+        for one, start, count in step:
+            own = start + count - int(prefix_lens[one])
+            tables[one, : max(0, own - window + 1) // 16] = hole
+
+
+@every_instructions
 @pytest.mark.parametrize("name", ["parallel", "multipliers", "layers that differ"])
 @torch.inference_mode()
 def test_the_last_layer_goes_on_with_what_is_wanted(cpu_instructions: str, name: str) -> None:

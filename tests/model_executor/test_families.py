@@ -17,6 +17,8 @@ from vllm.attention.backends import get_backend
 from vllm.distributed.parallel_state import join_ranks
 from vllm.exceptions import StartupError
 from vllm.model_executor.models.registry import decoder_spec
+from vllm.model_executor.models.spec import MoE
+from vllm.ops import mxfp4
 from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.transformers_utils.architectures import ARCHITECTURES, TEXT_PARTS
 from vllm.transformers_utils.config import hf_config_of
@@ -57,6 +59,27 @@ MIXED_HEADS = {
     "sliding_window": 9,
     "global_head_dim": 32,
     "hidden_size_per_layer_input": 0,
+}
+QWEN_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "norm_topk_prob": True}
+LOCAL_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 3}
+GLM_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "num_nextn_predict_layers": 1,
+}
+GEMMA_EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 16}
+LONG_PHI = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    # transformers turns by the short ones whatever the length, and Microsoft's own code does not.
+    "short_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 4.5, 5.0],
+    "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 4.5, 5.0],
+    "short_mscale": 1.1,
+    "long_mscale": 1.3,
+    "original_max_position_embeddings": 16,
 }
 # Architecture, and what makes a case of its own.
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -99,6 +122,25 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("Ministral3ForCausalLM", {"rope_parameters": {**YARN, **GROWING}, "sliding_window": 9}),
     ("Gemma4ForCausalLM", {**MIXED_HEADS, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
     ("Gemma4ForCausalLM", {**MIXED_HEADS, "final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    ("Gemma4ForCausalLM", {**MIXED_HEADS, **GEMMA_EXPERTS, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    ("MixtralForCausalLM", {**LOCAL_EXPERTS, "sliding_window": 7}),
+    ("Qwen2MoeForCausalLM", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 32, "norm_topk_prob": False}),
+    ("Qwen2MoeForCausalLM", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 32, "qkv_bias": False}),
+    ("Qwen3MoeForCausalLM", QWEN_EXPERTS),
+    ("Qwen3MoeForCausalLM", {**QWEN_EXPERTS, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True}),
+    ("Qwen3MoeForCausalLM", {**QWEN_EXPERTS, "decoder_sparse_step": 2}),
+    ("GptOssForCausalLM", {**LOCAL_EXPERTS, **MIXED_WINDOWS, "rope_parameters": YARN}),
+    ("GptOssForCausalLM", {**LOCAL_EXPERTS, **MIXED_WINDOWS, "swiglu_limit": 0.5, "attention_bias": False}),
+    ("GraniteMoeForCausalLM", {**LOCAL_EXPERTS, **MULTIPLIERS, "attention_bias": True}),
+    ("GraniteMoeSharedForCausalLM", {**LOCAL_EXPERTS, **MULTIPLIERS, "shared_intermediate_size": 32}),
+    ("GraniteMoeSharedForCausalLM", {**LOCAL_EXPERTS, "shared_intermediate_size": 0, "tie_word_embeddings": True}),
+    ("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8}),
+    ("OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "norm_topk_prob": True}),
+    ("Glm4MoeForCausalLM", {**GLM_EXPERTS, "n_group": 4, "topk_group": 2, "use_qk_norm": True}),
+    ("Glm4MoeForCausalLM", {**GLM_EXPERTS, "n_shared_experts": 2, "norm_topk_prob": False, "attention_bias": True}),
+    ("MiniMaxM2ForCausalLM", {**LOCAL_EXPERTS, "rotary_dim": 8}),
+    ("PhimoeForCausalLM", {"num_local_experts": 8, "attention_bias": True, "lm_head_bias": True}),
+    ("PhiMoEForCausalLM", {"num_local_experts": 8, "rope_parameters": LONG_PHI, "router_jitter_noise": 0.4}),
 ]
 IDS = [f"{architecture.removesuffix('ForCausalLM')} {changes}" for architecture, changes in CASES]
 TOKENS = [(7 * i * i + 3) % 50 for i in range(37)]
@@ -119,7 +161,7 @@ def make_reference(architecture: str, changes: dict[str, Any]) -> PreTrainedMode
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 0.5, 0.3)
         for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
+            if name.endswith(("layer_scalar", "e_score_correction_bias")):
                 torch.nn.init.normal_(buffer, 0.5, 0.3)
     return model
 
@@ -148,14 +190,15 @@ def test_logits_are_those_of_transformers(architecture: str, changes: dict[str, 
     with torch.no_grad():
         model.load_weights(checkpoint(reference).items())
         model.finish()
-    assert (model.program is not None, model.head.packed is not None) == (packed, packed)
+    has_experts = any(isinstance(layer.ffn, MoE) for layer in model.spec.layers)
+    assert (model.program is not None, model.head.packed is not None) == (packed and not has_experts, packed)
     backend = get_backend("CPU" if packed else "TORCH", model.attention_specs, 16, torch.device("cpu"))
     # Logits of the first tokens are those of a prompt shorter than a window, for later ones do not change them. Pinned
     # prompts are shorter and longer than the windows of these cases, and so are chunks.
     for pinned, chunk in ((0, None), (3, 17), (20, 6)):
         found = logits_of(model, TOKENS, backend, block=16, pinned=pinned, chunk=chunk)
         torch.testing.assert_close(found, want, atol=1e-3, rtol=2e-4)
-    if packed:
+    if model.program is not None:
         found = logits_of_compiled_steps(model, TOKENS, pinned=20)
         torch.testing.assert_close(found, want[20:], atol=1e-3, rtol=2e-4)
 
@@ -221,6 +264,71 @@ def test_sequences_within_the_trained_length_are_turned_by_the_short_frequencies
     torch.testing.assert_close(logits_of(model, prompt), want, atol=1e-3, rtol=2e-4)
     longer = make_decoder(config_of(reference), max_positions=17)
     assert longer.spec.layers[0].mixer.rope != model.spec.layers[0].mixer.rope
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "spellings"),
+    [
+        ("MixtralForCausalLM", LOCAL_EXPERTS, {"mlp": "block_sparse_moe", "gate": "w1", "up": "w3", "down": "w2"}),
+        ("Qwen3MoeForCausalLM", QWEN_EXPERTS, {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}),
+        (
+            "PhimoeForCausalLM",
+            {"num_local_experts": 8},
+            {"mlp.router": "mlp.gate", "mlp": "block_sparse_moe", "gate": "w1", "up": "w3", "down": "w2"},
+        ),
+        (
+            "MiniMaxM2ForCausalLM",
+            {**LOCAL_EXPERTS, "rotary_dim": 8},
+            {"mlp": "block_sparse_moe", "gate": "w1", "up": "w3", "down": "w2"},
+        ),
+    ],
+)
+def test_a_tensor_for_each_expert(architecture: str, changes: dict[str, Any], spellings: dict[str, str]) -> None:
+    reference = make_reference(architecture, changes)
+    whole = checkpoint(reference)
+    pieces: dict[str, torch.Tensor] = {}
+    for name, tensor in whole.items():
+        stem, _, last = name.rpartition(".")
+        for old, new in spellings.items():
+            if old.startswith("mlp"):
+                name, stem = name.replace(f".{old}.", f".{new}."), stem.replace(f".{old}.", f".{new}.")
+        if last not in ("gate_up_proj", "down_proj") or not stem.endswith(".experts"):
+            pieces[name] = tensor
+            continue
+        parts = ("gate", "up") if last == "gate_up_proj" else ("down",)
+        for part, rows in zip(parts, tensor.chunk(len(parts), dim=1), strict=True):
+            pieces |= {f"{stem}.{i}.{spellings[part]}.weight": expert for i, expert in enumerate(rows)}
+    assert len(pieces) > len(whole)
+    models = [make_decoder(config_of(reference)) for _ in range(2)]
+    with torch.no_grad():
+        for model, tensors in zip(models, (whole, pieces), strict=True):
+            model.load_weights(tensors.items())
+    for (name, one), (_, other) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert torch.equal(one, other), name
+    lost = next(name for name in pieces if ".experts.5." in name)
+    del pieces[lost]
+    with torch.no_grad(), pytest.raises(StartupError, match=r"lacks 1 tensors, among them model.layers.0.*experts"):
+        make_decoder(config_of(reference)).load_weights(pieces.items())
+
+
+def test_experts_in_mxfp4() -> None:
+    reference = make_reference("GptOssForCausalLM", {**LOCAL_EXPERTS, **MIXED_WINDOWS, "intermediate_size": 64})
+    tensors = checkpoint(reference)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        blocks, scales = mxfp4.quantise(tensors.pop(name).transpose(1, 2))
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        with torch.no_grad():
+            rounded = mxfp4.dequantise(blocks, scales, torch.float32).transpose(1, 2)
+            reference.get_parameter(name).copy_(rounded)
+    with torch.inference_mode():
+        want = reference(torch.tensor([TOKENS])).logits[0]
+    config = config_of(reference)
+    config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    model = make_decoder(config)
+    with torch.no_grad():
+        model.load_weights(tensors.items())
+        model.finish()
+    torch.testing.assert_close(logits_of(model, TOKENS), want, atol=1e-3, rtol=2e-4)
 
 
 def test_every_family_has_a_case() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,11 @@ def write_gguf(
     architecture: str = "llama",
     tokenizer_model: str = "gpt2",
     pre: str | None = "smollm",
-    quantise: gguf.GGMLQuantizationType | None = None,
+    quantise: gguf.GGMLQuantizationType | Mapping[str, gguf.GGMLQuantizationType] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a two-layer network with its tokenizer; `quantise` applies to matrices, `extra` holds further numbers."""
+    """Writes a two-layer network with its tokenizer; `quantise` applies to matrices, or names the type of some
+    by the second last part of their names; `extra` holds further numbers."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
@@ -98,8 +100,9 @@ def write_gguf(
         else:
             writer.add_uint32(key, value)
     for name, array in (weights() if tensors is None else tensors).items():
-        if quantise is not None and array.ndim == 2:
-            writer.add_tensor(name, gguf.quantize(array, quantise), raw_dtype=quantise)
+        kind = quantise.get(name.split(".")[-2]) if isinstance(quantise, Mapping) else quantise
+        if kind is not None and array.ndim == 2:
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, array)
     writer.write_header_to_file()

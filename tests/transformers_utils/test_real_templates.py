@@ -22,11 +22,17 @@ pytestmark = pytest.mark.nightly
 
 VERSION = "3.7.2"
 FAMILIES = ("llama3_1", "llama3_2", "qwen3", "gemma3", "mistral_nemo", "deepseek_v3", "gptoss")
-# In the manner of Harmony: the package of gpt-oss has its tokenizer alone.
+# In the manner of Harmony: the package of gpt-oss has its tokenizer alone. What chats call the system message is the
+# developer's, behind one that is the model's own.
 HARMONY = (
-    "<|start|>system<|message|>Today is {{ strftime_now('%Y-%m-%d') }}.<|end|>"
-    "{% if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}"
-    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"
+    "{% set rest = messages %}{% set told = '' %}"
+    "{% if messages[0].role in ('system', 'developer') %}"
+    "{% set told = messages[0].content %}{% set rest = messages[1:] %}{% endif %}"
+    "<|start|>system<|message|>Today is {{ strftime_now('%Y-%m-%d') }}. "
+    "Effort: {{ reasoning_effort or 'medium' }}<|end|>"
+    "{% if told or tools %}<|start|>developer<|message|>{{ told }}{{ tools | tojson if tools }}<|end|>{% endif %}"
+    "{% for m in rest %}<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
 FETCH_TIMEOUT_S = 300

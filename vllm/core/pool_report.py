@@ -27,8 +27,8 @@ def reason(pool: SystemPromptPool, refusal: Outcome, num_tokens: int) -> str:
         if short is not None:
             return (
                 f"The layers that read {short.window} tokens would keep the last {short.kept} of the system prompt's, "
-                f"but {short.taken} of the {short.budget} tokens that they may keep of pinned prompts are taken; remove "
-                "a prompt or raise --system-prompt-cache-tokens."
+                f"but {short.taken} of the {short.budget} tokens that they may keep of pinned prompts are taken; "
+                "remove a prompt or raise --system-prompt-cache-tokens."
             )
         used = pool.taken_blocks * pool.block_size
         return (

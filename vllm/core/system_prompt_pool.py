@@ -369,7 +369,7 @@ class SystemPromptPool:
         return self._room.num_bytes(self.bytes_per_block)
 
     def window_shortage(self, num_tokens: int) -> WindowShortage | None:
-        """What a prompt of so many tokens lacks, if that is room for what layers with a window keep, and nothing else."""
+        """What a prompt of so many tokens lacks where that is room for what layers with a window keep, nothing else."""
         return self._room.window_shortage(num_tokens)
 
     @property

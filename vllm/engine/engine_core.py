@@ -103,8 +103,8 @@ class EngineCore:
         )
 
     def _window_room(self, windows: WindowBlocks) -> WindowRoom:
-        """The pinned part of the window group. Its budget is as that of the full group: the same share of its blocks, or
-        as many tokens, which are all that short prompts need here, and more than long ones do."""
+        """The pinned part of the window group. Its budget is that of the full group: the same share of its blocks, or
+        as many tokens, which short prompts need here as well; long ones need fewer."""
         floor = windows.layout.most_blocks(self.config.model.max_model_len)
         return WindowRoom(
             PinnedBlockPool(windows.num_blocks, self._budget_blocks(windows.num_blocks), floor),

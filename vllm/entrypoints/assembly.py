@@ -37,6 +37,9 @@ from vllm.entrypoints.web.history import History
 from vllm.entrypoints.web.routes import OPEN_PATHS as WEB_PATHS
 from vllm.entrypoints.web.routes import web_routes
 
+# Models whose answers can be read in one way only, which holds unless a flag names another.
+_OWN_REASONING = {"gpt_oss": "openai_gptoss"}
+
 BODIES: Bodies = {
     **openai_routes.BODIES,
     **system_prompt_routes.BODIES,
@@ -59,7 +62,9 @@ class Services:
         models = ServedModels(engine.vllm_config, args.fingerprint_mode, args.fingerprint_value)
         self.prompts = prompts = PromptReader(engine, args.default_chat_template_kwargs)
         answers = AnswerReader(
-            args.tool_call_parser, auto_tools=args.enable_auto_tool_choice, reasoning_parser=args.reasoning_parser
+            args.tool_call_parser,
+            auto_tools=args.enable_auto_tool_choice,
+            reasoning_parser=args.reasoning_parser or _OWN_REASONING.get(engine.vllm_config.model.hf_config.model_type),
         )
         chat = ChatService(
             engine,

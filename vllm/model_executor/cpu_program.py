@@ -10,8 +10,9 @@ from torch import nn
 from vllm.attention.layer import ForwardContext
 from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm
+from vllm.model_executor.layers.moe import MixtureOfExperts
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
-from vllm.model_executor.models.spec import DecoderSpec
+from vllm.model_executor.models.spec import DecoderSpec, MoE
 from vllm.ops.cpu import kernels as cpu_kernels
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def misfit_of_sizes(spec: DecoderSpec, num_ranks: int, dtype: torch.dtype) -> st
     if not spec.logits_multiplier > 0:
         return f"its logits are multiplied by {spec.logits_multiplier:g}"
     sizes = {"hidden_size": {spec.hidden_size}}
-    sizes["intermediate_size"] = {layer.ffn.size // num_ranks for layer in spec.layers}
+    mlps = [layer.ffn.shared if isinstance(layer.ffn, MoE) else layer.ffn for layer in spec.layers]
+    sizes["intermediate_size"] = {mlp.size // num_ranks for mlp in mlps if mlp is not None}
     mixers = {layer.mixer for layer in spec.layers}
     sizes["the size of all heads"] = {mixer.num_heads * mixer.head_dim // num_ranks for mixer in mixers}
     for name, found in sizes.items():
@@ -67,6 +69,8 @@ class CpuProgram:
         """What a network has that the kernels do not compute, or None; sizes and heads apart (`misfit_of_sizes`, and
         `misfit` of the attention backend)."""
         for layer in spec.layers:
+            if isinstance(layer.ffn, MoE):
+                return "they have experts"
             if layer.ffn.activation not in cpu_kernels.ACTIVATIONS:
                 return f"its activation is {layer.ffn.activation}"
         return None
@@ -74,7 +78,7 @@ class CpuProgram:
     def steps(
         self,
         head: cpu_kernels.PackedHead,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | cpu_kernels.BlockMatrix,
         rows: cpu_kernels.SequenceRows,
         k_caches: list[torch.Tensor],
         v_caches: list[torch.Tensor],
@@ -96,6 +100,8 @@ class CpuProgram:
 def _layer(layer: DecoderLayer, method: CpuPacked) -> cpu_kernels.DecoderLayer:
     """Takes the matrices out of `layer`."""
     mixer, ffn = layer.mixer, layer.ffn
+    if isinstance(ffn, MixtureOfExperts):
+        raise TypeError("experts are no part of a program")
     return cpu_kernels.DecoderLayer(
         _attention(mixer),
         method.pack(mixer.qkv),

@@ -26,8 +26,8 @@ class Packed4(NamedTuple):
 
     Attributes:
         data: uint8 [N, blocks * 64].
-        scales: [groups, N], in bfloat16 or the dtype of the network.
-        zeros: uint8 [groups, N]; None unless `code` is `int4_zeros`.
+        scales: [groups, N rounded up to 4], in bfloat16 or the dtype of the network.
+        zeros: uint8, as the scales; None unless `code` is `int4_zeros`.
         factors: float32 [N], or None.
         in_features: K, a multiple of 4.
         group: Features of a group: 16, 32, 64 or a multiple of 128.
@@ -48,6 +48,11 @@ class Packed4(NamedTuple):
     @property
     def num_blocks(self) -> int:
         return self.data.shape[1] * 2 // BLOCK
+
+
+def fits(in_features: int) -> bool:
+    """The kernels take rows of so many features."""
+    return in_features % 4 == 0
 
 
 def pack(
@@ -86,8 +91,13 @@ def pack(
         if bool((zeros == 8).all()):
             zeros = None
         else:
-            code, zeros = "int4_zeros", zeros.to(torch.uint8).T.contiguous()
-    return Packed4(data, _narrow(scales, dtype).T.contiguous(), zeros, factors, features, group, code)
+            code, zeros = "int4_zeros", _by_group(zeros.to(torch.uint8))
+    return Packed4(data, _by_group(_narrow(scales, dtype)), zeros, factors, features, group, code)
+
+
+def _by_group(values: torch.Tensor) -> torch.Tensor:
+    """[N, groups] → [groups, N rounded up to 4]."""
+    return torch.nn.functional.pad(values.T, (0, -len(values) % 4)).contiguous()
 
 
 def _narrow(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -101,7 +111,7 @@ def unpack(matrix: Packed4, dtype: torch.dtype) -> torch.Tensor:
     codes = torch.stack((parts & 0xF, parts >> 4), 2).flatten(1)
 
     def spread(x: torch.Tensor) -> torch.Tensor:
-        return x.T.float().repeat_interleave(matrix.group, 1)[:, : matrix.in_features]
+        return x[:, : matrix.out_features].T.float().repeat_interleave(matrix.group, 1)[:, : matrix.in_features]
 
     codes = codes[:, : matrix.in_features]
     if matrix.code == "e2m1":

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     import llguidance
     import xgrammar
 
-_TEXT_OF_REASONING = ("<think>", "</think>")
+_TEXT_OF_REASONING = {"<think>", "</think>"}
 """Marks that are text to a grammar even where a tokenizer takes them for control tokens."""
+_HARMONY = {"<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>"}
+"""The same of tokenizers that have all of these: marks of gpt-oss' messages, with which its reasoning comes."""
 
 
 class Vocabulary:
@@ -34,7 +36,9 @@ class Vocabulary:
     def of(cls, tokenizer: Tokenizer, size: int, stop_token_ids: Iterable[int]) -> Vocabulary:
         """The vocabulary of a tokenizer."""
         hidden = set(tokenizer.all_special_ids)
-        hidden -= {i for i, token in tokenizer.added_tokens.items() if token.content in _TEXT_OF_REASONING}
+        names = {token.content for token in tokenizer.added_tokens.values()}
+        shown = _TEXT_OF_REASONING | (_HARMONY if names >= _HARMONY else set())
+        hidden -= {i for i, token in tokenizer.added_tokens.items() if token.content in shown}
         ids = range(min(tokenizer.vocab_size, size))
         return cls([b"" if i in hidden else tokenizer.token_bytes(i) for i in ids], size, stop_token_ids)
 

@@ -454,6 +454,10 @@ def _shaped(message: dict[str, Any], template: _Template) -> dict[str, Any]:
         changes["content"] = "\n".join(part["text"] for part in content)
     if message.get("tool_calls"):
         changes["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+    # What gpt-oss' template calls it; of a message that calls and also says something it takes one of the two.
+    thinking = message.get("reasoning_content")
+    if thinking and "message.thinking" in template.source and not (message.get("tool_calls") and content):
+        changes["thinking"] = thinking
     return message | changes if changes else message
 
 

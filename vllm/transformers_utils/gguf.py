@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ class GGUFFile:
                 f"{self.path}: tensor {tensor.name} is quantised as {tensor.type.name}, which cannot be read."
             ) from None
         return torch.from_numpy(np.array(values, dtype=np.float32).reshape(tensor.shape))
+
+    def blocks(self, tensor: GGUFTensor) -> torch.Tensor:
+        """The tensor as it is stored: uint8 [..., blocks, bytes of a block], read-only memory of the file."""
+        block_values, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
+        raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(raw).view(*tensor.shape[:-1], tensor.shape[-1] // block_values, block_bytes)
 
     def _parse(self) -> None:
         version, num_tensors, num_keys = self._unpack("IQQ")

@@ -75,7 +75,18 @@ class Fp4Format:
     layout: Literal["compressed-tensors", "modelopt", "gpt-oss"]
 
 
-WeightFormat = Fp8Format | Int4Format | Int8Format | Fp4Format
+@dataclass(frozen=True)
+class GGUFFormat:
+    """Blocks of a GGUF file, kept as they are.
+
+    Attributes:
+        types: Part of the layer (`q`; empty for a layer without parts) and GGUF's name of its type.
+    """
+
+    types: tuple[tuple[str, str], ...]
+
+
+WeightFormat = Fp8Format | Int4Format | Int8Format | Fp4Format | GGUFFormat
 
 _GROUPS = (32, 64, 128)
 _ALIASES = {

@@ -19,8 +19,15 @@ from vllm.kv_cache.windows import KVMemory
 from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram, misfit_of_sizes
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
-from vllm.model_executor.layers.quantization.select import quantization_of_model
+from vllm.model_executor.layers.quantization.select import (
+    Fp8Format,
+    GGUFFormat,
+    Int4Format,
+    QuantizationConfig,
+    quantization_of_model,
+)
 from vllm.model_executor.layers.quantization.unquantized import Unquantized
+from vllm.model_executor.model_loader.gguf_blocks import blocks_for_cpu
 from vllm.model_executor.model_loader.load import load_model
 from vllm.model_executor.models.base import CausalLM
 from vllm.model_executor.models.decoder import Build, Decoder, attention_specs
@@ -28,7 +35,7 @@ from vllm.model_executor.models.registry import decoder_spec
 from vllm.model_executor.models.spec import DecoderSpec
 from vllm.ops.cpu import kernels as cpu_kernels
 from vllm.platforms import current_platform
-from vllm.platforms.devices import is_gpu
+from vllm.platforms.devices import gpu_generation, is_gpu
 from vllm.step import PROMPT_ROWS, StepPlan, StepResult
 from vllm.system_prompt_store import SnapshotRecord, SnapshotStore, snapshot_identity
 from vllm.worker.cache_engine import CacheEngine
@@ -66,7 +73,9 @@ class Worker:
         started = time.perf_counter()
         try:
             build = self._build()
-            self.model = load_model(config.model, lambda: self._make_model(build), self.dtype, self.device)
+            self.model = load_model(
+                config.model, lambda: self._make_model(build), self.dtype, self.device, build.quantization
+            )
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise StartupError(
                 f"Not enough memory for the weights of {config.model.model} in {config.model.dtype}: {error}"
@@ -74,6 +83,9 @@ class Worker:
         logger.info(
             "Weights loaded in %.1f s (%s, %s).", time.perf_counter() - started, config.model.dtype, self.device
         )
+        rules = () if build.quantization is None else build.quantization.rules
+        in_blocks = any(isinstance(rule.format, GGUFFormat | Int4Format) for rule in rules)
+        self._in_blocks = in_blocks and isinstance(build.method, CpuPacked)
         self._is_packed = isinstance(build.method, CpuPacked) or isinstance(self.backend, CpuAttentionBackend)
         self.runner: ModelRunner | None = None
         self.transfers: ExtentTransfers | None = None
@@ -116,7 +128,12 @@ class Worker:
                 f"(--device {config.device}, --attention-backend {config.attention_backend}); leave it out."
             )
         quantization = quantization_of_model(config.model)
-        plain = Build(self.tp, Unquantized(), config.model.max_model_len, self.dtype, quantization=quantization)
+        kernels = is_gpu(self.device) and gpu_generation(self.device) >= (9, 0) and self.dtype.itemsize == 2
+        if quantization is not None and not kernels:
+            self._check_dequantised(quantization, packs)
+        plain = Build(
+            self.tp, Unquantized(), config.model.max_model_len, self.dtype, quantization=quantization, kernels=kernels
+        )
         if not packs:
             return plain
         if self.spec is None:
@@ -137,7 +154,31 @@ class Worker:
         if misfit is not None:
             logger.info("The layers of this model are computed one by one: %s.", misfit)
         compiled = misfit is None and isinstance(self.backend, CpuAttentionBackend)
-        return replace(plain, method=CpuPacked(int8), compiled=compiled)
+        if config.model.load_format == "gguf" and not int8:
+            quantization = blocks_for_cpu(config.model.model_path, self.spec, self.tp.world_size)
+        return replace(plain, method=CpuPacked(int8), compiled=compiled, quantization=quantization)
+
+    def _check_dequantised(self, quantization: QuantizationConfig, packs: bool) -> None:
+        """Says that weights are dequantised.
+
+        Args:
+            packs: The compiled CPU kernels serve; they take 4-bit weights whose groups are neighbours.
+
+        Raises:
+            StartupError: weights would be quantised at load for kernels that are not here.
+        """
+        if packs and all(isinstance(r.format, Int4Format) and not r.format.act_order for r in quantization.rules):
+            return
+        if any(isinstance(rule.format, Fp8Format) and rule.format.at_load for rule in quantization.rules):
+            raise StartupError(
+                "--quantization fp8 of whole weights needs an NVIDIA GPU of generation 9.0 (Hopper) or newer and "
+                "--dtype bfloat16 or float16; leave it out."
+            )
+        logger.info(
+            "Weights quantised by %s become %s as they are loaded: there are no kernels for them here.",
+            quantization.method,
+            self.config.model.dtype,
+        )
 
     def kv_memory(self) -> KVMemory:
         """What this rank has for KV, weights loaded and room kept for the largest step."""
@@ -260,9 +301,11 @@ class Worker:
 
     def _arithmetic(self) -> str:
         """How this rank multiplies, where a processor has several ways that round differently: which of them is fastest
-        is measured at each start, and need not be the same one."""
+        is measured at each start, and need not be the same one; and whether weights stay in blocks, and so are not
+        rounded to the dtype."""
         narrow = self.dtype != torch.float32 or self.config.model.quantization == "int8_cpu"
-        return str(cpu_kernels.arithmetic()) if narrow and self._is_packed else ""
+        ways = [str(cpu_kernels.arithmetic())] if narrow and self._is_packed else []
+        return " ".join([*ways, "in blocks"] if self._in_blocks else ways)
 
     def snapshots(self) -> list[SnapshotRecord]:
         """What this rank has on disk, the last used first."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from vllm.entrypoints.chat.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 
-BOTH = list(REASONING_PARSERS)
+BOTH = ["deepseek_r1", "qwen3"]
 
 CASES = [
     ("I think.\n</think>\n\nYes.", "I think.\n", "\n\nYes."),
@@ -68,3 +68,36 @@ def test_qwen3_thinks_unless_the_template_was_told_not_to() -> None:
     assert REASONING_PARSERS["qwen3"].ended_in("<assistant>", None, {"enable_thinking": False})
     assert not REASONING_PARSERS["qwen3"].ended_in("<assistant>", None, {"enable_thinking": True})
     assert not REASONING_PARSERS["deepseek_r1"].ended_in("<assistant>", None, {"enable_thinking": False})
+
+
+HARMONY = [
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes. ", "Hm.", "Yes. "),
+    ("<|channel|>analysis<|message|>never ends", "never ends", ""),
+    ("<|channel|>commentary<|message|>First this.<|end|>", "", "First this."),
+    (
+        "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>analysis to=python code<|message|>1+1"
+        "<|call|><|start|>assistant<|channel|>final<|message|>2<|return|>",
+        "a1+1",
+        "2",
+    ),
+    ("<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>", "", ""),
+    ("no marks, a < b", "", "no marks, a < b"),
+    ("<|message|>no channel", "", "no channel"),
+]
+
+
+@pytest.mark.parametrize(("text", "reasoning", "content"), HARMONY)
+def test_channels_of_harmony(text: str, reasoning: str, content: str) -> None:
+    make = REASONING_PARSERS["openai_gptoss"]
+    assert split(make(ended=False), [text]) == (reasoning, content)
+    for cut in range(len(text)):
+        assert split(make(ended=False), [text[:cut], text[cut:]]) == (reasoning, content)
+    assert split(make(ended=False), list(text)) == (reasoning, content)
+
+
+def test_a_message_of_harmony_that_is_continued_is_for_the_user() -> None:
+    make = REASONING_PARSERS["openai_gptoss"]
+    assert make.ended_in("<|start|>assistant", "The answer is", {})
+    assert make.ended_in("<|start|>assistant<|channel|>final<|message|>", None, {})
+    assert not make.ended_in("<|channel|>final<|message|>x<|end|><|start|>assistant", None, {})
+    assert split(make(ended=True), [" 42.<|return|>"]) == ("", " 42.")

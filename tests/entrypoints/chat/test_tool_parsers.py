@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Text
+from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Reasoning, Text
 from vllm.entrypoints.chat.tool_parsers import TOOL_PARSERS, ToolParser
 from vllm.entrypoints.chat.tool_parsers.forced import NamedToolParser, RequiredToolParser
 
@@ -42,6 +42,17 @@ def v3(name: str, arguments: str) -> str:
 
 # Parser, output, content, calls; arguments are compared as values where the output has them as JSON.
 CASES: list[tuple[str, str, str, Calls]] = [
+    ("openai", "Hello, world. ", "Hello, world. ", []),
+    (
+        "openai",
+        "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
+        f"<|constrain|>json<|message|>{CITY_JSON}<|call|><|start|>assistant to=functions.now<|channel|>commentary json"
+        "<|message|>{}<|call|>",
+        "I look.",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("openai", " to=functions.now<|channel|>commentary<|message|>{}", "", [("now", {})]),
+    ("openai", "<|channel|>final<|message|>to=functions.now {}<|return|>", "to=functions.now {}", []),
     ("hermes", "Hello, world. ", "Hello, world. ", []),
     (
         "hermes",
@@ -220,6 +231,7 @@ MARKS = sorted(
             "now(",
             ")",
         ),
+        *("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "commentary", " to=functions.now"),
         *("a=1", "'", '"', ",", ";", "\n", " ", "\\", "x", "é", ":", "```", "json", "<", "</"),
     }
 )
@@ -247,6 +259,7 @@ def test_arguments_are_handed_on_while_they_come() -> None:
         ("hermes", '<tool_call>{"name": "weather", "arguments": {"city": "', '"}}</tool_call>'),
         ("llama3_json", '{"name": "weather", "parameters": {"city": "', '"}}'),
         ("mistral", '[TOOL_CALLS]weather{"city": "', '"}'),
+        ("openai", '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "', '"}<|call|>'),
         ("qwen3_coder", "<tool_call><function=weather><parameter=city>", "</parameter></function></tool_call>"),
         ("deepseek_v3", V3[:21] + '<｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{"city": "', '"}\n```'),
     ]:
@@ -278,3 +291,14 @@ def test_mistral_ids_have_nine_letters_or_digits() -> None:
 def test_forced_calls(make: Any, text: str, calls: list[tuple[str, str]]) -> None:
     assert at_once(make(), text) == ("", calls)
     assert in_pieces(make(), text, list(range(len(text)))) == ("", calls)
+
+
+def test_reasoning_of_harmony_comes_with_the_calls_that_it_leads_to() -> None:
+    parser = TOOL_PARSERS["openai"](TOOLS)
+    parser.begin(reasoning_ended=False)
+    text = (
+        "<|channel|>analysis<|message|>They ask for the time.<|end|><|start|>assistant<|channel|>commentary "
+        "to=functions.now <|constrain|>json<|message|>{}<|call|>"
+    )
+    first, second, *_ = [*parser.feed(text), *parser.finish()]
+    assert first == Reasoning("They ask for the time.") and isinstance(second, CallBegun) and second.name == "now"

@@ -21,8 +21,8 @@ class AttentionBackend(ABC):
 
     Layers with a window may keep it in blocks of their own (see `kv_cache.windows`): plans are then made for the layers
     of each group with that group's slots, block tables and extents. What a token reads before its own tokens ends where
-    the last of its groups ends, but need not begin with the sequence. Entries of block tables that lie behind the window
-    of all query tokens are not read.
+    the last of its groups ends, but need not begin with the sequence. Entries of block tables that lie behind the
+    window of all query tokens are not read.
     """
 
     @property

@@ -41,6 +41,8 @@ class AnswerFormat:
 
     @property
     def needs_special_tokens(self) -> bool:
+        if self.reasoning is not None and self.reasoning.needs_special_tokens:
+            return True
         return self.choice == "auto" and self.parser is not None and self.parser.needs_special_tokens
 
     @property
@@ -57,8 +59,12 @@ class AnswerFormat:
 
     def make_parser(self, reasoning_ended: bool) -> AnswerParser:
         """A parser for one output."""
+        tools = self._make_tool_parser()
+        if tools is not None and tools.reads_reasoning:
+            tools.begin(reasoning_ended and self.reasoning is not None)
+            return AnswerParser(None, tools)
         reasoning = None if self.reasoning is None else self.reasoning(reasoning_ended)
-        return AnswerParser(reasoning, self._make_tool_parser())
+        return AnswerParser(reasoning, tools)
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """`tool_calls` where the model chose to call; who names the function knows that it is called."""

@@ -15,7 +15,9 @@ from vllm.distributed.communication import all_reduce
 from vllm.distributed.parallel_state import TensorParallelGroup
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.stored import OUT, Stored
-from vllm.ops.cpu.kernels import PackedMatrix
+from vllm.ops.cpu.kernels import BlockRows, Matrix
+from vllm.ops.packed4 import Packed4
+from vllm.ops.packed8 import Packed8, Rows8
 
 
 class LinearBase(nn.Module):
@@ -30,6 +32,9 @@ class LinearBase(nn.Module):
     Attributes:
         sizes: Output features of each part.
         packed: The weights for the compiled CPU kernels, where they have been packed.
+        blocks: Parts in blocks, by their index, from load to `finish`.
+        matrix: The weights for the kernels of quantised ones, where they stay so.
+        order: The order in which `matrix` wants the input features; None: theirs.
     """
 
     weight: nn.Parameter
@@ -48,7 +53,10 @@ class LinearBase(nn.Module):
             self.register_parameter(name, parameter)
         bias = nn.Parameter(torch.zeros(self.out_features), requires_grad=False) if has_bias else None
         self.register_parameter("bias", bias)
-        self.packed: PackedMatrix | None = None
+        self.packed: Matrix | None = None
+        self.blocks: dict[int, BlockRows] = {}
+        self.matrix: Packed4 | Packed8 | None = None
+        self.order: torch.Tensor | None = None
         self._loaded: set[str] = set()
 
     def _load(self, kind: str, index: int, tensor: torch.Tensor, name: str) -> None:
@@ -60,16 +68,20 @@ class LinearBase(nn.Module):
         """Bytes of the matrix's tensors as they are loaded."""
         return sum(getattr(self, name).nbytes for name, stored in self.method.stored.items() if stored.read)
 
+    def loaded(self) -> dict[str, torch.Tensor]:
+        """The matrix's tensors, by the names of the checkpoint; optional ones that it lacked are left out."""
+        return {
+            name: getattr(self, name).data
+            for name, stored in self.method.stored.items()
+            if stored.read and (name in self._loaded or not stored.optional)
+        }
+
     def take_loaded(self) -> dict[str, torch.Tensor]:
-        """Moves the matrix's tensors out of the layer, by the names of the checkpoint; optional ones that it lacked are
-        left out."""
-        tensors = {}
+        """`loaded`, moved out of the layer."""
+        tensors = self.loaded()
         for name, stored in self.method.stored.items():
             if stored.read:
-                parameter = getattr(self, name)
                 delattr(self, name)
-                if name in self._loaded or not stored.optional:
-                    tensors[name] = parameter.data
         return tensors
 
     def finish(self) -> None:
@@ -115,7 +127,7 @@ class MergedColumnParallelLinear(LinearBase):
             else:
                 self._load(kind, index, source, name)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rows8) -> torch.Tensor:
         """[T, in_features] → [T, features of all parts]."""
         return self.method.apply(self, x)
 
@@ -139,7 +151,7 @@ class RowParallelLinear(LinearBase):
             source = stored.share(tensor, "in", self.in_features, self.tp.rank, self.tp.world_size, kind)
             self._load(kind, 0, source, kind)
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Rows8, residual: torch.Tensor | None = None) -> torch.Tensor:
         """The residual stream [T, out_features] after this layer, or the layer's result alone; the stream before it may
         be overwritten."""
         # Only one rank adds the residual, or the sum would hold it world_size times.
@@ -148,6 +160,18 @@ class RowParallelLinear(LinearBase):
 
 
 _BIAS = Stored((OUT,))
+
+
+def shard(tensor: torch.Tensor, dim: int, size: int, tp: TensorParallelGroup, name: str) -> torch.Tensor:
+    """This rank's `size` entries along dimension `dim` of a whole tensor.
+
+    Raises:
+        ValueError: the ranks' shares are not the whole tensor.
+    """
+    whole = size * tp.world_size
+    if tensor.dim() <= dim or tensor.shape[dim] != whole:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {whole} in dimension {dim}")
+    return tensor.narrow(dim, tp.rank * size, size)
 
 
 def copy_checked(target: torch.Tensor, source: torch.Tensor, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from transformers import PretrainedConfig
@@ -14,6 +14,7 @@ from vllm.model_executor.models.spec import DecoderSpec
 from vllm.model_executor.models.weight_map import weight_map
 from vllm.transformers_utils.gguf import GGUFFile
 from vllm.transformers_utils.gguf_config import NOT_WEIGHTS, architecture_of
+from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 _PARTS = {
     "attn_norm": "pre_mixer",
@@ -34,17 +35,31 @@ _PARTS = {
 """Name of a layer's tensor → the part of the layer, as `spec.LAYER_NAMES` has it."""
 
 
-def gguf_weights(file: GGUFFile, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name in a Hugging Face checkpoint, float32 tensor), one tensor in memory at a time.
+def gguf_weights(
+    file: GGUFFile, config: PretrainedConfig, quantization: QuantizationConfig | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name in a Hugging Face checkpoint, tensor), one tensor in memory at a time.
+
+    Tensors are float32. Those that stay in blocks are uint8 [N, blocks, bytes of a block] and lie in the file.
+
+    Args:
+        quantization: Says which stay in blocks; see `gguf_blocks`.
 
     Raises:
         StartupError: an unknown tensor, or a missing one.
     """
-    names = _Names(file, decoder_spec(config, config.max_position_embeddings))
-    yield from names.weights()
+    names = GGUFNames(file, decoder_spec(config, config.max_position_embeddings))
+    rules = () if quantization is None else quantization.rules
+    yield from names.weights({f"{target}.weight" for rule in rules for target in rule.targets})
 
 
-class _Names:
+class GGUFNames:
+    """Places of a file's tensors in a network.
+
+    Args:
+        spec: The network.
+    """
+
     def __init__(self, file: GGUFFile, spec: DecoderSpec) -> None:
         self.file = file
         self.spec = spec
@@ -54,13 +69,27 @@ class _Names:
         names = spec.names
         self._top = {"token_embd": names.embedding, "output_norm": names.final_norm, "output": names.head}
 
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        found = {name: self._place(name) for name in self.file.tensors if name not in NOT_WEIGHTS}
+    def places(self) -> dict[str, tuple[str, int, str]]:
+        """Name in the file → (name in a checkpoint, layer, its part); layer -1 for what is in none.
+
+        Raises:
+            StartupError: an unknown tensor.
+        """
+        return {name: self._place(name) for name in self.file.tensors if name not in NOT_WEIGHTS}
+
+    def weights(self, in_blocks: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `gguf_weights`.
+
+        Args:
+            in_blocks: Names in a checkpoint of those that are not dequantised.
+        """
+        found = self.places()
         missing = self._wanted - {place for place, _, _ in found.values()}
         if missing:
             raise StartupError(f"{self.file.path} lacks the weights of {min(missing)} ({len(missing)} missing in all).")
         for name, (place, layer, part) in found.items():
-            weight = self.file.load(self.file.tensors[name])
+            tensor = self.file.tensors[name]
+            weight = self.file.blocks(tensor) if place in in_blocks else self.file.load(tensor)
             offset = self._offset(layer, part)
             if offset:
                 # llama.cpp's conversion adds it, so that all its norms multiply by what is stored.
@@ -70,7 +99,6 @@ class _Names:
             yield place, weight
 
     def _place(self, name: str) -> tuple[str, int, str]:
-        """(name in a checkpoint, layer, its part); layer -1 for what is in none."""
         stem, _, kind = name.rpartition(".")
         if stem in self._top and kind in ("weight", "bias"):
             return f"{self._top[stem]}.{kind}", -1, stem

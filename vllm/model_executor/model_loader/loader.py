@@ -17,6 +17,7 @@ from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.gguf_weights import gguf_weights
 from vllm.transformers_utils.gguf import GGUFFile
+from vllm.transformers_utils.quantization_config import QuantizationConfig
 
 logger = init_logger(__name__)
 
@@ -27,7 +28,7 @@ _NOT_A_WEIGHT = "rotary_emb.inv_freq"
 
 
 def iterate_weights(
-    model_path: str, load_format: str, hf_config: PretrainedConfig
+    model_path: str, load_format: str, hf_config: PretrainedConfig, quantization: QuantizationConfig | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Hugging Face name, tensor) with a progress bar on stderr.
 
@@ -35,15 +36,17 @@ def iterate_weights(
 
     Args:
         model_path: Directory, or `.gguf` file.
-        load_format: `gguf` (tensors come dequantised to float32) or `safetensors` (tensors come as stored).
+        load_format: `gguf` (tensors come dequantised to float32, but those that stay in blocks) or `safetensors`
+            (tensors come as stored).
         hf_config: Shape of the network, which GGUF tensors are checked against.
+        quantization: Which tensors of a GGUF file stay in blocks; None: none of them.
 
     Raises:
         StartupError: a file that is missing, truncated or damaged; the message names it.
     """
     if load_format == "gguf":
         file = GGUFFile(model_path)
-        total, weights = len(file.tensors), gguf_weights(file, hf_config)
+        total, weights = len(file.tensors), gguf_weights(file, hf_config, quantization)
     elif load_format == "safetensors":
         shards = _find_shards(Path(model_path))
         total, weights = sum(map(len, shards.values())), _read_shards(shards)

@@ -18,18 +18,25 @@ from vllm.logger import init_logger
 from vllm.model_executor.cpu_program import CpuProgram
 from vllm.model_executor.layers.embedding import OutputProjection, VocabParallelEmbedding
 from vllm.model_executor.layers.layernorm import HeadNorms, RowNorm, SplitRowNorm
-from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear, RowParallelLinear, copy_checked
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    MergedColumnParallelLinear,
+    RowParallelLinear,
+    copy_checked,
+    shard,
+)
+from vllm.model_executor.layers.moe import ExpertsBesideMLP, MixtureOfExperts, StackedExperts
 from vllm.model_executor.layers.quantization.base import LinearMethod
 from vllm.model_executor.layers.quantization.cpu_packed import CpuPacked
 from vllm.model_executor.layers.quantization.select import linear_method
 from vllm.model_executor.layers.rotary_embedding import QueryFactors, RotaryEmbedding
 from vllm.model_executor.models.base import CausalLM
-from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec
-from vllm.model_executor.models.weight_map import Weight, layer_formats, weight_map
+from vllm.model_executor.models.spec import MLP, AttentionMixer, CheckpointNames, DecoderSpec, LayerSpec, MoE
+from vllm.model_executor.models.weight_map import Weight, layer_formats, linears, weight_map
 from vllm.ops.cpu.kernels import CompiledSteps, SequenceRows
-from vllm.ops.dispatch import activate
+from vllm.ops.packed8 import Rows8
 from vllm.ops.rope import QkNorm, Rope
-from vllm.transformers_utils.quantization_config import QuantizationConfig
+from vllm.transformers_utils.quantization_config import GGUFFormat, QuantizationConfig
 
 logger = init_logger(__name__)
 
@@ -45,6 +52,7 @@ class Build:
         tp: Its place among the tensor-parallel ranks.
         method: How linear layers hold weights that are whole.
         quantization: Which weights of the checkpoint are not; None: all are whole.
+        kernels: The device has kernels for these; otherwise they are dequantised as they are loaded.
         max_positions: Longest sequence.
         dtype: Of weights and activations.
         compiled: `finish` hands the layers over to the compiled CPU program; `method` packs for it, and
@@ -57,6 +65,7 @@ class Build:
     dtype: torch.dtype
     compiled: bool = False
     quantization: QuantizationConfig | None = None
+    kernels: bool = False
 
 
 def attention_spec(mixer: AttentionMixer, tp: TensorParallelGroup, dtype: torch.dtype) -> AttentionSpec:
@@ -152,6 +161,14 @@ class AttentionBlock(nn.Module):
         ]
         # In a tuple, so that the tables are no part of each layer that uses them.
         self._tables = (rotary, growth)
+        self._tp = build.tp
+
+    def load(self, parts: tuple[str, ...], kind: str, tensor: torch.Tensor) -> None:
+        """Loads this rank's `sinks` (`kind`); it has no parts."""
+        sinks = self.attention.sinks
+        if sinks is None:
+            raise ValueError(f"{kind} are of no use to this attention")
+        copy_checked(sinks, shard(tensor, 0, len(sinks), self._tp, kind), kind)
 
     def attend(self, qkv: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """The packed output of `qkv` → what `o` takes; writes K and V."""
@@ -192,26 +209,47 @@ class FeedForward(nn.Module):
         self.gate_up = MergedColumnParallelLinear(hidden_size, parts, spec.biases, build.tp, methods["ffn.gate_up"])
         self.down = RowParallelLinear(spec.size, hidden_size, "down" in spec.biases, build.tp, methods["ffn.down"])
 
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
+    def middle(self, x: torch.Tensor | Rows8) -> torch.Tensor | Rows8:
         """What `down` takes."""
-        return activate(self.gate_up(x), self.activation, self.gated)
+        return self.down.method.activated(self.down, self.gate_up(x), self.activation, self.gated)
+
+    def forward(self, x: torch.Tensor | Rows8, residual: torch.Tensor, join: Join) -> torch.Tensor:
+        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
+        out: torch.Tensor = join(self.down, self.middle(x), residual)
+        return out
 
 
 class Join(nn.Module):
-    """Adds what a block makes to the residual stream: `residual + multiplier · norm(linear(x))`."""
+    """Adds what a block makes to the residual stream: `residual + multiplier · norm(block(x))`.
+
+    Attributes:
+        is_sum: There is neither a norm nor a multiplier, so that a block may add the stream itself.
+    """
 
     def __init__(self, norm: RowNorm | None, multiplier: float) -> None:
         super().__init__()
         self.norm = norm
         self.multiplier = multiplier
-        self._in_linear = norm is None and multiplier == 1.0
+        self.is_sum = norm is None and multiplier == 1.0
 
-    def forward(self, linear: RowParallelLinear, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The stream [T, hidden_size] after the block; the one before it may be overwritten."""
-        if self._in_linear:
-            return linear(x, residual)
-        out = linear(x)
+    def forward(self, linear: RowParallelLinear, x: torch.Tensor | Rows8, residual: torch.Tensor) -> torch.Tensor:
+        """The stream [T, hidden_size] after a block that ends with `linear`; the one before it may be overwritten."""
+        return linear(x, residual) if self.is_sum else self.add(linear(x), residual)
+
+    def add(self, out: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The stream after a block that has made `out`."""
         return torch.add(residual, out if self.norm is None else self.norm(out), alpha=self.multiplier)
+
+
+def _feed_forward(spec: MLP | MoE, hidden_size: int, build: Build, methods: Methods) -> FeedForward | MixtureOfExperts:
+    if isinstance(spec, MLP):
+        return FeedForward(spec, hidden_size, build, methods)
+    shared = None
+    if spec.shared is not None:
+        of_shared = {f"ffn.{name}": methods[f"ffn.shared.{name}"] for name in ("gate_up", "down")}
+        shared = FeedForward(spec.shared, hidden_size, build, of_shared)
+    kind = MixtureOfExperts if spec.beside is None else ExpertsBesideMLP
+    return kind(spec, hidden_size, shared, build.tp)
 
 
 class DecoderLayer(nn.Module):
@@ -228,7 +266,7 @@ class DecoderLayer(nn.Module):
 
         self.parallel = spec.parallel
         self.mixer = mixer
-        self.ffn = FeedForward(spec.ffn, hidden_size, build, methods)
+        self.ffn = _feed_forward(spec.ffn, hidden_size, build, methods)
         self.pre_mixer = norm(norms.pre_mixer) or nn.Identity()
         self.after_mixer = Join(norm(norms.post_mixer), spec.residual_multiplier)
         self.pre_ffn = norm(norms.pre_ffn and not spec.parallel) or nn.Identity()
@@ -242,18 +280,29 @@ class DecoderLayer(nn.Module):
     def forward(self, residual: torch.Tensor, context: ForwardContext, wanted: torch.Tensor | None) -> torch.Tensor:
         """Returns the residual stream of the wanted tokens or (None) of all; the one before it may be overwritten."""
         mixer, ffn = self.mixer, self.ffn
-        normed = self.pre_mixer(residual)
+        # Side by side, both halves take one norm's result.
+        normed = self.pre_mixer(residual) if self.parallel else _normalised(self.pre_mixer, residual, mixer.qkv)
         qkv = mixer.qkv(normed)
         if wanted is not None and not len(wanted):
             mixer.write(qkv, context)
             return residual[:0]
         x = mixer.attend(qkv, context)
         if wanted is not None:
-            x, residual, normed = x[wanted], residual[wanted], normed[wanted]
+            x, residual = x[wanted], residual[wanted]
+            normed = normed[wanted] if self.parallel else normed
         residual = self.after_mixer(mixer.o, x, residual)
-        before_ffn = normed if self.parallel else self.pre_ffn(residual)
-        out: torch.Tensor = self.after_ffn(ffn.down, ffn.middle(before_ffn), residual)
+        # Experts and their router all take what is normalised.
+        first = ffn.gate_up if isinstance(ffn, FeedForward) else None
+        before_ffn = normed if self.parallel else _normalised(self.pre_ffn, residual, first)
+        out: torch.Tensor = ffn(before_ffn, residual, self.after_ffn)
         return out if self.scalar is None else out.mul_(self.scalar)
+
+
+def _normalised(norm: nn.Module, x: torch.Tensor, linear: LinearBase | None) -> torch.Tensor | Rows8:
+    """What a linear layer, or (None) several, take of the residual stream."""
+    if isinstance(norm, RowNorm):
+        return norm(x) if linear is None else linear.method.normalised(linear, x, norm)
+    return x
 
 
 class Decoder(CausalLM):
@@ -288,7 +337,7 @@ class Decoder(CausalLM):
         growths = list(dict.fromkeys(layer.mixer.query_growth for layer in spec.layers if layer.mixer.query_growth))
         factors = {growth: QueryFactors(growth.beta, growth.length, build.max_positions) for growth in growths}
         self.query_factors = nn.ModuleList(factors.values())
-        self.embedding = VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
+        self.embedding = self._table(spec.names.embedding)
         layers = []
         for i, layer in enumerate(spec.layers):
             wish = attention_spec(layer.mixer, tp, build.dtype)
@@ -303,15 +352,23 @@ class Decoder(CausalLM):
                 raise ValueError(f"layer {i}: {error}") from None
         self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RowNorm(spec.hidden_size, spec.final_norm, spec.final_norm_bias)
-        table = self.embedding if spec.tied else VocabParallelEmbedding(spec.vocab_size, spec.hidden_size, tp)
-        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap)
+        table = self.embedding if spec.tied else self._table(spec.names.head)
+        self.head = OutputProjection(table, spec.logits_multiplier, spec.logits_softcap, spec.head_bias)
         self.program: CpuProgram | None = None
         self.embedding_multiplier = float(torch.tensor(spec.embedding_multiplier, dtype=build.dtype, device="cpu"))
 
+    def _table(self, name: str) -> VocabParallelEmbedding:
+        quantization = self.build.quantization
+        format = None if quantization is None else quantization.format_of((name,))
+        block_type = format.types[0][1] if isinstance(format, GGUFFormat) else None
+        if block_type is not None and self.spec.head_bias:
+            raise ValueError("its output layer has a bias, which weights in blocks are multiplied without")
+        return VocabParallelEmbedding(self.spec.vocab_size, self.spec.hidden_size, self.build.tp, block_type)
+
     def _methods(self, index: int) -> Methods:
         formats = layer_formats(self.spec, index, self.build.quantization)
-        names = ("mixer.qkv", "mixer.o", "ffn.gate_up", "ffn.down")
-        return {name: linear_method(formats.get(name), self.build.method) for name in names}
+        method, kernels = self.build.method, self.build.kernels
+        return {name: linear_method(formats.get(name), method, kernels) for name in linears(self.spec.layers[index])}
 
     def caches(self) -> list[LayerCache]:
         return [layer.mixer.attention.cache for layer in self.layers]
@@ -333,6 +390,7 @@ class Decoder(CausalLM):
         residual = self.embedding(token_ids)
         if self.program is not None:
             return self.program.forward(residual, context)
+        residual = residual.to(self.dtype)
         if self.embedding_multiplier != 1.0:
             residual.mul_(self.embedding_multiplier)
         last = len(self.layers) - 1
@@ -349,7 +407,12 @@ class Decoder(CausalLM):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         rows = weight_map(self.spec, self.build.quantization)
         names: CheckpointNames = self.spec.names
-        missing = set(rows)
+        missing = {name for name, row in rows.items() if row.whole is None}
+        pieces: dict[str, set[str]] = {}
+        for piece, row in rows.items():
+            if row.whole is not None:
+                pieces.setdefault(row.whole, set()).add(piece)
+        left = set(rows)
         head: torch.Tensor | None = None
         useless = 0
         for stored, tensor in weights:
@@ -362,14 +425,21 @@ class Decoder(CausalLM):
             if name not in rows and self._is_of_no_use(name, tensor):
                 useless += 1
                 continue
-            if name not in missing:
+            if name not in left:
                 what = "twice" if name in rows else "that this architecture does not know"
                 raise StartupError(f"The checkpoint has a tensor {stored!r} {what}.")
             try:
                 self._load(rows[name], tensor)
             except ValueError as error:
                 raise StartupError(f"The checkpoint's {stored} does not fit its configuration: {error}.") from None
-            missing.discard(name)
+            left.discard(name)
+            whole = rows[name].whole
+            if whole is None:
+                left -= pieces.get(name, set())
+            else:
+                left.discard(whole)
+                pieces[whole].discard(name)
+            missing.discard(name if whole is None or pieces[whole] else whole)
         if useless:
             logger.info("%d tensors of the checkpoint are not used: scales of K and V, or biases of 0.", useless)
         missing -= {name for name, weight in rows.items() if weight.optional}
@@ -401,7 +471,7 @@ class Decoder(CausalLM):
             self.program = CpuProgram(self)
         else:
             for name, module in self.named_modules():
-                if isinstance(module, LinearBase):
+                if isinstance(module, LinearBase | StackedExperts):
                     try:
                         module.finish()
                     except ValueError as error:
@@ -415,4 +485,5 @@ class Decoder(CausalLM):
     ) -> CompiledSteps | None:
         if self.program is None or self.head.packed is None:
             return None
-        return self.program.steps(self.head.packed, self.embedding.weight, rows, k_caches, v_caches)
+        table = self.embedding.weight if self.embedding.blocks is None else self.embedding.blocks
+        return self.program.steps(self.head.packed, table, rows, k_caches, v_caches)

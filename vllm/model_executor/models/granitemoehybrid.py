@@ -9,7 +9,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from vllm.model_executor.models import config_values, granite
-from vllm.model_executor.models.spec import LAYER_NAMES, CheckpointNames, DecoderSpec
+from vllm.model_executor.models.spec import LAYER_NAMES, MLP, CheckpointNames, DecoderSpec
 
 NAMES = CheckpointNames(parts={**LAYER_NAMES, "gate_up": "shared_mlp.input_linear", "down": "shared_mlp.output_linear"})
 
@@ -25,5 +25,5 @@ def decoder(config: PretrainedConfig, max_positions: int) -> DecoderSpec:
     layer = spec.layers[0]
     if positions != "rope":
         layer = replace(layer, mixer=replace(layer.mixer, rope=None))
-    layer = replace(layer, ffn=replace(layer.ffn, size=int(config.shared_intermediate_size), biases=frozenset()))
+    layer = replace(layer, ffn=MLP(int(config.shared_intermediate_size), config_values.activation(config)))
     return replace(spec, layers=(layer,) * len(spec.layers), names=NAMES)

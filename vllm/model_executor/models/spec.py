@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vllm.ops.activation import Activation
+from vllm.ops.moe import ClampedSwiGLU, Routing
 from vllm.ops.norm import Norm
 
 
@@ -98,6 +99,49 @@ class MLP:
 
 
 @dataclass(frozen=True)
+class MoE:
+    """A mixture of experts instead of one MLP; each token goes to a few of them (see `vllm.ops.moe`).
+
+    With a norm `beside`, the shared MLP is as large as a dense layer's, and each has norms of its own (Gemma 4):
+
+        post_shared(shared(pre_ffn(x))) + post_experts(experts(pre_experts(x)))
+
+    and the router reads x normalised, times a learned vector and `hidden_size ** -0.5`.
+
+    Attributes:
+        num_experts: Over all ranks.
+        size: Of the middle of each, over all ranks.
+        activation: Of each; all have a gate.
+        routing: How experts are chosen.
+        biases: Each expert has them, of all its matrices.
+        router_bias: The router has one.
+        router_float32: Its weights and its product are float32, whatever the dtype of the network.
+        correction: Scores have a learned correction, for the choice alone.
+        expert_factors: The checkpoint has a number for each expert that its output is multiplied by.
+        shared: An MLP that every token takes besides.
+        shared_gate: It is multiplied by `sigmoid(w · x)`.
+        beside: See above.
+        columns: The checkpoint has the matrices of all experts as [experts, in, out], gate and up alternating.
+        mxfp4: The checkpoint has them in MXFP4, gate and up alternating if `columns`.
+    """
+
+    num_experts: int
+    size: int
+    activation: Activation | ClampedSwiGLU
+    routing: Routing
+    biases: bool = False
+    router_bias: bool = False
+    router_float32: bool = False
+    correction: bool = False
+    expert_factors: bool = False
+    shared: MLP | None = None
+    shared_gate: bool = False
+    beside: Norm | None = None
+    columns: bool = False
+    mxfp4: bool = False
+
+
+@dataclass(frozen=True)
 class LayerNorms:
     """Norms of a layer; see the formulas above. All are of one kind.
 
@@ -124,7 +168,7 @@ class LayerSpec:
     """
 
     mixer: AttentionMixer
-    ffn: MLP
+    ffn: MLP | MoE
     norms: LayerNorms
     parallel: bool = False
     residual_multiplier: float = 1.0
@@ -145,9 +189,21 @@ LAYER_NAMES: Mapping[str, str] = {
     "pre_mixer": "input_layernorm",
     "pre_ffn": "post_attention_layernorm",
     "scalar": "layer_scalar",
+    "router": "mlp.gate",
+    "correction": "mlp.gate.e_score_correction_bias",
+    "experts.gate_up": "mlp.experts.gate_up_proj",
+    "experts.down": "mlp.experts.down_proj",
+    "expert.gate": "mlp.experts.{}.gate_proj",
+    "expert.up": "mlp.experts.{}.up_proj",
+    "expert.down": "mlp.experts.{}.down_proj",
+    "shared.gate": "mlp.shared_expert.gate_proj",
+    "shared.up": "mlp.shared_expert.up_proj",
+    "shared.down": "mlp.shared_expert.down_proj",
+    "shared_gate": "mlp.shared_expert_gate",
 }
 """Part of a layer → its name in most checkpoints, behind `layers.<i>.`. `qkv` and `gate_up`, where a checkpoint has
-them, stand for all of their parts in one tensor."""
+them, stand for all of their parts in one tensor. Experts are there all in one tensor (`experts.…`), or one by one
+(`expert.…`, with the place of their number)."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +217,7 @@ class CheckpointNames:
         prefixes: Beginning of a name → what stands for it above, for checkpoints that have a language model among
             other things.
         others: Beginnings of names of those other things.
+        spellings: Piece of a name → what stands for it above, for checkpoints that spell it otherwise; in order.
     """
 
     embedding: str = "model.embed_tokens"
@@ -171,6 +228,7 @@ class CheckpointNames:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     prefixes: Mapping[str, str] = field(default_factory=dict)
     others: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = field(default_factory=dict)
 
     def layer(self, index: int, part: str) -> tuple[str, ...]:
         """All that a checkpoint may call a part of a layer, its plain name first."""
@@ -179,9 +237,11 @@ class CheckpointNames:
         return (plain, *others)
 
     def plain(self, name: str) -> str | None:
-        """Name of a tensor as it is without `prefixes`; None for one that is not read."""
+        """Name of a tensor as it is without `prefixes` and `spellings`; None for one that is not read."""
         if name.endswith(self.ignored) or name.startswith(self.others):
             return None
+        for other, piece in self.spellings.items():
+            name = name.replace(other, piece)
         for prefix, plain in self.prefixes.items():
             if name.startswith(prefix):
                 return plain + name.removeprefix(prefix)
@@ -194,6 +254,7 @@ class DecoderSpec:
 
     Attributes:
         tied: The output projection is the embedding table.
+        head_bias: It has a bias.
         embedding_multiplier: Of the embeddings, rounded to their dtype.
         logits_multiplier: Of the logits.
         logits_softcap: Logits l become `softcap · tanh(l / softcap)`, after the multiplier.
@@ -205,6 +266,7 @@ class DecoderSpec:
     final_norm: Norm
     tied: bool
     final_norm_bias: bool = False
+    head_bias: bool = False
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     logits_softcap: float | None = None

@@ -18,6 +18,11 @@ from vllm.ops.cpu.attention import norm_rope_and_write as norm_rope_and_write
 from vllm.ops.cpu.attention import prepare as prepare
 from vllm.ops.cpu.attention import rms_norm as rms_norm
 from vllm.ops.cpu.attention import rope_and_write as rope_and_write
+from vllm.ops.cpu.blocks import BLOCK as BLOCK
+from vllm.ops.cpu.blocks import BLOCK_TYPES as BLOCK_TYPES
+from vllm.ops.cpu.blocks import BlockMatrix as BlockMatrix
+from vllm.ops.cpu.blocks import BlockRows as BlockRows
+from vllm.ops.cpu.blocks import pack_int4_groups as pack_int4_groups
 from vllm.ops.cpu.library import INSTRUCTIONS as INSTRUCTIONS
 from vllm.ops.cpu.library import address, kernels
 from vllm.ops.cpu.library import library as library
@@ -27,6 +32,7 @@ from vllm.ops.cpu.matrix import DOT as DOT
 from vllm.ops.cpu.matrix import TILE as TILE
 from vllm.ops.cpu.matrix import TILES as TILES
 from vllm.ops.cpu.matrix import WIDEN as WIDEN
+from vllm.ops.cpu.matrix import Matrix as Matrix
 from vllm.ops.cpu.matrix import PackedHead as PackedHead
 from vllm.ops.cpu.matrix import PackedMatrix as PackedMatrix
 from vllm.ops.cpu.matrix import activated as activated

@@ -22,7 +22,7 @@ logger = init_logger(__name__)
 INSTRUCTIONS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 _LIBRARY = Path(__file__).parents[2] / "cpu_kernels.so"
-_INTERFACE = 5
+_INTERFACE = 6
 """`kInterface` of `csrc/cpu/api.h`."""
 
 
@@ -51,7 +51,7 @@ def library() -> ctypes.CDLL | None:
         return None
     best = lib.vsp_best_instructions()
     if best < 0:
-        logger.warning("The compiled CPU kernels need a processor with AVX2 and FMA; torch computes instead.")
+        logger.warning("The compiled CPU kernels need a processor with AVX2, FMA and F16C; torch computes instead.")
         return None
     asked = envs.cpu_instructions()
     if asked is not None and asked not in INSTRUCTIONS:

@@ -76,8 +76,31 @@ def arithmetic() -> int:
     return min(times, key=times.__getitem__)
 
 
-class PackedMatrix:
+class Matrix:
     """A weight [N, K] in the kernels' own order; see `csrc/cpu/api.h`.
+
+    Attributes:
+        data: The weights.
+        bias: float32 [N], or None.
+        interleaved: Tiles of a gate and of an up projection take turns.
+        struct: Points to all of it.
+    """
+
+    n: int
+    k: int
+    data: torch.Tensor
+    bias: torch.Tensor | None
+    interleaved: bool
+    struct: MatrixStruct
+
+
+def in_tiles(bias: torch.Tensor, interleave: bool) -> torch.Tensor:
+    """A bias [N] in the order of the columns."""
+    return bias.view(2, -1, TILE).transpose(0, 1).flatten().contiguous() if interleave else bias
+
+
+class PackedMatrix(Matrix):
+    """A weight that is packed as it is, or as int8.
 
     Args:
         weight: float32 or bfloat16; K is a multiple of 16.
@@ -104,9 +127,7 @@ class PackedMatrix:
         else:
             kind = c_int32(format_of(weight.dtype))
             kernels().vsp_pack(address(weight), n, k, kind, interleaved, address(self.data))
-        self.bias = None if bias is None else bias.float()
-        if self.bias is not None and interleave:
-            self.bias = self.bias.view(2, -1, TILE).transpose(0, 1).flatten().contiguous()
+        self.bias = None if bias is None else in_tiles(bias.float(), interleave)
         kind_of_data = _INT8 if int8 else format_of(weight.dtype)
         self.struct = MatrixStruct(address(self.data), address(self.scale), address(self.bias), n, k, kind_of_data)
 
@@ -135,14 +156,14 @@ class PackedHead:
         softcap: Above 0, or None.
     """
 
-    def __init__(self, matrix: PackedMatrix, factor: float = 1.0, softcap: float | None = None) -> None:
+    def __init__(self, matrix: Matrix, factor: float = 1.0, softcap: float | None = None) -> None:
         if not factor > 0 or (softcap is not None and not softcap > 0):
             raise ValueError(f"factor {factor} and soft cap {softcap} of logits must be above 0")
         self.matrix = matrix
         self.struct = ProjectionStruct(matrix.struct, factor, softcap or 0.0)
 
 
-def linear(x: torch.Tensor, weight: PackedMatrix | PackedHead, arithmetic: int) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: Matrix | PackedHead, arithmetic: int) -> torch.Tensor:
     """`x Wᵀ + b`, or the logits of a head: float32 [R, K] → float32 [R, N]."""
     struct = _projection(weight)
     out = torch.empty((x.shape[0], struct.w.n))
@@ -150,7 +171,7 @@ def linear(x: torch.Tensor, weight: PackedMatrix | PackedHead, arithmetic: int) 
     return out
 
 
-def most_likely(x: torch.Tensor, weight: PackedMatrix | PackedHead, arithmetic: int) -> torch.Tensor:
+def most_likely(x: torch.Tensor, weight: Matrix | PackedHead, arithmetic: int) -> torch.Tensor:
     """The column of each row's highest of `linear`, the first of equals, whose products never go through memory:
     float32 [R, K] → int64 [R]."""
     out = torch.empty(x.shape[0], dtype=torch.int64)
@@ -165,9 +186,7 @@ def most_likely(x: torch.Tensor, weight: PackedMatrix | PackedHead, arithmetic: 
     return out
 
 
-def activated(
-    x: torch.Tensor, weight: PackedMatrix, activation: str, arithmetic: int, gated: bool = True
-) -> torch.Tensor:
+def activated(x: torch.Tensor, weight: Matrix, activation: str, arithmetic: int, gated: bool = True) -> torch.Tensor:
     """The first half of an MLP: `activation(gate) * up` of x times an interleaved matrix, float32 [R, K] →
     [R, N/2]; or `activation(x Wᵀ + b)`, [R, N] with N a multiple of 16."""
     if gated != weight.interleaved or weight.n % TILE:
@@ -186,10 +205,10 @@ def activated(
     return out
 
 
-def swiglu(x: torch.Tensor, weight: PackedMatrix, arithmetic: int) -> torch.Tensor:
+def swiglu(x: torch.Tensor, weight: Matrix, arithmetic: int) -> torch.Tensor:
     """`activated` with SiLU and a gate."""
     return activated(x, weight, "silu", arithmetic)
 
 
-def _projection(weight: PackedMatrix | PackedHead) -> ProjectionStruct:
+def _projection(weight: Matrix | PackedHead) -> ProjectionStruct:
     return weight.struct if isinstance(weight, PackedHead) else ProjectionStruct(weight.struct, 1.0, 0.0)

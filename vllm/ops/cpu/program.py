@@ -21,12 +21,13 @@ from vllm.ops.cpu.attention import (
     PreparedBatch,
     norm_struct,
 )
+from vllm.ops.cpu.blocks import BLOCKS, BlockMatrix
 from vllm.ops.cpu.library import address, kernels, threads
 from vllm.ops.cpu.matrix import (
     ACTIVATIONS,
+    Matrix,
     MatrixStruct,
     PackedHead,
-    PackedMatrix,
     ProjectionStruct,
     arithmetic,
     format_of,
@@ -131,10 +132,10 @@ class DecoderLayer:
     """
 
     attention: AttentionOptions
-    qkv: PackedMatrix
-    o: PackedMatrix
-    up: PackedMatrix
-    down: PackedMatrix
+    qkv: Matrix
+    o: Matrix
+    up: Matrix
+    down: Matrix
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
@@ -172,7 +173,7 @@ class DecoderLayer:
                 raise ValueError(f"{name} has {norm.size} elements, hidden_size is {hidden}")
 
     @property
-    def matrices(self) -> tuple[PackedMatrix, ...]:
+    def matrices(self) -> tuple[Matrix, ...]:
         return self.qkv, self.o, self.up, self.down
 
     def fill(self, struct: _Layer) -> None:
@@ -201,7 +202,8 @@ class DecoderProgram:
             raise ValueError(f"layers and final norm differ in hidden_size: {', '.join(map(str, sorted(sizes)))}")
         self.layers = tuple(layers)
         self._kept = final_norm
-        self._formats = {m.data.dtype for layer in layers for m in layer.matrices} - {torch.int8}
+        # int8 and blocks go with any.
+        self._formats = {m.data.dtype for layer in layers for m in layer.matrices} - {torch.int8, torch.uint8}
         self._layers = (_Layer * len(layers))()
         for struct, layer in zip(self._layers, layers, strict=True):
             layer.fill(struct)
@@ -216,8 +218,8 @@ class DecoderProgram:
         self._caches: list[torch.Tensor] = []
 
     def use_caches(self, k_caches: list[torch.Tensor], v_caches: list[torch.Tensor]) -> None:
-        """K/V tensors of every layer [num_slots, num_kv_heads, head_dim], all of the dtype of the matrices; beside int8
-        matrices, of any."""
+        """K/V tensors of every layer [num_slots, num_kv_heads, head_dim], all of the dtype of the matrices; beside
+        matrices of int8 or in blocks, of any."""
         if self._caches is k_caches:
             return
         if self._formats - {k_caches[0].dtype}:
@@ -304,7 +306,7 @@ class CompiledSteps:
     Args:
         program: The layers, their K/V tensors given.
         head: Output projection.
-        embeddings: float32 or bfloat16 [vocab_size, hidden_size].
+        embeddings: float32 or bfloat16 [vocab_size, hidden_size], or such a table in blocks.
         rows: The sequences.
     """
 
@@ -312,11 +314,15 @@ class CompiledSteps:
         self,
         program: DecoderProgram,
         head: PackedHead,
-        embeddings: torch.Tensor,
+        embeddings: torch.Tensor | BlockMatrix,
         rows: SequenceRows,
     ) -> None:
         self._kept = (program, head, embeddings, rows)
-        self._network = _Network(program.struct, head.struct, address(embeddings), format_of(embeddings.dtype))
+        if isinstance(embeddings, BlockMatrix):
+            table, kind = c_void_p(ctypes.addressof(embeddings.struct)), BLOCKS
+        else:
+            table, kind = address(embeddings), format_of(embeddings.dtype)
+        self._network = _Network(program.struct, head.struct, table, kind)
         self._rows = rows
         self._tables: SamplingTables | None = None
         self._tables_struct = TablesStruct()

@@ -13,7 +13,7 @@ from vllm.ops.launch import follow, launch
 
 
 @triton.jit
-def _function(x, NAME: tl.constexpr):
+def activation_function(x, NAME: tl.constexpr):
     if NAME == "silu":
         return x * tl.sigmoid(x)
     elif NAME == "gelu":
@@ -44,7 +44,7 @@ def _activate_kernel(
     x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     dtype = out_ptr.dtype.element_ty
     # Rounded between the two steps, as the two operations one after the other are.
-    activated = _function(x, NAME).to(dtype).to(tl.float32)
+    activated = activation_function(x, NAME).to(dtype).to(tl.float32)
     if GATED:
         activated *= tl.load(x_ptr + row * x_stride + SIZE + columns, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * SIZE + columns, activated.to(dtype), mask=mask)

@@ -15,8 +15,12 @@ class ReasoningParser:
 
     Args:
         ended: The prompt ended the reasoning already: all is content.
+
+    Attributes:
+        needs_special_tokens: Marks of the format are control tokens, so the text must show those.
     """
 
+    needs_special_tokens = False
     start = "<think>"
     end = "</think>"
 

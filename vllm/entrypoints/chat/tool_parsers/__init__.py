@@ -5,6 +5,7 @@ from vllm.entrypoints.chat.tool_parsers.deepseek_v3 import DeepSeekV3ToolParser
 from vllm.entrypoints.chat.tool_parsers.hermes import HermesToolParser
 from vllm.entrypoints.chat.tool_parsers.llama3_json import Llama3JsonToolParser
 from vllm.entrypoints.chat.tool_parsers.mistral import MistralToolParser
+from vllm.entrypoints.chat.tool_parsers.openai import OpenAIToolParser
 from vllm.entrypoints.chat.tool_parsers.pythonic import PythonicToolParser
 from vllm.entrypoints.chat.tool_parsers.qwen3_coder import Qwen3CoderToolParser
 
@@ -14,6 +15,7 @@ TOOL_PARSERS: dict[str, type[ToolParser]] = {
     "llama3_json": Llama3JsonToolParser,
     "llama4_json": Llama3JsonToolParser,
     "mistral": MistralToolParser,
+    "openai": OpenAIToolParser,
     "pythonic": PythonicToolParser,
     "qwen3_coder": Qwen3CoderToolParser,
     "qwen3_xml": Qwen3CoderToolParser,

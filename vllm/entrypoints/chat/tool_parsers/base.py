@@ -24,10 +24,12 @@ class ToolParser(ABC):
 
     Attributes:
         needs_special_tokens: Marks of the format are control tokens, so the text must show those.
+        reads_reasoning: It tells reasoning as well, and reads answers from their very beginning.
         num_calls: Calls found so far.
     """
 
     needs_special_tokens = False
+    reads_reasoning = False
 
     def __init__(self, tools: list[dict[str, Any]]) -> None:
         self.parameters = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
@@ -53,6 +55,9 @@ class ToolParser(ABC):
             self._pieces.append(self._space)
         self._close_call()
         return self._take()
+
+    def begin(self, reasoning_ended: bool) -> None:  # noqa: B027 - most parsers have nothing to do
+        """Comes first: whether the prompt has ended the reasoning, which matters to parsers that read it."""
 
     @abstractmethod
     def step(self) -> bool:

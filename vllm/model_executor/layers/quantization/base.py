@@ -15,9 +15,14 @@ import torch
 from torch import nn
 
 from vllm.model_executor.layers.quantization.stored import WHOLE, Stored, copy_stored
+from vllm.ops.activation import Activation
+from vllm.ops.dispatch import activate, row_norm
+from vllm.ops.packed8 import Rows8
 
 if TYPE_CHECKING:
+    from vllm.model_executor.layers.layernorm import RowNorm
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.ops.cpu.kernels import BlockRows
 
 
 class Scheme(ABC):
@@ -40,6 +45,15 @@ class Scheme(ABC):
         Raises:
             ValueError: values that are not understood.
         """
+
+    def blocks(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int
+    ) -> list[BlockRows] | None:
+        """The matrix as parts in blocks that the compiled CPU kernels multiply by; None: it has no such form.
+
+        Args, Raises: as of `dequantise`.
+        """
+        return None
 
 
 class LinearMethod(ABC):
@@ -95,18 +109,33 @@ class LinearMethod(ABC):
         """The matrix [N, K] in the dtype of the network, moved out of a layer that has been loaded and not finished."""
         raise NotImplementedError(f"{type(self).__name__} has no whole matrix")
 
+    def take_blocks(self, layer: LinearBase) -> list[BlockRows] | None:
+        """The matrix as parts in blocks that the compiled CPU kernels multiply by, moved out of a layer that has been
+        loaded and not finished; None: it has no such form, and stays."""
+        return None
+
+    def normalised(self, layer: LinearBase, x: torch.Tensor, norm: RowNorm) -> torch.Tensor | Rows8:
+        """A layer's input: x [T, in_features] normalised, in the form that `apply` likes best."""
+        return row_norm(x, norm.weight, norm.bias, norm.norm)
+
+    def activated(
+        self, layer: LinearBase, x: torch.Tensor, activation: Activation, gated: bool
+    ) -> torch.Tensor | Rows8:
+        """A layer's input: the activation of x [T, in_features] or (with a gate) [T, 2 · in_features]."""
+        return activate(x, activation, gated)
+
     @abstractmethod
     def apply(
         self,
         layer: LinearBase,
-        x: torch.Tensor,
+        x: torch.Tensor | Rows8,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`x Wᵀ + b + residual`.
 
         Args:
-            x: [T, in_features].
+            x: [T, in_features]; quantised only where the method has done so itself.
             residual: [T, out_features], contiguous; may be overwritten.
 
-        Returns [T, out_features] in the dtype of `x`.
+        Returns [T, out_features] in the dtype of the network.
         """

@@ -1,4 +1,6 @@
-"""Quantised weights that become whole when they are loaded, for devices and dtypes without kernels for them."""
+"""Quantised weights that become whole when they are loaded, for devices and dtypes without kernels for them.
+
+The compiled CPU kernels ask for blocks first, which some formats can be brought into."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from vllm.model_executor.layers.quantization.base import LinearMethod, Scheme
 
 if TYPE_CHECKING:
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.ops.cpu.kernels import BlockRows
 
 
 class Dequantised(LinearMethod):
@@ -35,6 +38,12 @@ class Dequantised(LinearMethod):
         layer.method = self.whole
         layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
         return weight
+
+    def take_blocks(self, layer: LinearBase) -> list[BlockRows] | None:
+        blocks = self.scheme.blocks(layer.loaded(), layer.sizes, layer.in_features)
+        if blocks is not None:
+            layer.take_loaded()
+        return blocks
 
     def finish(self, layer: LinearBase) -> None:
         layer.weight = nn.Parameter(self.take(layer), requires_grad=False)

@@ -40,20 +40,23 @@ class Fp4(Scheme):
             inputs = "input_scale" if modelopt else "input_global_scale"
             self.stored[inputs] = Stored((), torch.float32, optional=True, read=False)
 
-    def row_scales(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int]) -> torch.Tensor:
-        """Factors of each group: float32 [N, groups]."""
+    def scales_and_factors(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Factors of each group, float32 [N, groups], and of each row besides, float32 [N], where there are some."""
         scale = tensors["weight_scale"]
-        if self.format.kind == "mx":
-            wide = e8m0_values(scale)
-        else:
+        wide, rows = e8m0_values(scale) if self.format.kind == "mx" else scale.float(), None
+        if self.format.kind == "nv":
             of_part = tensors[self.global_name]
             of_part = of_part if self.format.layout == "modelopt" else 1.0 / of_part
             rows = of_part.repeat_interleave(torch.tensor(parts, device=scale.device))
-            wide = scale.float() * rows.unsqueeze(1)
-        if not bool(torch.isfinite(wide).all()):
-            raise ValueError("the scales hold numbers that are not finite")
-        return wide
+        for factors in (wide, rows):
+            if factors is not None and not bool(torch.isfinite(factors).all()):
+                raise ValueError("the scales hold numbers that are not finite")
+        return wide, rows
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int) -> torch.Tensor:
         values = e2m1_values(unpack_nibbles(tensors[self.weight_name]))
-        return values * spread(self.row_scales(tensors, parts), self.group, in_features)
+        scales, rows = self.scales_and_factors(tensors, parts)
+        wide = values * spread(scales, self.group, in_features)
+        return wide if rows is None else wide * rows.unsqueeze(1)

@@ -16,6 +16,7 @@ import torch
 
 from vllm.model_executor.layers.quantization.base import Scheme
 from vllm.model_executor.layers.quantization.stored import ALL, IN, OUT, Axis, Stored
+from vllm.ops.cpu.kernels import BLOCK, TILE, BlockRows, pack_int4_groups
 from vllm.ops.quantization import spread, unpack_int4
 from vllm.transformers_utils.quantization_config import Int4Format
 
@@ -115,6 +116,20 @@ class Int4(Scheme):
                 "split over tensor-parallel ranks"
             )
         return None if torch.equal(groups[0], plain.to(by_group.dtype)) else order
+
+    def blocks(
+        self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int
+    ) -> list[BlockRows] | None:
+        group = self.group or in_features
+        if self.format.act_order or group % BLOCK or in_features % group or any(part % TILE for part in parts):
+            return None
+        codes, scales, zeros, order = self.codes(tensors, in_features)
+        if order is not None:
+            return None
+        return [
+            pack_int4_groups(*rows)
+            for rows in zip(*(t.split(list(parts)) for t in (codes, scales, zeros)), strict=True)
+        ]
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int) -> torch.Tensor:
         codes, scales, zeros, order = self.codes(tensors, in_features)

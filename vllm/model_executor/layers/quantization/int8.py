@@ -23,7 +23,7 @@ class Int8(Scheme):
             "input_scale": Stored((), torch.float32, optional=True, read=False),
         }
 
-    def row_scales(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int]) -> torch.Tensor:
+    def row_scales(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int) -> torch.Tensor:
         """Factors of each row: float32 [N, 1]."""
         scale = tensors["weight_scale"]
         if not bool(torch.isfinite(scale).all()):
@@ -33,4 +33,4 @@ class Int8(Scheme):
         return scale.repeat_interleave(torch.tensor(parts, device=scale.device)).unsqueeze(1)
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], parts: Sequence[int], in_features: int) -> torch.Tensor:
-        return tensors["weight"].float() * self.row_scales(tensors, parts)
+        return tensors["weight"].float() * self.row_scales(tensors, parts, in_features)
