@@ -14,6 +14,26 @@ class VLLMValidationError(ValueError):
         self.param = param
 
 
+class ContextLengthError(VLLMValidationError):
+    """A prompt leaves no room for an answer. Clients read the sentence, which is vLLM's, to shorten their prompts.
+
+    Args:
+        limit: Tokens of prompt and answer together.
+        at_least: Tokens of the prompt, or the fewest that it can have.
+        num_output: Tokens that were asked for.
+    """
+
+    def __init__(self, limit: int, at_least: int, param: str | None, num_output: int = 1) -> None:
+        super().__init__(
+            f"This model's maximum context length is {limit} tokens. However, you requested {num_output} output tokens "
+            f"and your prompt contains at least {at_least} input tokens, for a total of at least "
+            f"{at_least + num_output} tokens. Send a shorter prompt.",
+            param,
+        )
+        self.limit = limit
+        self.at_least = at_least
+
+
 class StartupError(RuntimeError):
     """The engine cannot start with these arguments on this machine; printed as one line, without a traceback."""
 

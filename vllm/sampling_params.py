@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -118,6 +118,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] = "left"
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
@@ -172,6 +173,10 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             check_int("prompt_logprobs", self.prompt_logprobs, -1, _MAX_INT)
         if self.truncate_prompt_tokens is not None:
             check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, _MAX_INT)
+        if self.truncation_side not in ("left", "right"):
+            raise VLLMValidationError(
+                f"truncation_side must be 'left' or 'right', got {self.truncation_side!r:.64}.", "truncation_side"
+            )
         self._verify_stops()
         if self.logit_bias:
             check_count("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)

@@ -281,6 +281,8 @@ def test_what_comes_beyond_the_limit_is_refused_at_once(engine: AsyncLLMEngine, 
                     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1"), path
                     assert "takes at most 4 (--max-num-queued-reqs); try again in a moment." in answer.text, path
                 assert refusals() == before + 1 + 3 + len(ROUTES)
+                background = await http.post("/v1/responses", json={"input": "a", "background": True})
+                assert background.status_code == 503
                 assert (await http.get("/v1/models")).status_code == 200
                 assert (await http.post("/tokenize", json=CHAT)).status_code == 200
             assert [task.status_code for task in await asyncio.gather(two, *herd)].count(200) == 3
@@ -288,6 +290,17 @@ def test_what_comes_beyond_the_limit_is_refused_at_once(engine: AsyncLLMEngine, 
             assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
             for path, body in ROUTES:
                 assert (await http.post(path, json=body)).status_code == 200, path
+            # Responses in the background keep their places until the engine has them.
+            asked = {"input": "a", "background": True, "max_output_tokens": 4}
+            many = await asyncio.gather(*(http.post("/v1/responses", json=asked) for _ in range(8)))
+            assert {answer.status_code for answer in many} <= {200, 503}
+            for answer in many:
+                if answer.status_code == 200:
+                    path = f"/v1/responses/{answer.json()['id']}"
+                    async with asyncio.timeout(30):
+                        while (said := (await http.get(path)).json())["status"] in ("queued", "in_progress"):
+                            await asyncio.sleep(0.01)
+                    assert said["status"] == "incomplete", said
         assert (engine.replicas[0].processor.num_outputs, engine._admission._num_prepared) == (0, 0)
 
     run(go())

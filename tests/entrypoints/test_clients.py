@@ -40,6 +40,51 @@ print(json.dumps({
 """
 
 
+# A tool is demanded, so that the model, whatever it is, calls it.
+AGENTS_SCRIPT = """
+import asyncio, json, sys
+import agents, openai
+url, model = sys.argv[1:3]
+agents.set_tracing_disabled(True)
+client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="EMPTY")
+
+@agents.function_tool
+def depth(cave: str) -> str:
+    \"\"\"How deep a cave is.\"\"\"
+    return "ninety metres"
+
+async def main():
+    seen = []
+    for kind in (agents.OpenAIChatCompletionsModel, agents.OpenAIResponsesModel):
+        agent = agents.Agent(
+            name="Guide", instructions="Be brief.", model=kind(model=model, openai_client=client), tools=[depth],
+            model_settings=agents.ModelSettings(tool_choice="required", max_tokens=400, temperature=0),
+            tool_use_behavior="stop_on_first_tool",
+        )
+        seen.append((await agents.Runner.run(agent, "How deep is it?")).final_output)
+        run = agents.Runner.run_streamed(agent, "How deep is it?")
+        kinds = {event.type async for event in run.stream_events()}
+        seen.append(run.final_output if "raw_response_event" in kinds else kinds)
+    print(json.dumps(seen))
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.nightly
+def test_openai_agents_calls_a_tool_over_both_apis(server, pip_folder):
+    folder = pip_folder("openai-agents", timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", AGENTS_SCRIPT, server.url, server.model],
+        env={"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["ninety metres"] * 4
+
+
 @pytest.fixture(scope="session")
 def litellm_dir(pip_folder: Callable[..., Path]) -> Path:
     return pip_folder("litellm", timeout=600)

@@ -338,9 +338,6 @@ def test_text_parts_are_joined_for_templates_that_know_only_strings(tokenizer: T
         [user([7])],
         [{"role": "assistant", "tool_calls": ["x"]}],
         [{"role": "assistant", "tool_calls": 5}],
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]}],
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]}],
         [user("lone \ud800 surrogate")],
     ],
 )
@@ -348,6 +345,18 @@ def test_malformed_messages_are_refused(tokenizer: Tokenizer, messages: Any) -> 
     with pytest.raises(VLLMValidationError) as caught:
         ChatRenderer(tokenizer, TOOLS).render(messages)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "[" * 100_000], ids=["cut", "list", "deep"])
+def test_arguments_that_are_no_object_are_history_all_the_same(tokenizer: Tokenizer, arguments: str) -> None:
+    history = [user("x"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    # This template goes through the items of an object.
+    assert f"<tag>arguments={arguments}<|im_end|>" in ChatRenderer(tokenizer, TOOLS).render(history).text
+    calls = "{% for c in m.tool_calls or [] %}{{ '!' + c.function.arguments }}{% endfor %}"
+    raw = f"{{% for m in messages %}}{{{{ m.content }}}}{calls}{{% endfor %}}"
+    assert ChatRenderer(tokenizer, raw).render(history).text == f"x!{arguments}"
+    whole = [user("x"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]}]
+    assert ChatRenderer(tokenizer, raw).render(whole).text == 'x!{"a": 1}'
 
 
 def test_arguments_of_tool_calls_reach_the_template_as_objects(tokenizer: Tokenizer) -> None:
@@ -465,3 +474,20 @@ def test_who_has_sent_what_shows_in_no_ones_time(tokenizer: Tokenizer, monkeypat
     first = work("word ", system_scope="a", scope="c")
     assert work("word ", system_scope="a", scope="d") < first
     assert work("word ", system_scope="b", scope="e") == first
+
+
+def test_developers_speak_as_the_system_where_the_template_knows_no_such_role(tokenizer: Tokenizer) -> None:
+    said = [{"role": "developer", "content": "Be brief."}, user("Hi")]
+    chat = ChatRenderer(tokenizer, MARKED).render(said)
+    same = ChatRenderer(tokenizer, MARKED).render([said[0] | {"role": "system"}, user("Hi")])
+    assert chat.text == same.text
+    assert chat.num_system_tokens == same.num_system_tokens
+    knows = MARKED + "{# 'developer' #}"
+    assert "<|im_start|>developer" in ChatRenderer(tokenizer, knows).render(said).text
+
+
+def test_parts_are_joined_as_the_caller_says(tokenizer: Tokenizer) -> None:
+    parts = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}
+    text_only = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    assert ChatRenderer(tokenizer, text_only).render([parts]).text == "usera\nb"
+    assert ChatRenderer(tokenizer, text_only).render([parts], separator="").text == "userab"

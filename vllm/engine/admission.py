@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 
 
 class _Place:
-    """A place that is kept for a request while it is prepared; `is_kept` until the request takes it or gives it up."""
+    """A place that is kept for a request while it is prepared; `is_kept` until the request takes it or gives it up.
+
+    Attributes:
+        outlives: A task that was started within has it until its end.
+    """
 
     is_kept = True
+    outlives = False
 
 
 _own_place: ContextVar[_Place | None] = ContextVar("place", default=None)
@@ -48,7 +55,15 @@ class Admission:
             yield
         finally:
             _own_place.reset(token)
-            self._give_up(place)
+            if not place.outlives:
+                self._give_up(place)
+
+    def hand_on(self, task: asyncio.Task[Any]) -> None:
+        """Leaves the place to a task that was started here, for the first request that enters there."""
+        place = _own_place.get()
+        if place is not None:
+            place.outlives = True
+            task.add_done_callback(lambda _: self._give_up(place))
 
     @contextmanager
     def entry(self, num_outputs: int) -> Iterator[None]:

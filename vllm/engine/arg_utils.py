@@ -25,6 +25,7 @@ from vllm.config import (
     SystemPromptMode,
     VllmConfig,
 )
+from vllm.engine.foreign_args import check_foreign_keyword
 from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -88,9 +89,16 @@ _COPY_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 _HOST_SHARE = 0.4
 
 
-@dataclass
+@dataclass(init=False)
 class EngineArgs:
-    """Engine flags; `None` means that the engine chooses. See `vllm serve --help` for each."""
+    """Engine flags; `None` means that the engine chooses. See `vllm serve --help` for each.
+
+    Keywords of vLLM's engines that this one has no use for are treated as the command line treats their flags.
+
+    Raises:
+        TypeError: a keyword is known to neither.
+        StartupError: it asks for what this engine does not do.
+    """
 
     model: str | None = None
     tokenizer: str | None = None
@@ -140,6 +148,16 @@ class EngineArgs:
     attention_backend: str | None = None
     enforce_eager: bool = False
     disable_log_stats: bool = False
+
+    def __init__(self, model: str | None = None, **values: Any) -> None:
+        self.model = model
+        for field in dataclasses.fields(self)[1:]:
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            given = values.pop(field.name, None)
+            setattr(self, field.name, default if given is None else given)
+        for name, value in values.items():
+            check_foreign_keyword(name, value)
 
     @classmethod
     def from_cli_args(cls, namespace: argparse.Namespace) -> EngineArgs:

@@ -262,6 +262,12 @@ class AsyncLLMEngine:
         finally:
             work.close()
 
+    def in_background(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
+        """A task for work that begins with a request, which has the place that `admitted` keeps here."""
+        task = asyncio.create_task(work)
+        self._admission.hand_on(task)
+        return task
+
     async def _compile(self, wanted: StructuredOutputsParams) -> CompiledConstraint:
         # Several requests may wait for the same one: it goes on when one of them leaves.
         try:
@@ -273,6 +279,12 @@ class AsyncLLMEngine:
         """Ends a request; the engine takes note before its next step. Unknown ids are ignored."""
         for replica in self.replicas:
             if request_id in replica.processor.requests:
+                await replica.abort(request_id)
+
+    async def abort_all(self) -> None:
+        """Ends all requests that wait or run, with the finish reason `abort`."""
+        for replica in self.replicas:
+            for request_id in list(replica.processor.requests):
                 await replica.abort(request_id)
 
     async def check_params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:

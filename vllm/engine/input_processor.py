@@ -14,7 +14,7 @@ import numpy as np
 
 from vllm.config import ModelConfig
 from vllm.engine.messages import EngineRequest
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import ContextLengthError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType
 from vllm.sampling_params import (
     MAX_BAD_SEQUENCES,
@@ -95,11 +95,7 @@ class InputProcessor:
         its tokens are."""
         at_least = num_chars // self.tokenizer.max_chars_per_token
         if at_least >= self.config.max_model_len:
-            raise VLLMValidationError(
-                f"This model's maximum context length is {self.config.max_model_len} tokens, prompt and output "
-                f"together; the prompt has {num_chars} characters, at least {at_least} tokens.",
-                param,
-            )
+            raise ContextLengthError(self.config.max_model_len, at_least, param)
 
     def prompt(
         self, prompt: PromptType, num_system_tokens: int | None = None, tenant: str | None = None
@@ -202,11 +198,7 @@ class InputProcessor:
         if not token_ids:
             raise VLLMValidationError("The prompt is empty; give at least one token.", "prompt")
         if len(token_ids) >= longest:
-            raise VLLMValidationError(
-                f"This model's maximum context length is {longest} tokens, prompt and output together, and at least "
-                f"one must be left for the output; the prompt has {len(token_ids)}.",
-                "prompt",
-            )
+            raise ContextLengthError(longest, len(token_ids), "prompt", params.max_tokens or 1)
         if self.serves:
             self._check_prompt_logprobs(params.prompt_logprobs, len(token_ids))
         room = longest - len(token_ids)
@@ -309,8 +301,8 @@ class InputProcessor:
         return bool(values.max() < self.config.vocab_size)
 
     def truncate(self, token_ids: Ids, params: SamplingParams) -> Ids:
-        """The last tokens of a prompt, as many as `truncate_prompt_tokens` says; -1 for all that leave room for
-        `max_tokens`.
+        """The last tokens of a prompt, or the first ones if `truncation_side` is right: as many as
+        `truncate_prompt_tokens` says; -1 for all that leave room for `max_tokens`.
 
         Raises:
             VLLMValidationError: that is none, or more than the model takes.
@@ -323,7 +315,7 @@ class InputProcessor:
                 f"truncate_prompt_tokens must be -1 or from 1 to {self.config.max_model_len - 1}, got {keep}.",
                 "truncate_prompt_tokens",
             )
-        return token_ids[-keep:]
+        return token_ids[:keep] if params.truncation_side == "right" else token_ids[-keep:]
 
     def _check_prompt_logprobs(self, top: int | None, num_tokens: int) -> None:
         most = times_more(MAX_PROMPT_LOGPROBS, self.config.max_logprobs)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
+import msgspec
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
@@ -19,6 +20,7 @@ from vllm.inputs import PromptType, TokensPrompt
 from vllm.outputs import RequestOutput, SystemPromptInfo
 from vllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, check_int
 
+_TOKENIZATION = ("truncate_prompt_tokens", "truncation_side")
 Messages = list[dict[str, Any]]
 
 
@@ -51,38 +53,58 @@ class LLM:
         prompts: PromptType | Sequence[PromptType],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
+        priority: Sequence[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; outputs come in the order of the prompts.
 
         Args:
             prompts: One prompt or many: text, token ids, or a dict with `prompt` or `prompt_token_ids`.
             sampling_params: One for all, or one a prompt; None takes the checkpoint's defaults.
-            use_tqdm: Show progress on stderr.
+            use_tqdm: Show progress on stderr; or what is called in place of tqdm.
+            lora_request: Must be None: there are no adapters.
+            priority: One a prompt, smaller first, where the engine's `scheduling_policy` is "priority".
+            tokenization_kwargs: `truncate_prompt_tokens` and `truncation_side`.
 
         Raises:
             VLLMValidationError: a prompt or parameter is not allowed; nothing has run then.
         """
+        _refuse_adapters(lora_request)
         many = _as_prompts(prompts)
-        return self._run([(prompt, None) for prompt in many], sampling_params, use_tqdm)
+        chosen = self._sampling_params(sampling_params, len(many), tokenization_kwargs)
+        return self._run([(prompt, None) for prompt in many], chosen, use_tqdm, priority)
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: Any = None,
         chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, each a list of messages `{"role": …, "content": …}`.
+
+        Args:
+            chat_template_content_format, mm_processor_kwargs: Without effect: the form of contents is found out from
+                the template, and there are only texts.
+            lora_request, priority, tokenization_kwargs, use_tqdm: As of `generate`.
 
         Raises:
             VLLMValidationError: the chat template refuses a conversation, or a parameter is not allowed.
         """
+        _refuse_adapters(lora_request)
         conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
         requests: list[tuple[PromptType, int | None]] = []
         for conversation in conversations:
@@ -93,10 +115,45 @@ class LLM:
                 continue_final_message=continue_final_message,
                 template_kwargs=chat_template_kwargs,
                 chat_template=chat_template,
+                add_special_tokens=add_special_tokens,
             )
             prompt = TokensPrompt(prompt_token_ids=rendered.prompt_token_ids, prompt=rendered.text)
             requests.append((prompt, rendered.num_system_tokens))
-        return self._run(requests, sampling_params, use_tqdm)
+        chosen = self._sampling_params(sampling_params, len(requests), tokenization_kwargs)
+        return self._run(requests, chosen, use_tqdm, priority)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets what requests have in common after their system prompts; pinned prompts stay."""
+        return self.llm_engine.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Pauses the engine, which here is idle between calls; level 1 also forgets cached suffixes. The memory of
+        weights and KV cache stays reserved, which is what level 2 would give up."""
+        if level not in (0, 1):
+            raise VLLMValidationError(f"level must be 0 or 1, got {level!r:.64}.", "level")
+        self.llm_engine.core.sleep(level)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Goes on after `sleep`; `tags` may name what to wake, all of which has stayed awake here."""
+        self.llm_engine.core.wake_up()
+
+    def start_profile(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: a profiler from outside, such as Nsight or py-spy, sees all of this process."""
+        raise NotImplementedError("There is no profiler in this engine; run Nsight Systems or py-spy on the process.")
+
+    stop_profile = start_profile
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Raises NotImplementedError: ranks take plans of steps, and no code."""
+        raise NotImplementedError("Ranks of this engine take no calls of code from outside.")
+
+    apply_model = collective_rpc
+
+    def encode(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Raises NotImplementedError: models of this engine write text."""
+        raise NotImplementedError("The models of this engine write text; this call needs a pooling model.")
+
+    embed = classify = score = reward = encode
 
     def beam_search(
         self,
@@ -104,6 +161,7 @@ class LLM:
         params: BeamSearchParams,
         *,
         use_tqdm: bool = False,
+        lora_request: Any = None,
         concurrency_limit: int | None = None,
     ) -> list[BeamSearchOutput]:
         """The most likely continuations of each prompt, as far as a beam search finds them.
@@ -118,6 +176,7 @@ class LLM:
         Raises:
             VLLMValidationError: a prompt or parameter is not allowed.
         """
+        _refuse_adapters(lora_request)
         if concurrency_limit is not None:
             check_int("concurrency_limit", concurrency_limit, 1, 2**31 - 1)
         engine = self.llm_engine
@@ -166,31 +225,47 @@ class LLM:
     def list_system_prompts(self) -> list[SystemPromptInfo]:
         return self.llm_engine.list_system_prompts()
 
+    def _sampling_params(
+        self,
+        given: SamplingParams | Sequence[SamplingParams] | None,
+        num_prompts: int,
+        tokenization: dict[str, Any] | None,
+    ) -> list[SamplingParams]:
+        """The parameters of each prompt, its own copy."""
+        if given is None:
+            given = self.get_default_sampling_params()
+        many = [given] * num_prompts if isinstance(given, SamplingParams) else list(given)
+        if len(many) != num_prompts:
+            raise VLLMValidationError(
+                f"{num_prompts} prompts came with {len(many)} sampling parameters; give one for all or one each.",
+                "sampling_params",
+            )
+        unknown = sorted((tokenization or {}).keys() - _TOKENIZATION)
+        if unknown:
+            raise VLLMValidationError(
+                f"tokenization_kwargs may hold {' and '.join(_TOKENIZATION)}, got {unknown[0]!r:.64}.",
+                "tokenization_kwargs",
+            )
+        changes = (tokenization or {}) | {"output_kind": RequestOutputKind.FINAL_ONLY}
+        return [msgspec.structs.replace(params.clone(), **changes) for params in many]
+
     def _run(
         self,
         requests: list[tuple[PromptType, int | None]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
+        all_params: list[SamplingParams],
+        use_tqdm: bool | Callable[..., Any],
+        priority: Sequence[int] | None,
     ) -> list[RequestOutput]:
-        if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
-        if isinstance(sampling_params, SamplingParams):
-            all_params = [sampling_params] * len(requests)
-        else:
-            all_params = list(sampling_params)
-        if len(all_params) != len(requests):
-            raise VLLMValidationError(
-                f"{len(requests)} prompts came with {len(all_params)} sampling parameters; give one for all "
-                "or one each.",
-                "sampling_params",
-            )
+        priorities = [0] * len(requests) if priority is None else list(priority)
+        if len(priorities) != len(requests):
+            raise VLLMValidationError(f"{len(requests)} prompts came with {len(priorities)} priorities.", "priority")
+        if self.llm_engine.core.is_sleeping:
+            raise VLLMValidationError("The engine sleeps; call wake_up() first.")
         ids: list[str] = []
         try:
-            for (prompt, num_system_tokens), params in zip(requests, all_params, strict=True):
-                final = params.clone()
-                final.output_kind = RequestOutputKind.FINAL_ONLY
+            for (prompt, system), params, rank in zip(requests, all_params, priorities, strict=True):
                 request_id = next(self._request_ids)
-                self.llm_engine.add_request(request_id, prompt, final, num_system_tokens=num_system_tokens)
+                self.llm_engine.add_request(request_id, prompt, params, num_system_tokens=system, priority=rank)
                 ids.append(request_id)
             outputs = self._finish(len(ids), use_tqdm)
         except BaseException:
@@ -198,10 +273,11 @@ class LLM:
             raise
         return [outputs[request_id] for request_id in ids]
 
-    def _finish(self, count: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+    def _finish(self, count: int, use_tqdm: bool | Callable[..., Any]) -> dict[str, RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         tokens = 0
-        with tqdm(total=count, desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as progress:
+        bar = use_tqdm if callable(use_tqdm) else tqdm
+        with bar(total=count, desc="Requests", disable=not use_tqdm, dynamic_ncols=True) as progress:
             while self.llm_engine.has_unfinished_requests():
                 for output in self.llm_engine.step():
                     outputs[output.request_id] = output
@@ -210,6 +286,11 @@ class LLM:
                     elapsed = progress.format_dict["elapsed"]
                     progress.set_postfix_str(f"{tokens / elapsed if elapsed else 0:.1f} output tokens/s")
         return outputs
+
+
+def _refuse_adapters(lora_request: Any) -> None:
+    if lora_request is not None:
+        raise VLLMValidationError("lora_request must be None: this engine has no LoRA adapters.", "lora_request")
 
 
 def _as_prompts(prompts: PromptType | Sequence[PromptType]) -> list[PromptType]:

@@ -64,6 +64,10 @@ class _Template:
     Attributes:
         takes_text: Shows content that is a string.
         takes_parts: Shows content that is a list of text parts.
+        takes_objects: Shows a call whose arguments are an object.
+        takes_raw: Shows a call whose arguments are text.
+        has_developers: Knows that role; where it does not, what developers say is the system's.
+        separator: Stands between the parts of a content that it shows as a string.
         tells_date: Its output depends on the day.
     """
 
@@ -71,7 +75,11 @@ class _Template:
     controls: ControlTokens
     takes_text: bool
     takes_parts: bool
+    takes_objects: bool
+    takes_raw: bool
+    has_developers: bool
     tells_date: bool
+    separator: str = "\n"
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,7 @@ class ChatRenderer:
         template_kwargs: dict[str, Any] | None = None,
         chat_template: str | None = None,
         add_special_tokens: bool = False,
+        separator: str = "\n",
         breakpoints: Sequence[Breakpoint] = (),
         system_scope: Hashable = None,
         scope: Hashable = None,
@@ -150,6 +159,7 @@ class ChatRenderer:
             template_kwargs: Further variables of the template.
             chat_template: Template source for this chat alone.
             add_special_tokens: Also add what the tokenizer adds to plain text; templates write it themselves.
+            separator: What joins text parts where the template reads strings.
             breakpoints: Places in the chat whose positions in the prompt are asked for.
             system_scope: Who else may notice, by the time it takes, that this system part has been seen.
             scope: The same of what the breakpoints mark beyond it.
@@ -168,7 +178,7 @@ class ChatRenderer:
                 f"chat_template_kwargs must not hold {min(reserved)!r}; it is set by a field of the request itself.",
                 "chat_template_kwargs",
             )
-        template = self._inspect(self._choose_template(chat_template, tools))
+        template = replace(self._inspect(self._choose_template(chat_template, tools)), separator=separator)
         chat = _Chat(
             template=template,
             messages=[
@@ -346,18 +356,32 @@ class ChatRenderer:
         return SystemPart(_common_prefix(prompts), known)
 
     def _inspect_template(self, source: str) -> _Template:
-        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, "strftime_now" in source)
+        dated = "strftime_now" in source
+        developers = "'developer'" in source or '"developer"' in source
+        template = _Template(source, ControlTokens(self._tokenizer, source), True, False, True, True, developers, dated)
+
+        def shown(message: dict[str, Any]) -> str:
+            messages = [{"role": "user", "content": "a"}, message] if "tool_calls" in message else [message]
+            try:
+                return self._render_text(_Chat(template, messages, None, {}, True, False, False))
+            except VLLMValidationError:
+                return ""
 
         def shows(content: Any) -> bool:
-            chat = _Chat(template, [{"role": "user", "content": content}], None, {}, True, False, False)
-            try:
-                text = self._render_text(chat)
-            except VLLMValidationError:
-                return False
+            text = shown({"role": "user", "content": content})
             return "Content" in text and "'type'" not in text and '"type"' not in text
 
+        def shows_call(arguments: Any) -> bool:
+            function = {"name": "f", "arguments": arguments}
+            # Nine letters and digits, since some templates take no other ids.
+            call = {"id": "abcdefghi", "type": "function", "function": function}
+            return "Content" in shown({"role": "assistant", "content": "", "tool_calls": [call]})
+
         takes_parts = shows([{"type": "text", "text": "Content"}])
-        return replace(template, takes_text=shows("Content") or not takes_parts, takes_parts=takes_parts)
+        takes_text = shows("Content") or not takes_parts
+        template = replace(template, takes_text=takes_text, takes_parts=takes_parts)
+        takes_raw = shows_call("{Content")
+        return replace(template, takes_raw=takes_raw, takes_objects=not takes_raw or shows_call({"a": "Content"}))
 
 
 def _num_system_messages(chat: _Chat) -> int:
@@ -447,13 +471,15 @@ def _shaped(message: dict[str, Any], template: _Template) -> dict[str, Any]:
     """A normalised message in the form that the template reads; itself if that is its form already."""
     changes: dict[str, Any] = {}
     content = message["content"]
+    if message["role"] == "developer" and not template.has_developers:
+        changes["role"] = "system"
     if isinstance(content, str):
         if not template.takes_text:
             changes["content"] = [_text(content)]
     elif not template.takes_parts:
-        changes["content"] = "\n".join(part["text"] for part in content)
+        changes["content"] = template.separator.join(part["text"] for part in content)
     if message.get("tool_calls"):
-        changes["tool_calls"] = [_tool_call(call) for call in message["tool_calls"]]
+        changes["tool_calls"] = [_tool_call(call, template) for call in message["tool_calls"]]
     # What gpt-oss' template calls it; of a message that calls and also says something it takes one of the two.
     thinking = message.get("reasoning_content")
     if thinking and "message.thinking" in template.source and not (message.get("tool_calls") and content):
@@ -473,20 +499,28 @@ def _part_text(part: Any) -> str:
     return text
 
 
-def _tool_call(call: Any) -> Any:
-    """Gives the template the arguments as an object: the API has them as JSON text."""
+def _tool_call(call: Any, template: _Template) -> Any:
+    """The call with its arguments as the template reads them: an object where they are one.
+
+    What a model wrote is history, whatever it is: arguments that are no JSON object stay the text that they are. A
+    template that reads objects alone gets one that holds the text.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise VLLMValidationError("tool_calls must hold objects with a function.", "messages")
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        return call
+    given = function.get("arguments")
+    arguments = _json_object(given) if isinstance(given, str) else given
+    if arguments is None and isinstance(given, str):
+        arguments = given if template.takes_raw else {"arguments": given}
+    elif isinstance(arguments, dict) and not template.takes_objects:
+        arguments = given if isinstance(given, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": arguments}} if arguments is not given else call
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
+    """The object that a JSON text stands for; an empty one for no text, None if it stands for no object."""
     try:
-        parsed = json.loads(arguments) if arguments.strip() else {}
+        value = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise VLLMValidationError(
-            f"The arguments of a tool call must be the JSON text of an object, got {arguments!r:.100}.", "messages"
-        )
-    return {**call, "function": {**function, "arguments": parsed}}
+        return None
+    return value if isinstance(value, dict) else None

@@ -347,3 +347,20 @@ def test_the_engine_of_schemas_is_chosen_as_in_vllm(parse, tiny_model_dir):
     ):
         with pytest.raises(StartupError, match=words):
             EngineArgs(model=str(tiny_model_dir), structured_outputs_config=config).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        (["-ep"], "--enable-expert-parallel"),
+        (["-cc.mode", "3"], "--compilation-config"),
+        (["-O3"], "--optimization-level"),
+        (["-n", "1", "-r", "0", "-tp=1", "-dp", "1", "-pp", "1", "-dcp", "1"], None),
+        (["--language-model-only"], None),
+    ],
+)
+def test_short_names_stand_for_long_ones(parse, monkeypatch, given, warned):
+    said = []
+    monkeypatch.setattr(compatibility_args.logger, "warning", lambda text, option: said.append(option))
+    assert parse(*given).tensor_parallel_size == 1
+    assert [option.partition("=")[0] for option in said] == ([warned] if warned else [])

@@ -6,6 +6,8 @@ import httpx
 import pytest
 
 from vllm.entrypoints.chat.cache_marks import take_breakpoints
+from vllm.entrypoints.chat.messages import check_messages
+from vllm.entrypoints.chat.request import PromptCacheOptions
 from vllm.inputs import Breakpoint
 from vllm.transformers_utils.chat_template import ChatRenderer
 from vllm.transformers_utils.tokenizer import load_tokenizer
@@ -127,3 +129,109 @@ def test_marks_in_openai_chats_and_retention(client):
         assert answer.status_code == 200, answer.text
     for p in sorted(pinned(client), key=lambda p: -p["num_tokens"]):
         client.delete(f"/v1/system_prompts/{p['id']}")
+
+
+def test_breakpoints_of_openai_are_taken_as_well():
+    mark = {"mode": "explicit"}
+    parts = [{"type": "text", "text": str(i), "prompt_cache_breakpoint": mark} for i in range(6)]
+    parts[5]["prompt_cache_breakpoint"] = mark | {"ttl": "12h"}
+    checked = check_messages([{"role": "user", "content": parts}])
+    assert all(part.keys() == {"type", "text"} for part in take_breakpoints(checked, None)[0][0]["content"])
+    found = take_breakpoints(checked, None)[2]
+    assert found == [Breakpoint(0, 4, 1800.0), Breakpoint(0, 5, 1800.0), Breakpoint(0, 6, 43200.0)], "one is implicit"
+    explicit = PromptCacheOptions(mode="explicit", ttl="12h")
+    assert [(b.parts, b.ttl) for b in take_breakpoints(checked, None, explicit)[2]] == [
+        (i, 43200) for i in (3, 4, 5, 6)
+    ]
+
+
+def ask(server, path, **body):
+    response = httpx.post(f"{server.url}/v1/{path}", json={"temperature": 0} | body, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_what_a_breakpoint_marks_is_written_once_and_read_exactly(server, path):
+    """The second request goes on differently right behind the mark, and reads all that stands before it."""
+    name, limit, kind = (
+        ("messages", "max_tokens", "text") if path[0] == "c" else ("input", "max_output_tokens", "input_text")
+    )
+    law = f"By {path}. " + LAW
+
+    def turn(question, **options):
+        parts = [{"type": kind, "text": CASE, "prompt_cache_breakpoint": {"mode": "explicit"}}]
+        said = [
+            {"role": "system", "content": law},
+            {"role": "user", "content": [*parts, {"type": kind, "text": question}]},
+        ]
+        answer = ask(server, path, **{name: said, limit: 2} | options)
+        usage = answer["usage"]
+        details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+        return details["cache_write_tokens"], details["cached_tokens"]
+
+    written, cached = turn("Who won?")
+    assert cached < 20 < written
+    assert turn("Why?") == (0, written + cached)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_prewarming_keeps_the_prompt_and_says_nothing(server, path):
+    name, limit = ("messages", "max_tokens") if path[0] == "c" else ("input", "max_output_tokens")
+    said = [{"role": "system", "content": f"Warm by {path}. " + LAW}, {"role": "user", "content": "Hi"}]
+    warm = ask(server, path, **{name: said, "prompt_cache_options": {"prewarm": True}})
+    if path == "responses":
+        assert (warm["output"], warm["status"], warm["usage"]["output_tokens"]) == ([], "completed", 0)
+        assert warm["prompt_cache_options"]["mode"] == "implicit"
+        written = warm["usage"]["input_tokens_details"]["cache_write_tokens"]
+    else:
+        (choice,) = warm["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
+        assert warm["usage"]["completion_tokens"] == 0
+        written = warm["usage"]["prompt_tokens_details"]["cache_write_tokens"]
+    assert written > 50
+    usage = ask(server, path, **{name: said, limit: 1})["usage"]
+    details = usage.get("prompt_tokens_details") or usage["input_tokens_details"]
+    assert details["cached_tokens"] >= written
+    body = {name: said, limit: 5, "stream": True, "prompt_cache_options": {"prewarm": True}}
+    streamed = httpx.post(f"{server.url}/v1/{path}", json=body, timeout=60).text
+    assert "output_text.delta" not in streamed
+    assert "data: [DONE]" in streamed or "response.completed" in streamed
+
+
+def test_explicit_breakpoints_keep_nothing_else(server):
+    said = [{"role": "system", "content": "Explicitly. " + LAW}, {"role": "user", "content": "Hi"}]
+    for _ in range(2):
+        usage = ask(server, "chat/completions", messages=said, max_tokens=1, prompt_cache_options={"mode": "explicit"})
+        assert usage["usage"]["prompt_tokens_details"]["cache_write_tokens"] == 0
+
+
+@pytest.mark.parametrize("mark", [{"mode": "implicit"}, {}, "explicit", {"mode": "explicit", "ttl": "1h"}])
+def test_malformed_breakpoints_are_refused(server, mark):
+    parts = [{"type": "text", "text": "Hi", "prompt_cache_breakpoint": mark}]
+    body = {"messages": [{"role": "user", "content": parts}]}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "prompt_cache_breakpoint" in response.json()["error"]["message"]
+
+
+def test_a_response_says_why_it_did_not_read_its_prompt(server):
+    def create(**fields):
+        return ask(
+            server, "responses", **{"instructions": "Diagnose. " + LAW, "input": CASE, "max_output_tokens": 2} | fields
+        )
+
+    def compared(with_id, **fields):
+        options = {"comparison_response_id": with_id}
+        return create(prompt_cache_options=options, **fields)["prompt_cache_diagnostics"]
+
+    first = create()
+    create()
+    assert first["prompt_cache_diagnostics"] is None
+    assert compared(first["id"]) == {"type": "cache_hit"}
+    assert compared("resp_nobodys") == {"type": "comparison_response_not_found"}
+    changed = compared(first["id"], input="Another case.")
+    assert (changed["type"], changed["reason"]) == ("cache_miss", "input_changed")
+    assert compared(first["id"], instructions="Others.")["reason"] == "input_changed"
+    tools = [{"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}]
+    assert compared(first["id"], tools=tools, tool_choice="none")["reason"] == "tools_changed"

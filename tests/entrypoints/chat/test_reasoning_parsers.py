@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from vllm.entrypoints.chat.reasoning_parsers import REASONING_PARSERS, ReasoningParser
 
-BOTH = ["deepseek_r1", "qwen3"]
+# Those with the usual marks.
+BOTH = ["deepseek_r1", "minimax_m2", "nemotron_v3", "olmo3", "qwen3", "step3"]
 
 CASES = [
     ("I think.\n</think>\n\nYes.", "I think.\n", "\n\nYes."),
@@ -35,6 +36,55 @@ def test_reasoning_ends_at_its_mark(name: str, text: str, reasoning: str, conten
     for cut in range(len(text)):
         assert split(make(ended=False), [text[:cut], text[cut:]]) == (reasoning, content)
     assert split(make(ended=False), list(text)) == (reasoning, content)
+
+
+# Parser, what the prompt says of the reasoning, output, reasoning, content.
+OTHERS = [
+    ("deepseek_v3", False, "Hm</think>Yes", "Hm", "Yes"),
+    ("glm45", None, "Yes", "", "Yes"),
+    ("glm45", None, "\n<think>Hm</think>\nYes", "Hm", "\nYes"),
+    ("glm45", False, "Hm</think>Yes", "Hm", "Yes"),
+    ("glm45", None, "<thi", "", "<thi"),
+    ("kimi_k2", False, "<think>Hm</think>Yes", "Hm", "Yes"),
+    (
+        "kimi_k2",
+        False,
+        "<think>Hm<|tool_calls_section_begin|><|tool_call_begin|>",
+        "Hm",
+        "<|tool_calls_section_begin|><|tool_call_begin|>",
+    ),
+    ("seed_oss", False, "<seed:think>Hm</seed:think>Yes", "Hm", "Yes"),
+    ("mistral", None, "[THINK]Hm[/THINK]Yes", "Hm", "Yes"),
+    ("mistral", None, "Yes [THINK]", "", "Yes [THINK]"),
+    ("granite", None, "Here is my thought process: Hm. Here is my response: Yes", " Hm. ", " Yes"),
+    ("granite", None, "Here's my thought process: Hm. Here's my response: Yes", " Hm. ", " Yes"),
+    ("granite", None, "Here is the thing", "", "Here is the thing"),
+    ("gemma4", None, "<|channel>thought\nHm<channel|>Yes", "Hm", "Yes"),
+    ("gemma4", None, "Yes", "", "Yes"),
+    ("hunyuan_a13b", False, "<think>\nHm\n</think>\n<answer>\nYes </a\n</answer>", "\nHm\n", "Yes </a"),
+    ("hunyuan_a13b", True, "<answer>Yes</answer>\n<tool_calls>", "", "Yes\n<tool_calls>"),
+    ("hunyuan_a13b", True, " Yes</answer>", "", " Yes</answer>"),
+    ("ernie45", False, "Hm\n</think>\n\n<response>\nYes\n</response>\n", "Hm\n", "Yes"),
+    ("ernie45", False, "Hm</think>\n\nYes", "Hm", "\n\nYes"),
+]
+
+
+@pytest.mark.parametrize(("name", "ended", "text", "reasoning", "content"), OTHERS)
+def test_families_mark_their_reasoning(name: str, ended: bool | None, text: str, reasoning: str, content: str) -> None:
+    make = REASONING_PARSERS[name]
+    assert split(make(ended), [text]) == (reasoning, content)
+    for cut in range(len(text)):
+        assert split(make(ended), [text[:cut], text[cut:]]) == (reasoning, content)
+    assert split(make(ended), list(text)) == (reasoning, content)
+
+
+def test_prompts_say_whether_there_will_be_reasoning() -> None:
+    assert REASONING_PARSERS["deepseek_v3"].ended_in("<assistant>", None, {}) is True
+    assert REASONING_PARSERS["deepseek_v3"].ended_in("<assistant><think>", None, {"thinking": True}) is False
+    for name, opened in (("glm45", "<think>"), ("mistral", "[THINK]"), ("gemma4", "<|channel>thought\n")):
+        assert REASONING_PARSERS[name].ended_in("<assistant>", None, {}) is None
+        assert REASONING_PARSERS[name].ended_in(f"<assistant>{opened}", None, {}) is False
+    assert REASONING_PARSERS["glm45"].ended_in("<assistant>", None, {"enable_thinking": False}) is True
 
 
 @given(parts=st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "a", " ", "\n"]), max_size=12))

@@ -36,6 +36,9 @@ CITY_JSON = json.dumps(CITY, ensure_ascii=False)
 V3 = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
 
 
+KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>"
+
+
 def v3(name: str, arguments: str) -> str:
     return f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```<｜tool▁call▁end｜>"
 
@@ -151,6 +154,147 @@ CASES: list[tuple[str, str, str, Calls]] = [
         [("now", {}), ("now", {})],
     ),
     ("deepseek_v3", "Only <｜text｜>", "Only <｜text｜>", []),
+    ("deepseek_v3", V3[:21] + "<｜tool▁call▁begin｜>now", V3[:21] + "<｜tool▁call▁begin｜>now", []),
+    # What breaks before its arguments is text, and so is what only speaks of the format.
+    ("hermes", '<tool_call>{"name": "now"', '<tool_call>{"name": "now"', []),
+    ("hermes", '<tool_call>{"name": "now", "x', '<tool_call>{"name": "now", "x', []),
+    ("mistral", "Say [TOOL_CALLS] and then {", "Say [TOOL_CALLS] and then {", []),
+    ("mistral", '[TOOL_CALLS][{"name": "now"', '[TOOL_CALLS][{"name": "now"', []),
+    ("mistral", "[TOOL_CALLS][oops]", "[TOOL_CALLS][oops]", []),
+    ("llama3_json", 'Sure: {"name": "now", "parameters": {}}', "Sure:", [("now", {})]),
+    ("llama3_json", 'I call <|python_tag|>{"name": "now", "parameters": {}}', "I call", [("now", {})]),
+    ("llama3_json", 'See {"name": "x", "parameters": {}}.', 'See {"name": "x", "parameters": {}}.', []),
+    ("llama3_json", 'f() { return 1 } {"a": 2}', 'f() { return 1 } {"a": 2}', []),
+    ("qwen3_coder", "Write `<function=weather>` to call.", "Write `<function=weather>` to call.", []),
+    ("qwen3_coder", "<tool_call> holds <function=now> and more", "<tool_call> holds <function=now> and more", []),
+    ("qwen3_coder", "`<function=x></function>` is empty", "`<function=x></function>` is empty", []),
+    ("qwen3_coder", "<tool_call>\n<function=now>", "<tool_call>\n<function=now>", []),
+    ("qwen3_coder", "Hm.\n<tool_call>\n<function=now>\n</tool_call>", "Hm.", [("now", {})]),
+    (
+        "deepseek_v31",
+        "Hi" + V3.format(f"<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{CITY_JSON}<｜tool▁call▁end｜>"),
+        "Hi",
+        [("weather", CITY)],
+    ),
+    (
+        "kimi_k2",
+        "Hm.<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        + CITY_JSON
+        + "<|tool_call_end|><|tool_call_begin|>functions.now:1<|tool_call_argument_begin|>{}<|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "Hm.",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("kimi_k2", f"{KIMI}functions.n", f"{KIMI}functions.n", []),
+    (
+        "deepseek_v32",
+        "Hm.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"weather\">\n"
+        '<｜DSML｜parameter name="city" string="true">null</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">2</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="other" string="false">[1, "a"]</｜DSML｜parameter>\n'
+        '</｜DSML｜invoke>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+        "Hm.",
+        [("weather", {"city": "null", "days": 2, "other": [1, "a"]}), ("now", {})],
+    ),
+    (
+        "minimax_m2",
+        'Hm.\n<minimax:tool_call>\n<invoke name="weather">\n<parameter name="city">Rome\n</parameter>\n'
+        '<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n</minimax:tool_call>',
+        "Hm.",
+        [("weather", {"city": "Rome\n", "days": 2}), ("now", {})],
+    ),
+    ("minimax_m2", 'The tag <invoke name="x"> is', 'The tag <invoke name="x"> is', []),
+    (
+        "seed_oss",
+        "Hm.<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n<parameter=days>2</parameter>\n"
+        "</function>\n</seed:tool_call>",
+        "Hm.",
+        [("weather", {"city": "Rome", "days": 2})],
+    ),
+    (
+        "step3",
+        "Hm.<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name=\"weather\">"
+        '<steptml:parameter name="city">Rome</steptml:parameter></steptml:invoke><｜tool_call_end｜>'
+        '<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="now"></steptml:invoke><｜tool_call_end｜>'
+        "<｜tool_calls_end｜>",
+        "Hm.",
+        [("weather", {"city": "Rome"}), ("now", {})],
+    ),
+    (
+        "glm45",
+        "Hm.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+        "Hm.",
+        [("weather", {"city": "Rome", "days": 2}), ("now", {})],
+    ),
+    (
+        "glm47",
+        "Hm.<tool_call>weather<arg_key>city</arg_key><arg_value>a < b</arg_value></tool_call>"
+        "<tool_call>now</tool_call>",
+        "Hm.",
+        [("weather", {"city": "a < b"}), ("now", {})],
+    ),
+    ("glm45", "A <tool_call> is a tag.", "A <tool_call> is a tag.", []),
+    (
+        "longcat",
+        f'<longcat_tool_call>{{"name": "weather", "arguments": {CITY_JSON}}}</longcat_tool_call>',
+        "",
+        [("weather", CITY)],
+    ),
+    ("ernie45", '\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n', "", [("now", {})]),
+    ("granite4", 'Hm. <tool_call>{"name": "now", "arguments": {}}</tool_call>', "Hm.", [("now", {})]),
+    (
+        "granite",
+        f'<|tool_call|>[{{"name": "weather", "arguments": {CITY_JSON}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("granite", "A <tool_call> is a tag", "A <tool_call> is a tag", []),
+    ("jamba", 'Hm.\n<tool_calls>[\n    {"name": "now", "arguments": {}}\n]</tool_calls>', "Hm.", [("now", {})]),
+    (
+        "hunyuan_a13b",
+        f'<tool_calls>[{{"name": "weather", "arguments": {CITY_JSON}}}, {{"name": "now", "arguments": {{}}}}]'
+        "</tool_calls>",
+        "",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("phi4_mini_json", 'functools[{"name": "now", "arguments": {}}] Done.', "Done.", [("now", {})]),
+    ("phi4_mini_json", "I like functools.partial [a]", "I like functools.partial [a]", []),
+    (
+        "internlm",
+        'Hm.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"days": 1}}<|action_end|>\n',
+        "Hm.",
+        [("weather", {"days": 1})],
+    ),
+    (
+        "xlam",
+        f'[{{"name": "weather", "arguments": {CITY_JSON}}}, {{"name": "now", "arguments": {{}}}}]',
+        "",
+        [("weather", CITY), ("now", {})],
+    ),
+    ("xlam", 'Hm.\n```json\n[{"name": "now", "arguments": {}}]\n```', "Hm.", [("now", {})]),
+    ("xlam", '<tool_call>[{"name": "now", "arguments": {}}]</tool_call>', "", [("now", {})]),
+    ("xlam", '[{"name": "Ann"}]', '[{"name": "Ann"}]', []),
+    ("xlam", "Code:\n```json\n[1]\n```\nDone", "Code:\n```json\n[1]\n```\nDone", []),
+    (
+        "olmo3",
+        'Hm.\n<function_calls>\nweather(city="Rome", days=2)\nnow()\n</function_calls>',
+        "Hm.",
+        [("weather", {"city": "Rome", "days": 2}), ("now", {})],
+    ),
+    ("olmo3", "<function_calls>weather(\n  days=1,\n)</function_calls> ok", " ok", [("weather", {"days": 1})]),
+    ("olmo3", "<function_calls>no call</function_calls>", "<function_calls>no call</function_calls>", []),
+    ("llama4_pythonic", "<|python_start|>[now()]<|python_end|>", "", [("now", {})]),
+    (
+        "gemma4",
+        'Hm.<|tool_call>call:weather{city:<|"|>a, {b}<tool_call|><|"|>,days:-2,'
+        "more:{deep:[true,null,1.5,{}]}}<tool_call|>"
+        "<|tool_call>call:now{}<tool_call|>",
+        "Hm.",
+        [("weather", {"city": "a, {b}<tool_call|>", "days": -2, "more": {"deep": [True, None, 1.5, {}]}}), ("now", {})],
+    ),
+    ("gemma4", "<|tool_call>oops{}<tool_call|>", "<|tool_call>oops{}<tool_call|>", []),
+    ("gemma4", "<|tool_call>call:now{a:[1", "<|tool_call>call:now{a:[1", []),
 ]  # fmt: skip
 
 
@@ -231,14 +375,23 @@ MARKS = sorted(
             "now(",
             ")",
         ),
+        *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "weather", "<|tool_calls_section_begin|>"),
+        *("<|tool_call_begin|>", "functions.now:0", "<|tool_call_argument_begin|>", "<|tool_call_end|>"),
+        *("<minimax:tool_call>", '<invoke name="now">', '<parameter name="city">', "</invoke>", "<function_calls>"),
+        *("</function_calls>", "<|tool_call>", "call:now", '<|"|>', "<tool_call|>", "functools", "<tool_calls>"),
+        *("<｜DSML｜function_calls>", '<｜DSML｜invoke name="now">', '<｜DSML｜parameter name="a" string="true">'),
         *("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "commentary", " to=functions.now"),
         *("a=1", "'", '"', ",", ";", "\n", " ", "\\", "x", "é", ":", "```", "json", "<", "</"),
     }
 )
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
-@settings(max_examples=300, deadline=None)
+# One name a machine.
+MACHINES = sorted({parser: name for name, parser in reversed(TOOL_PARSERS.items())}.values())
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@settings(max_examples=60, deadline=None)
 @given(parts=st.lists(st.sampled_from(MARKS), max_size=16), cuts=st.lists(st.integers(0, 160), max_size=12))
 def test_malformed_outputs_give_the_same_however_they_are_split(name: str, parts: list[str], cuts: list[int]) -> None:
     text = "".join(parts)
@@ -247,8 +400,8 @@ def test_malformed_outputs_give_the_same_however_they_are_split(name: str, parts
     assert in_pieces(TOOL_PARSERS[name](TOOLS), text, list(range(len(text)))) == whole
 
 
-@pytest.mark.parametrize("name", TOOL_PARSERS)
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", MACHINES)
+@settings(max_examples=30, deadline=None)
 @given(text=st.text(alphabet="ab \n.,'é<|", max_size=40))
 def test_text_without_calls_comes_back_as_it_is(name: str, text: str) -> None:
     assert at_once(TOOL_PARSERS[name](TOOLS), text) == (text, [])

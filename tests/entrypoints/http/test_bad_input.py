@@ -87,7 +87,7 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str, str]] = [
         "tool_choice",
         "not among tools",
     ),
-    ("tool_choice without tools", {"tool_choice": "auto"}, "tool_choice", "tools"),
+    ("tool_choice without tools", {"tool_choice": "required"}, "tool_choice", "tools"),
     ("tool without a name", {"tools": [{"function": {}}], "tool_choice": "none"}, "tools", "name"),
     ("chat template in the request", {"chat_template": "{{ 1 }}"}, "chat_template", "not allowed"),
     ("seed of 100 bits", {"seed": 2**100}, "seed", "seed must be an integer of 64 bits, got 1.26"),

@@ -33,6 +33,23 @@ def test_bodies_are_described(server):
         assert name in document["components"]["schemas"]
 
 
+def test_answers_are_listed(server):
+    document = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            listed = operation["responses"].keys()
+            assert {"200", "401", "500", "503"} <= listed, path
+            assert "422" not in listed, path
+            for status in listed - {"200"}:
+                schema = operation["responses"][status]["content"]["application/json"]["schema"]
+                assert schema["$ref"].rpartition("/")[2] in document["components"]["schemas"]
+    chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert chat.keys() == {"200", "400", "401", "404", "408", "413", "415", "500", "503"}
+    assert "text/event-stream" in chat["200"]["content"]
+    said = httpx.post(f"{server.url}/v1/messages", json={}, timeout=60).json()
+    assert said.keys() == document["components"]["schemas"]["AnthropicErrorResponse"]["properties"].keys()
+
+
 @pytest.mark.nightly
 def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(server_factory, tiny_model_dir):
     schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
@@ -44,10 +61,16 @@ def test_no_request_that_the_document_allows_or_forbids_breaks_the_server(server
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json", wait_for_schema=60)
     operations = [result.ok() for result in schema.get_all_operations()]
     seen: list[tuple[str, int]] = []
+    listed = {
+        (path, method.upper()): {int(status) for status in operation["responses"]}
+        for path, operations_of in httpx.get(f"{server.url}/openapi.json", timeout=60).json()["paths"].items()
+        for method, operation in operations_of.items()
+    }
 
     def check(case) -> None:
         answer = case.call(base_url=server.url, timeout=120)
         seen.append((case.path, answer.status_code))
+        assert answer.status_code in listed[case.path, case.method.upper()], f"{case.as_curl_command()}\n{answer.text}"
         assert answer.status_code < 500 or answer.status_code == 503, f"{case.as_curl_command()}\n{answer.text}"
 
     try:

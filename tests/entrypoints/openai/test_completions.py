@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -169,3 +170,28 @@ def test_a_stop_string_ends_the_answer_and_is_named(client):
 def test_the_prompt_can_be_truncated_from_its_start(client):
     answer = complete(client, prompt="word " * 5000, truncate_prompt_tokens=7, return_token_ids=True)
     assert answer["usage"]["prompt_tokens"] == 7
+
+
+def test_the_prompt_can_be_truncated_from_its_end(client):
+    words = client.post("/tokenize", json={"prompt": "one two three four five six"}).json()["tokens"]
+    for side, kept in (("left", words[-3:]), ("right", words[:3])):
+        answer = complete(client, prompt=words, truncate_prompt_tokens=3, truncation_side=side, return_token_ids=True)
+        assert answer["choices"][0]["prompt_token_ids"] == kept
+    body = {"prompt": words, "truncate_prompt_tokens": 3, "truncation_side": "middle"}
+    assert client.post("/v1/completions", json=body).json()["error"]["param"] == "truncation_side"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_echoed_prompt_that_ends_inside_a_character_shows_it_once(client, streamed):
+    spelled = {"prompt": "I see \U0001f600", "add_special_tokens": False}
+    *cut, last = client.post("/tokenize", json=spelled).json()["tokens"]
+    body = {"prompt": cut, "echo": True, "max_tokens": 1, "allowed_token_ids": [last], "stream": streamed}
+    response = client.post("/v1/completions", json=body)
+    if streamed:
+        lines = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        text = "".join(choice["text"] for line in lines for choice in line["choices"])
+    else:
+        text = response.json()["choices"][0]["text"]
+    assert text == "I see \U0001f600"
+    alone = client.post("/v1/completions", json={"prompt": cut, "echo": True, "max_tokens": 0}).json()
+    assert alone["choices"][0]["text"] == "I see \ufffd"

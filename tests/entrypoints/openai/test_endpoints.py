@@ -176,3 +176,35 @@ def test_pages_of_other_sites_may_not_use_the_server_unless_told(client):
         client.get("/v1/models", headers=headers),
     ):
         assert not [name for name in response.headers if name.startswith("access-control-")]
+
+
+def test_health_and_models_answer_head(client, server):
+    for path in ("/health", "/v1/models", f"/v1/models/{server.model}"):
+        response = client.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+    assert client.head("/v1/models/nobody").status_code == 404
+
+
+def test_a_mark_of_byte_order_before_json_is_no_harm(client):
+    for padding in ("", "x " * 20_000):
+        body = b"\xef\xbb\xbf" + json.dumps({"prompt": "Hi", "max_tokens": 1, "user": padding}).encode()
+        response = client.post("/v1/completions", content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 200, response.text
+
+
+def test_errors_of_the_context_have_the_sentences_that_clients_read(client):
+    sentence = r"maximum context length is 2048 tokens\..*your prompt contains at least (\d+) input tokens"
+    long = {"role": "user", "content": "word " * 3000}
+    for path, body in (
+        ("/v1/chat/completions", {"messages": [long]}),
+        ("/v1/completions", {"prompt": long["content"]}),
+        ("/v1/completions", {"prompt": [1] * 3000}),
+        ("/v1/responses", {"input": [long]}),
+        ("/v1/responses", {"input": "x" * 10**6}),
+    ):
+        message = client.post(path, json=body).json()["error"]["message"]
+        found = re.search(sentence, message)
+        assert found and int(found[1]) >= 2048, message
+    for content in (long["content"], "x" * 10**6):
+        error = client.post("/v1/messages", json={"max_tokens": 1, "messages": [long | {"content": content}]}).json()
+        assert re.fullmatch(r"prompt is too long: \d{4,} tokens > 2048 maximum", error["error"]["message"])

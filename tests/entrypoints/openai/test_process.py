@@ -231,6 +231,23 @@ def test_development_routes_open_in_development_mode(start):
             assert waiting.result() == pinned
         assert client.get("/is_sleeping").json() == {"is_sleeping": False}
 
+        assert client.post("/sleep").status_code == 200
+        assert client.post("/wake_up?tags=weights").status_code == 200
+        assert client.get("/is_sleeping").json() == {"is_sleeping": True}
+        assert client.post("/wake_up?tags=brain").json()["error"]["param"] == "tags"
+        assert client.post("/wake_up?tags=kv_cache&tags=weights").status_code == 200
+        assert client.get("/is_sleeping").json() == {"is_sleeping": False}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            open_request = pool.submit(client.post, "/v1/completions", json=long)
+            wait_until_running(server)
+            assert client.post("/pause").json() == {"status": "paused"}
+            assert open_request.result().json()["choices"][0]["finish_reason"] == "abort"
+            assert client.get("/is_paused").json() == {"is_paused": True}
+            waiting = pool.submit(cached_tokens)
+            assert client.post("/resume").json() == {"status": "resumed"}
+            assert waiting.result() == pinned
+        assert client.post("/pause?mode=sometimes").json()["error"]["param"] == "mode"
+
 
 @pytest.fixture(scope="module")
 def cold_server(server_factory, tiny_model_dir):

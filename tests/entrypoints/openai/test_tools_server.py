@@ -312,3 +312,37 @@ def test_allowed_token_ids_and_a_form_both_hold(url: str) -> None:
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "allowed_token_ids"), error
     assert complete().json()["choices"][0]["text"] in ("red", "blue"), "others may ask for that form"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_is_cut_while_thinking_calls_nothing(sdk: openai.OpenAI, stream: bool) -> None:
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}}
+    answer = ask(sdk, stream, tools=TOOLS, tool_choice=NAMED, max_tokens=4, extra_body=thinking)
+    assert answer["reasoning"]
+    assert (answer["calls"], answer["content"], answer["finish_reason"]) == ([], "", "length")
+
+
+def test_tokens_of_the_reasoning_are_counted(url: str) -> None:
+    def details(**fields: Any) -> list[int]:
+        body = {"messages": MESSAGES, "max_tokens": 5} | fields
+        whole = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+        lines = httpx.post(f"{url}/v1/chat/completions", json=streamed, timeout=60).text.splitlines()
+        last = json.loads([line for line in lines if line.startswith("data: {")][-1][6:])
+        return [part["usage"]["completion_tokens_details"]["reasoning_tokens"] for part in (whole, last)]
+
+    assert details(temperature=0) == [5, 5]
+    assert details(n=2, include_reasoning=False, temperature=0) == [10, 10]
+    assert details(**NO_THINKING) == [0, 0]
+
+
+def test_a_broken_call_becomes_text(sdk: openai.OpenAI) -> None:
+    broken = '<tool_call>{"name": "now", "arguments": {"a": }}</tool_call>'
+    answer = ask(sdk, tools=TOOLS, extra_body={"guided_choice": [broken]})
+    assert (answer["content"], answer["calls"], answer["finish_reason"]) == (broken, [], "stop")
+    cut = '<tool_call>{"name": "get_weather", "arguments": {"city": "Rome'
+    for stream in (False, True):
+        answer = ask(sdk, stream, tools=TOOLS, extra_body={"guided_choice": [cut[:30]]})
+        assert (answer["content"], answer["calls"], answer["finish_reason"]) == (cut[:30], [], "stop")
+    answer = ask(sdk, tools=TOOLS, extra_body={"guided_choice": [cut]})
+    assert (answer["content"], answer["calls"]) == (cut, [])

@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from vllm.entrypoints.anthropic.cache_control import check_cache_control
-from vllm.entrypoints.anthropic.content import blocks_of, mark_of, string, text_part
+from vllm.entrypoints.anthropic.content import (
+    blocks_of,
+    json_text,
+    mark_of,
+    server_tool_text,
+    string,
+    text_part,
+)
 from vllm.entrypoints.anthropic.protocol import CountTokensRequest
 from vllm.entrypoints.http.json_body import snippet
 from vllm.exceptions import VLLMValidationError
 
 MAX_MESSAGES = 100_000
+# What agents put between a user's words without a role of its own; the answer to all of it is one.
+_CONTEXT_ROLES = ("ctx", "msg")
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def _message(where: str, message: Any) -> Iterator[dict[str, Any]]:
         )
     role = message.get("role")
     blocks = blocks_of(f"{where}.content", message.get("content"))
-    if role == "user":
+    if role == "user" or role in _CONTEXT_ROLES:
         yield from _user_messages(blocks)
     elif role == "assistant":
         yield _assistant_message(blocks)
@@ -116,7 +123,7 @@ def _user_messages(blocks: list[tuple[str, dict[str, Any]]]) -> Iterator[dict[st
         yield {
             "role": "tool",
             "tool_call_id": call_id,
-            "content": "\n".join(text_part(at, part)["text"] for at, part in content),
+            "content": "\n".join(text_part(at, part, in_result=True)["text"] for at, part in content),
         } | mark_of(*(part for _, part in content), block)
     if parts:
         yield {"role": "user", "content": parts}
@@ -131,6 +138,8 @@ def _assistant_message(blocks: list[tuple[str, dict[str, Any]]]) -> dict[str, An
             calls.append(_tool_call(where, block))
         elif block["type"] == "thinking":
             reasoning += string(f"{where}.thinking", block.get("thinking"))
+        elif (told := server_tool_text(where, block)) is not None:
+            parts.append({"type": "text", "text": told} | mark_of(block))
         elif block["type"] != "redacted_thinking":
             parts.append(text_part(where, block))
     message: dict[str, Any] = {"role": "assistant", "content": parts}
@@ -143,39 +152,27 @@ def _assistant_message(blocks: list[tuple[str, dict[str, Any]]]) -> dict[str, An
 
 def _tool_call(where: str, block: dict[str, Any]) -> dict[str, Any]:
     arguments = block.get("input")
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict | str):
         raise VLLMValidationError(f"{where}.input must be an object, got {snippet(arguments)}.", "messages")
+    # A call that was cut has come as the text that there was of it.
+    text = arguments if isinstance(arguments, str) else json_text(f"{where}.input", arguments)
     return {
         "id": string(f"{where}.id", block.get("id")),
         "type": "function",
-        "function": {
-            "name": string(f"{where}.name", block.get("name")),
-            "arguments": _json_text(f"{where}.input", arguments),
-        },
+        "function": {"name": string(f"{where}.name", block.get("name")), "arguments": text},
     }
 
 
-def _json_text(where: str, value: Any) -> str:
-    try:
-        return orjson.dumps(value).decode()
-    except orjson.JSONEncodeError:
-        raise VLLMValidationError(f"{where} is nested too deeply.", "messages") from None
-
-
 def _tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
-    if not tools:
-        return None
+    """The tools with schemas. Those of other types than "custom" are Anthropic's own: its servers run them, or its
+    models know them without a schema. They are left out."""
     converted = []
-    for i, tool in enumerate(tools):
+    for i, tool in enumerate(tools or ()):
         where = f"tools[{i}]"
         if not isinstance(tool, dict):
             raise VLLMValidationError(f"{where} must be an object, got {snippet(tool)}.", "tools")
-        if tool.get("type") not in (None, "custom"):
-            raise VLLMValidationError(
-                f"{where} has type {snippet(tool['type'])}; this server has no tools of its own, only those that the "
-                'client runs, with an input_schema and no type or "custom".',
-                "tools",
-            )
+        if isinstance(tool.get("type"), str) and tool["type"] != "custom" and tool.get("input_schema") is None:
+            continue
         if not isinstance(tool.get("input_schema"), dict):
             raise VLLMValidationError(
                 f"{where}.input_schema must be a JSON schema, got {snippet(tool.get('input_schema'))}.", "tools"
@@ -186,17 +183,18 @@ def _tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
         if tool.get("strict") is not None:
             function["strict"] = tool["strict"]
         converted.append({"type": "function", "function": function} | mark_of(tool))
-    return converted
+    return converted or None
 
 
 def _thinking(thinking: dict[str, Any] | None) -> dict[str, Any]:
     """Variables of the chat templates that can turn reasoning on and off."""
     if thinking is None:
         return {}
-    kind = thinking.get("type")
-    if not isinstance(kind, str):
+    kind, budget = thinking.get("type"), thinking.get("budget_tokens")
+    if kind not in ("enabled", "adaptive", "disabled"):
         raise VLLMValidationError(
-            f"thinking.type must be a string such as 'enabled', 'adaptive' or 'disabled', got {snippet(kind)}.",
-            "thinking",
+            f"thinking.type must be 'enabled', 'adaptive' or 'disabled', got {snippet(kind)}.", "thinking"
         )
+    if budget is not None and (type(budget) is not int or budget < 1):
+        raise VLLMValidationError(f"thinking.budget_tokens must be 1 or more, got {snippet(budget)}.", "thinking")
     return {"enable_thinking": kind != "disabled"}

@@ -15,8 +15,9 @@ from vllm.entrypoints.chat.prompts import ChatOptions, PromptReader
 from vllm.entrypoints.chat.served_models import ServedModels
 from vllm.entrypoints.chat.service import ChatService
 from vllm.entrypoints.http.api_model import random_id
-from vllm.entrypoints.http.errors import anthropic_error_body, describe, naming_fields
+from vllm.entrypoints.http.errors import ApiError, anthropic_error_body, describe, naming_fields
 from vllm.entrypoints.http.streaming import EventStream, typed_sse
+from vllm.exceptions import ContextLengthError
 
 _NAMES = {"response_format": "output_config.format", "stop": "stop_sequences"}
 
@@ -46,13 +47,18 @@ class ServingMessages:
         Raises:
             VLLMValidationError, ApiError, EngineDeadError: nothing has been sent yet.
         """
-        with naming_fields(_NAMES):
-            return await self._create(request, request_id)
+        try:
+            with naming_fields(_NAMES):
+                return await self._create(request, request_id)
+        except ContextLengthError as exc:
+            # Clients shorten their conversation when they read this sentence, which is Anthropic's.
+            message = f"prompt is too long: {exc.at_least} tokens > {exc.limit} maximum"
+            raise ApiError(400, message, "messages") from None
 
     async def _create(self, request: MessagesRequest, request_id: str | None) -> dict[str, Any] | MessageStream:
         chat = await self._prompts.prepared(chat_request, request)
         message_id = f"msg_{request_id or random_id()}"
-        answer = await self._chat.answer(chat, message_id)
+        answer = await self._chat.answer(chat, message_id, separator="")
         writer = MessageWriter(message_id, answer.model, silent=request.max_tokens == 0)
         if request.stream:
             return await MessageStream.start(_stream(writer, answer.events))
@@ -75,6 +81,7 @@ class ServingMessages:
             continue_final_message=conversation.continues,
             chat_template_kwargs=conversation.template_kwargs,
             reasoning_effort=reasoning_effort(request.output_config),
+            separator="",
         )
         rendered = await self._prompts.chat(conversation.messages, options, must_fit=False)
         return {"input_tokens": len(rendered.prompt_token_ids)}

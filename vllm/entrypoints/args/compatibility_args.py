@@ -3,319 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.engine.foreign_args import (
+    ANYWAY_SWITCHES,
+    NO_EFFECT_LISTS,
+    NO_EFFECT_SWITCHES,
+    NO_EFFECT_VALUES,
+    UNSUPPORTED_SWITCHES,
+    UNSUPPORTED_VALUES,
+    refuse_unless_allowed,
+)
 from vllm.entrypoints.args.parser import FlexibleArgumentParser
-from vllm.exceptions import StartupError
 from vllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-# Flags that change only speed or logs in other servers, or belong to a feature that this one does not have and that a
-# flag or field of its own would ask for. By what follows them: nothing, a value, or several.
-_NO_EFFECT_SWITCHES = (
-    "aggregate-engine-logging",
-    "allow-deprecated-quantization",
-    "async-scheduling",
-    "cohere-is-reasoning-model",
-    "cudagraph-metrics",
-    "data-parallel-external-lb",
-    "data-parallel-hybrid-lb",
-    "dcp-q-replicate",
-    "disable-async-output-proc",
-    "disable-cascade-attn",
-    "disable-chunked-mm-input",
-    "disable-custom-all-reduce",
-    "disable-frontend-multiprocessing",
-    "disable-hybrid-kv-cache-manager",
-    "disable-logprobs-during-spec-decoding",
-    "disable-mm-preprocessor-cache",
-    "disable-nccl-for-dp-synchronization",
-    "enable-batch-sharded-sampling",
-    "enable-chunked-prefill",
-    "enable-cumem-allocator",
-    "enable-dbo",
-    "enable-elastic-ep",
-    "enable-ep-weight-filter",
-    "enable-eplb",
-    "enable-expert-parallel",
-    "enable-fault-tolerance",
-    "enable-flash-late-interaction",
-    "enable-flashinfer-autotune",
-    "enable-hc-sp",
-    "enable-layerwise-nvtx-tracing",
-    "enable-logging-iteration-details",
-    "enable-mamba-cache-stochastic-rounding",
-    "enable-mamba-shared-prefix-checkpoint",
-    "enable-mfu-metrics",
-    "enable-mixed-moe-lora-format",
-    "enable-moe-shared-loras",
-    "enable-multimodal-encoder-data-parallel",
-    "enable-nccl-comm-suspend",
-    "enable-offline-docs",
-    "enable-prompt-tokens-details",
-    "enable-reasoning",
-    "enable-server-load-tracking",
-    "enable-shm-tensor-arena",
-    "enable-sleep-mode",
-    "enable-tower-connector-lora",
-    "engine-use-ray",
-    "fail-on-environ-validation",
-    "fully-sharded-loras",
-    "guided-decoding-disable-fallback",
-    "interleave-mm-strings",
-    "jit-monitor-verbose",
-    "kv-cache-metrics",
-    "kv-sharing-fast-prefill",
-    "language-model-only",
-    "log-error-stack",
-    "long-prefill-token-threshold-adaptive",
-    "mm-device-do-normalize",
-    "numa-bind",
-    "ray-workers-use-nsight",
-    "scheduler-reserve-full-isl",
-    "skip-mm-profiling",
-    "sleep-mode-offload-cudagraph",
-    "specialize-active-lora",
-    "swa-bounded-replay",
-    "trust-request-mm-kwargs",
-    "use-fp64-gumbel",
-    "use-replayssm",
-    "use-tqdm-on-load",
-    "use-v2-block-manager",
-    "worker-use-ray",
-)
-_NO_EFFECT_VALUES = (
-    "all2all-backend",
-    "allowed-local-media-path",
-    "allowed-media-domains",
-    "api-server-count",
-    "block-allocator",
-    "cohere-format",
-    "compilation-config",
-    "cp-kv-cache-interleave-size",
-    "cpu-distributed-timeout-seconds",
-    "data-parallel-address",
-    "data-parallel-backend",
-    "data-parallel-rpc-port",
-    "data-parallel-supervisor-port",
-    "dbo-decode-token-threshold",
-    "dbo-prefill-token-threshold",
-    "dcp-comm-backend",
-    "dcp-kv-cache-interleave-size",
-    "disable-access-log-for-endpoints",
-    "distributed-timeout-seconds",
-    "dp-supervisor-probe-failure-threshold",
-    "dp-supervisor-probe-interval-s",
-    "dp-supervisor-probe-timeout-s",
-    "dp-sync-interval",
-    "ec-manager-config",
-    "elastic-ep-max-dp-size",
-    "eplb-config",
-    "expert-placement-strategy",
-    "fault-tolerance-config",
-    "gdn-prefill-backend",
-    "guided-decoding-backend",
-    "h11-max-header-count",
-    "h11-max-incomplete-event-size",
-    "ir-op-priority",
-    "jit-monitor-mode",
-    "kda-decode-backend",
-    "kda-prefill-backend",
-    "kernel-config",
-    "kv-cache-metrics-sample",
-    "kv-offloading-backend",
-    "kv-offloading-size",
-    "limit-mm-per-prompt",
-    "linear-backend",
-    "log-config-file",
-    "log-level",
-    "logging-config",
-    "lora-dtype",
-    "lora-extra-vocab-size",
-    "mamba-backend",
-    "mamba-block-size",
-    "mamba-cache-dtype",
-    "mamba-cache-mode",
-    "mamba-cache-philox-rounds",
-    "mamba-ssm-cache-dtype",
-    "mamba-ssu-algorithm",
-    "master-addr",
-    "master-port",
-    "max-context-len-to-capture",
-    "max-cpu-loras",
-    "max-cudagraph-capture-size",
-    "max-long-partial-prefills",
-    "max-lora-cls-labels",
-    "max-lora-rank",
-    "max-loras",
-    "max-num-active-seqs",
-    "max-num-partial-prefills",
-    "max-num-scheduled-tokens",
-    "max-parallel-loading-workers",
-    "max-prompt-adapters",
-    "max-seq-len-to-capture",
-    "mm-encoder-attn-backend",
-    "mm-encoder-attn-dtype",
-    "mm-encoder-fp8-scale-path",
-    "mm-encoder-fp8-scale-save-margin",
-    "mm-encoder-fp8-scale-save-path",
-    "mm-encoder-tp-mode",
-    "mm-hasher-algorithm",
-    "mm-ipc-gpu-memory-gb",
-    "mm-processor-cache-gb",
-    "mm-processor-cache-type",
-    "mm-processor-device",
-    "mm-shm-cache-max-object-size-mb",
-    "mm-tensor-ipc",
-    "moe-backend",
-    "num-lookahead-slots",
-    "num-scheduler-steps",
-    "offload-backend",
-    "offload-num-in-group",
-    "offload-prefetch-step",
-    "optimization-level",
-    "otlp-traces-endpoint",
-    "performance-mode",
-    "preemption-mode",
-    "prefill-schedule-interval",
-    "prefix-cache-retention-interval",
-    "prefix-caching-hash-algo",
-    "prefix-match-unit",
-    "pt-load-map-location",
-    "renderer-num-workers",
-    "replayssm-buffer-len",
-    "safetensors-load-strategy",
-    "safetensors-prefetch-block-size",
-    "safetensors-prefetch-num-threads",
-    "scheduler-delay-factor",
-    "show-hidden-metrics-for-version",
-    "sparse-indexer-topk-backend",
-    "stream-interval",
-    "swap-space",
-    "tokenizer-pool-extra-config",
-    "tokenizer-pool-size",
-    "tokenizer-pool-type",
-    "ubatch-size",
-    "video-pruning-method",
-    "video-pruning-rate",
-    "watermark",
-)
-_NO_EFFECT_LISTS = (
-    "collect-detailed-traces",
-    "cpu-offload-params",
-    "cuda-graph-sizes",
-    "cudagraph-capture-sizes",
-    "ignore-patterns",
-    "lora-target-modules",
-    "numa-bind-cpus",
-    "numa-bind-nodes",
-    "offload-params",
-    "sleep-preserve-parameter-names",
-)
-
-# Flags whose feature does not exist here: the values that mean what this server does anyway.
-_UNSUPPORTED_SWITCHES = (
-    "calculate-kv-scales",
-    "data-parallel-multi-port-external-lb",
-    "disable-sliding-window",
-    "enable-lora",
-    "enable-mm-embeds",
-    "enable-per-request-metrics",
-    "enable-prompt-adapter",
-    "enable-prompt-embeds",
-    "enable-return-routed-experts",
-    "enable-scale-out",
-    "enable-ssl-refresh",
-    "enable-tokenizer-info-endpoint",
-    "enable-trace-replay",
-    "grpc",
-    "headless",
-    "mm-encoder-only",
-    "return-sampling-mask",
-    "skip-tokenizer-init",
-    "tokens-only",
-)
-_UNSUPPORTED_VALUES: dict[str, tuple[str, ...]] = {
-    "additional-config": ("{}",),
-    "anthropic-disabled-thinking-effort": ("auto",),
-    "attention-config": ("{}",),
-    "aux-output-config": ("{}",),
-    "chat-template-content-format": ("auto", "string"),
-    "code-revision": (),
-    "config-format": ("auto", "hf"),
-    "convert": ("auto", "none"),
-    "cpu-offload-gb": ("0",),
-    "custom-histogram-buckets": ("{}",),
-    "data-parallel-rank": ("0",),
-    "data-parallel-size-local": ("1",),
-    "data-parallel-start-rank": ("0",),
-    "decode-context-parallel-size": ("1",),
-    "default-mm-loras": (),
-    "device-ids": (),
-    "diffusion-config": (),
-    "distributed-executor-backend": ("uni", "mp"),
-    "ec-transfer-config": (),
-    "engram-config": (),
-    "grpc-port": (),
-    "hf-config-path": (),
-    "io-processor-plugin": (),
-    "kv-cache-dtype-skip-layers": (),
-    "kv-events-config": (),
-    "kv-transfer-config": (),
-    "logits-processors": (),
-    "logprobs-mode": ("raw_logprobs",),
-    "lora-modules": (),
-    "max-num-queued-tokens": (),
-    "media-io-kwargs": ("{}",),
-    "middleware": (),
-    "mm-processor-kwargs": ("{}",),
-    "model-class-overrides": ("{}",),
-    "model-loader-extra-config": ("{}",),
-    "nnodes": ("1",),
-    "node-rank": ("0",),
-    "num-speculative-tokens": (),
-    "offload-group-size": ("0",),
-    "override-pooler-config": (),
-    "per-request-spec-decode-metrics": ("none",),
-    "pipeline-parallel-size": ("1",),
-    "pooler-config": (),
-    "prefill-context-parallel-size": ("1",),
-    "profiler-config": (),
-    "qlora-adapter-name-or-path": (),
-    "quantization-config": ("{}",),
-    "reasoning-config": (),
-    "reasoning-parser-plugin": (),
-    "rope-scaling": (),
-    "rope-theta": (),
-    "runner": ("auto", "generate"),
-    "scheduler-cls": (),
-    "spec-method": (),
-    "spec-model": (),
-    "spec-tokens": (),
-    "speculative-config": (),
-    "speculative-model": (),
-    "sse-keep-alive-interval": ("0",),
-    "ssl-ciphers": (),
-    "task": ("auto", "generate"),
-    "tokenizer-mode": ("auto", "hf"),
-    "tool-parser-plugin": (),
-    "tool-server": (),
-    "tool-strict-level": ("auto",),
-    "watermark-config": (),
-    "weight-transfer-config": (),
-    "worker-cls": ("auto",),
-    "worker-extension-cls": (),
-}
-
 
 def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
     """Adds the flags of this module, hidden from the list of flags."""
-    accepted = sorted(_NO_EFFECT_SWITCHES + _NO_EFFECT_VALUES + _NO_EFFECT_LISTS)
-    refused = [f"--{name}" for name in _UNSUPPORTED_SWITCHES]
-    refused += [f"--{n} other than {' or '.join(v)}" if v else f"--{n}" for n, v in _UNSUPPORTED_VALUES.items()]
+    accepted = sorted(NO_EFFECT_SWITCHES + NO_EFFECT_VALUES + NO_EFFECT_LISTS)
+    refused = [f"--{name}" for name in UNSUPPORTED_SWITCHES]
+    refused += [f"--{n} other than {' or '.join(v)}" if v else f"--{n}" for n, v in UNSUPPORTED_VALUES.items()]
     # They are many and do nothing: --help names them in two sentences instead of a line each.
     group = parser.add_argument_group(
         "flags of other servers",
@@ -323,19 +33,32 @@ def add_compatibility_args(parser: FlexibleArgumentParser) -> None:
         f"Refused: {', '.join(sorted(refused))}.",
     )
     hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for name in _NO_EFFECT_SWITCHES:
+    for name in ANYWAY_SWITCHES:
+        help_text = "what this server does anyway"
+        group.add_argument(f"--{name}", action=_Anyway, nargs=0, default=argparse.SUPPRESS, help=help_text)
+        group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
+    for name in NO_EFFECT_SWITCHES:
         group.add_argument(f"--{name}", f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
-    for name in _NO_EFFECT_VALUES:
+    for name in NO_EFFECT_VALUES:
         group.add_argument(f"--{name}", action=_NoEffect, **hidden)
-    for name in _NO_EFFECT_LISTS:
+    for name in NO_EFFECT_LISTS:
         group.add_argument(f"--{name}", action=_NoEffect, nargs="*", **hidden)
     older = ("--disable-log-requests", "--no-disable-log-requests")
     group.add_argument(*older, action=_LogRequests, nargs=0, dest="enable_log_requests", **hidden)
-    for name in _UNSUPPORTED_SWITCHES:
+    for name in UNSUPPORTED_SWITCHES:
         group.add_argument(f"--{name}", action=_Unsupported, nargs=0, **hidden)
         group.add_argument(f"--no-{name}", action=_NoEffect, nargs=0, **hidden)
-    for name, allowed in _UNSUPPORTED_VALUES.items():
+    for name, allowed in UNSUPPORTED_VALUES.items():
         group.add_argument(f"--{name}", action=_Unsupported, allowed=allowed, **hidden)
+
+
+class _Anyway(argparse.Action):
+    """Accepts a flag that asks for what happens anyway."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        return
 
 
 class _NoEffect(argparse.Action):
@@ -368,19 +91,4 @@ class _Unsupported(argparse.Action):
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        if isinstance(values, str) and _plain(values) in map(_plain, self._allowed):
-            return
-        if self._allowed:
-            raise StartupError(
-                f"{option} {values} is not supported by this server; only {' or '.join(self._allowed)} is."
-            )
-        raise StartupError(f"{option} is not supported by this server; start it without.")
-
-
-def _plain(value: str) -> tuple[type, Any]:
-    """What a value says, however it is spelled: JSON parsed, names in lower case; and its type, for True equals 1."""
-    try:
-        said = json.loads(value)
-    except ValueError:
-        said = value.lower()
-    return type(said), said
+        refuse_unless_allowed(option or "", values if isinstance(values, str) else None, self._allowed)

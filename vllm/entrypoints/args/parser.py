@@ -13,9 +13,21 @@ from vllm.exceptions import StartupError, VLLMValidationError
 
 # Short names, understood by the parsers that have the flag.
 _SHORT = {
+    "-cc": "--compilation-config",
+    "-dcp": "--decode-context-parallel-size",
     "-dp": "--data-parallel-size",
+    "-dpa": "--data-parallel-address",
+    "-dpb": "--data-parallel-backend",
+    "-dpl": "--data-parallel-size-local",
+    "-dpn": "--data-parallel-rank",
+    "-dpp": "--data-parallel-rpc-port",
+    "-dpr": "--data-parallel-start-rank",
+    "-ep": "--enable-expert-parallel",
+    "-n": "--nnodes",
+    "-pcp": "--prefill-context-parallel-size",
     "-pp": "--pipeline-parallel-size",
     "-q": "--quantization",
+    "-r": "--node-rank",
     "-tp": "--tensor-parallel-size",
 }
 _LEVEL = re.compile(r"-O(\d)")
@@ -61,9 +73,19 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
     def _long_name(self, arg: str) -> str:
-        name = _SHORT.get(arg, arg)
+        # `-cc.key value` and `-tp=2` have the name at their start.
+        short = re.match(r"-\w+", arg)
+        name = _SHORT.get(short[0]) if short else None
         known = self._option_string_actions
-        return name if name in known and arg not in known else arg
+        if (
+            short is None
+            or name is None
+            or name not in known
+            or short[0] in known
+            or arg[short.end() :][:1] not in "=."
+        ):
+            return arg
+        return name + arg[short.end() :]
 
     def _help_on(self, topic: str) -> str:
         titled = [group for group in self._action_groups if group.title]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -32,7 +32,9 @@ class AnswerReading:
         parsers: One a choice.
         shows_reasoning: Tell of reasoning, instead of leaving it out.
         shows_tokens: Tell of tokens one by one.
+        is_silent: The prompt alone was asked for: choices end without saying anything.
         echoed: Text that each choice repeats first.
+        count_tokens: How many tokens a text has; None where reasoning is not told apart.
     """
 
     format: AnswerFormat
@@ -40,9 +42,13 @@ class AnswerReading:
     shows_reasoning: bool
     shows_tokens: bool
     echoed: str
+    count_tokens: Callable[[str], Awaitable[int]] | None = None
+    is_silent: bool = False
 
     def events(self, output: CompletionOutput) -> list[StepEvent]:
         """What is new in an output."""
+        if self.is_silent:
+            return [] if output.finish_reason is None else [Finished("stop", None)]
         parser = self.parsers[output.index]
         events: list[StepEvent] = []
         if self.shows_tokens:
@@ -70,11 +76,26 @@ async def answer_events(
                 for choice in range(len(generated)) if reading.echoed else ():
                     yield Step(choice, (Text(reading.echoed),), 0)
             for output in item.outputs:
-                generated[output.index] += len(output.token_ids)
+                generated[output.index] += 0 if reading.is_silent else len(output.token_ids)
                 yield Step(output.index, reading.events(output), generated[output.index])
     if item is None or usage is None:
         raise RuntimeError("the engine gave no output for a chat")
-    yield AnswerEnd(usage.with_completion(item.num_discarded_tokens + sum(generated)), item.prompt_logprobs)
+    usage = usage.with_completion(
+        (0 if reading.is_silent else item.num_discarded_tokens) + sum(generated),
+        await _reasoning_tokens(reading, generated),
+    )
+    yield AnswerEnd(usage, item.prompt_logprobs)
+
+
+async def _reasoning_tokens(reading: AnswerReading, generated: list[int]) -> int | None:
+    """Tokens of the reasoning's text, since a chat counts all of its output together."""
+    if reading.count_tokens is None:
+        return None
+    total = 0
+    for parser, most in zip(reading.parsers, generated, strict=True):
+        text = "".join(parser.thoughts)
+        total += min(most, await reading.count_tokens(text)) if text else 0
+    return total
 
 
 async def collect(events: AsyncGenerator[AnswerEvent, None]) -> tuple[list[AnswerEvent], int]:

@@ -30,6 +30,7 @@ class AnswerFormat:
         tools: The functions it offers; None where the answer has no calls.
         parser: Which parser finds calls where the model chooses.
         choice: `auto`, `required`, or the function that is to be called.
+        allowed: Names of the functions that may be called; None for all.
         reasoning: Which parser splits off reasoning, or None.
     """
 
@@ -37,6 +38,7 @@ class AnswerFormat:
     parser: type[ToolParser] | None = None
     choice: str | dict[str, Any] = "auto"
     parallel: bool = True
+    allowed: frozenset[str] | None = None
     reasoning: type[ReasoningParser] | None = None
 
     @property
@@ -54,17 +56,19 @@ class AnswerFormat:
         """The form that calls must have, if there must be any."""
         if self.tools is None or self.choice == "auto":
             return None
-        required = self.choice == "required"
-        return required_form(self.tools, self.parallel) if required else named_form(self._named())
+        if self.choice != "required":
+            return named_form(self._named())
+        allowed = [t for t in self.tools if self.allowed is None or t["function"]["name"] in self.allowed]
+        return required_form(allowed, self.parallel)
 
-    def make_parser(self, reasoning_ended: bool) -> AnswerParser:
-        """A parser for one output."""
+    def make_parser(self, reasoning_ended: bool | None, is_whole: bool = False) -> AnswerParser:
+        """A parser for one output; `is_whole` as of `AnswerParser`."""
         tools = self._make_tool_parser()
         if tools is not None and tools.reads_reasoning:
-            tools.begin(reasoning_ended and self.reasoning is not None)
+            tools.begin(bool(reasoning_ended) and self.reasoning is not None)
             return AnswerParser(None, tools)
         reasoning = None if self.reasoning is None else self.reasoning(reasoning_ended)
-        return AnswerParser(reasoning, tools)
+        return AnswerParser(reasoning, tools, is_whole and self.choice == "auto")
 
     def finish_reason(self, reason: str, num_calls: int) -> str:
         """`tool_calls` where the model chose to call; who names the function knows that it is called."""
@@ -78,7 +82,7 @@ class AnswerFormat:
             return NamedToolParser(self.tools, self._named()["function"]["name"])
         if self.choice == "required":
             return RequiredToolParser(self.tools)
-        return self.parser(self.tools) if self.parser is not None else None
+        return self.parser(self.tools, self.allowed) if self.parser is not None else None
 
     def _named(self) -> dict[str, Any]:
         name = self.choice["function"]["name"] if isinstance(self.choice, dict) else None
@@ -106,38 +110,40 @@ class AnswerReader:
             VLLMValidationError: `tools` and `tool_choice` do not fit each other or this server.
         """
         tools = check_tools(request.tools)
-        choice = request.tool_choice
+        choice, allowed = _read_choice(request.tool_choice)
         if choice is None:
-            choice = "auto" if tools else "none"
-        if choice == "none":
+            choice = "auto"
+        if choice == "none" or (choice == "auto" and tools is None):
             return AnswerFormat(reasoning=self._reasoning)
         if tools is None:
-            raise VLLMValidationError("tool_choice needs tools to be set.", "tool_choice")
+            raise VLLMValidationError("tool_choice needs tools to be set, with functions among them.", "tool_choice")
         if choice == "auto" and self._tool_parser is None:
             raise VLLMValidationError(
                 '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set; send '
                 'tool_choice "none", "required" or a function by name, or start the server with them.',
                 "tool_choice",
             )
-        _check_choice(choice, tools)
+        _check_names(choice, allowed, tools)
         return AnswerFormat(
             tools=tools,
             parser=self._tool_parser,
             choice=choice,
             parallel=request.parallel_tool_calls is not False,
+            allowed=allowed,
             reasoning=self._reasoning,
         )
 
 
 def reasoning_ended(
     format: AnswerFormat, prompt: str, continued: str | None, template_kwargs: Mapping[str, Any]
-) -> bool:
-    """Whether an answer has no reasoning to come; see `ReasoningParser.ended_in`."""
+) -> bool | None:
+    """Whether an answer has no reasoning to come, or None if that is open; see `ReasoningParser.ended_in`."""
     return format.reasoning is None or format.reasoning.ended_in(prompt, continued, template_kwargs)
 
 
-def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: bool) -> None:
-    """Gives the output the form of the calls that it must make; what a form asks for begins after the reasoning.
+def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: bool | None) -> None:
+    """Gives the output the form of the calls that it must make; what a form asks for begins after the reasoning, or at
+    once if there may be none.
 
     Raises:
         VLLMValidationError: the request asks for another form, or `AnswerFormat.form` refuses the tools.
@@ -149,22 +155,41 @@ def constrain(params: SamplingParams, format: AnswerFormat, reasoning_is_over: b
             f"{asked.field} cannot be combined with a tool_choice that demands calls.", asked.field
         )
     params.structured_outputs = form = calls or asked
-    if form is not None and format.reasoning is not None and not reasoning_is_over:
+    if form is not None and format.reasoning is not None and reasoning_is_over is False:
         form.after = format.reasoning.end
 
 
-def _check_choice(choice: str | dict[str, Any], tools: list[dict[str, Any]]) -> None:
-    if choice in ("auto", "required"):
-        return
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+def _read_choice(given: str | dict[str, Any] | None) -> tuple[str | dict[str, Any] | None, frozenset[str] | None]:
+    """What `tool_choice` demands, and the names of the functions that it allows; None for all."""
+    if given is None or given in ("none", "auto", "required"):
+        return given, None
+    kind = given.get("type", "function") if isinstance(given, dict) else None
+    if isinstance(given, dict) and kind == "function" and _name_of(given) is not None:
+        return given, None
+    allowed = given.get("allowed_tools") if isinstance(given, dict) and kind == "allowed_tools" else None
+    tools = allowed.get("tools") if isinstance(allowed, dict) else None
+    if isinstance(allowed, dict) and isinstance(tools, list) and allowed.get("mode", "auto") in ("auto", "required"):
+        names = [_name_of(tool) for tool in tools]
+        if names and None not in names:
+            return allowed.get("mode", "auto"), frozenset(name for name in names if name is not None)
+    raise VLLMValidationError(
+        'tool_choice must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or '
+        '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": [...]}}, '
+        f"got {snippet(given)}.",
+        "tool_choice",
+    )
+
+
+def _name_of(tool: Any) -> str | None:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None
+
+
+def _check_names(choice: str | dict[str, Any], allowed: frozenset[str] | None, tools: list[dict[str, Any]]) -> None:
+    named = allowed or ({_name_of(choice)} if isinstance(choice, dict) else set())
+    unknown = named - {tool["function"]["name"] for tool in tools}
+    if unknown:
         raise VLLMValidationError(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}, '
-            f"got {snippet(choice)}.",
-            "tool_choice",
-        )
-    names = [tool["function"]["name"] for tool in tools]
-    if function["name"] not in names:
-        raise VLLMValidationError(
-            f"tool_choice names {snippet(function['name'])}, which is not among tools.", "tool_choice"
+            f"tool_choice names {snippet(min(map(str, unknown)))}, which is not among tools.", "tool_choice"
         )

@@ -20,15 +20,17 @@ class Usage(msgspec.Struct, frozen=True):
         cached: Prompt tokens whose KV was not computed for this request.
         written: Prompt tokens whose KV was computed for this request and is pinned from now on.
         completion: Generated tokens, those of outputs that are not shown included.
+        reasoning: Those of them that are reasoning; None where it is not told apart, or not counted yet.
     """
 
     prompt: int
     cached: int
     written: int
     completion: int = 0
+    reasoning: int | None = None
 
-    def with_completion(self, completion: int) -> Usage:
-        return Usage(self.prompt, self.cached, self.written, completion)
+    def with_completion(self, completion: int, reasoning: int | None = None) -> Usage:
+        return Usage(self.prompt, self.cached, self.written, completion, reasoning)
 
 
 class Tokens(msgspec.Struct, frozen=True):

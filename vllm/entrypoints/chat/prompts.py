@@ -16,8 +16,9 @@ from vllm.entrypoints.chat.messages import (
     count_chars,
     without_billing_line,
 )
+from vllm.entrypoints.chat.request import PromptCacheOptions
 from vllm.entrypoints.http.json_body import snippet
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import ContextLengthError, VLLMValidationError
 from vllm.transformers_utils.chat_template import RenderedChat
 
 _T = TypeVar("_T")
@@ -28,7 +29,11 @@ MAX_TOKENIZE_CHARS = 4_000_000
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """What shapes the rendering of messages besides the messages themselves."""
+    """What shapes the rendering of messages besides the messages themselves.
+
+    Attributes:
+        separator: What joins the text parts of a message where the template reads strings.
+    """
 
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
@@ -38,6 +43,8 @@ class ChatOptions:
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    separator: str = "\n"
+    cache: PromptCacheOptions | None = None
 
 
 class PromptReader:
@@ -92,7 +99,7 @@ class PromptReader:
     ) -> dict[str, Any]:
         """What the renderer is to be called with; reads every message, but none of them twice."""
         own = without_billing_line(check_messages(messages))
-        checked, tools, breakpoints = take_breakpoints(own, check_tools(options.tools))
+        checked, tools, breakpoints = take_breakpoints(own, check_tools(options.tools), options.cache)
         kwargs = self.template_kwargs(options)
         if options.chat_template is not None and not self._trust_template:
             raise VLLMValidationError(
@@ -125,6 +132,7 @@ class PromptReader:
             "template_kwargs": kwargs or None,
             "chat_template": options.chat_template,
             "add_special_tokens": bool(options.add_special_tokens),
+            "separator": options.separator,
             "breakpoints": breakpoints if must_fit else (),
         }
 
@@ -170,23 +178,14 @@ class PromptReader:
         return await self._engine.lanes.run(self._engine.tokenizer.encode, text, add_special_tokens, size=len(text))
 
     def check_tokens(self, num_tokens: int, param: str) -> None:
-        """Raises VLLMValidationError for a prompt that leaves no room for an answer; `param` is its request field."""
-        # Clients tell this error from others by OpenAI's words "maximum context length".
+        """Raises ContextLengthError for a prompt that leaves no room for an answer; `param` is its request field."""
         if num_tokens >= self._max_model_len:
-            raise VLLMValidationError(
-                f"This model's maximum context length is {self._max_model_len} tokens, prompt and answer together, and "
-                f"at least one must be left for the answer; {param} has {num_tokens}.",
-                param,
-            )
+            raise ContextLengthError(self._max_model_len, num_tokens, param)
 
     def _check_chars(self, chars: int, param: str, must_fit: bool) -> None:
         fewest_tokens = -(-chars // self._max_chars_per_token)
         if must_fit and fewest_tokens > self._max_model_len:
-            raise VLLMValidationError(
-                f"This model's maximum context length is {self._max_model_len} tokens, prompt and answer together; "
-                f"{param} has {chars} characters, at least {fewest_tokens} tokens.",
-                param,
-            )
+            raise ContextLengthError(self._max_model_len, fewest_tokens, param)
         if chars > MAX_TOKENIZE_CHARS:
             raise VLLMValidationError(
                 f"{param} may have at most {MAX_TOKENIZE_CHARS} characters in all, got {chars}.", param

@@ -19,6 +19,22 @@ class StreamOptions(ApiModel):
     continuous_usage_stats: bool | None = None
 
 
+class PromptCacheOptions(ApiModel):
+    """What becomes of the prompt in the cache, as OpenAI asks for it.
+
+    Attributes:
+        mode: `implicit` keeps the system part besides what is marked, `explicit` only what is marked.
+        ttl: How long what is kept may go unused.
+        prewarm: Compute and keep the prompt, and answer nothing.
+        comparison_response_id: A response whose prompt should have been read; the answer says why it was not.
+    """
+
+    mode: Literal["implicit", "explicit"] | None = None
+    ttl: Literal["30m", "12h"] | None = None
+    prewarm: bool | None = None
+    comparison_response_id: str | None = None
+
+
 class GenerationRequest(ApiModel):
     """What chat and text completions have in common."""
 
@@ -31,6 +47,7 @@ class GenerationRequest(ApiModel):
     cache_salt: str | None = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: PromptCacheOptions | None = None
 
     n: int | None = None
     best_of: int | None = None
@@ -57,6 +74,7 @@ class GenerationRequest(ApiModel):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     echo: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -73,6 +91,11 @@ class GenerationRequest(ApiModel):
     logits_processors: Any = None
     vllm_xargs: Any = None
     kv_transfer_params: Any = None
+
+    @property
+    def is_prewarming(self) -> bool:
+        """Whether the prompt alone is asked for."""
+        return bool(self.prompt_cache_options and self.prompt_cache_options.prewarm)
 
     def streams_prompt_logprobs(self, logprobs: int | None) -> bool:
         """Whether a stream shows log-probabilities of the prompt too, given how many the answer shows."""

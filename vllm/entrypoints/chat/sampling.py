@@ -67,6 +67,7 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=of_prompt,
         truncate_prompt_tokens=request.truncate_prompt_tokens,
+        truncation_side=request.truncation_side or "left",
         structured_outputs=output_form(request),
         output_kind=RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY,
     )

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
 from vllm.entrypoints.chat.answer import AnswerReading, answer_events
 from vllm.entrypoints.chat.answer_format import AnswerFormat, AnswerReader, constrain, reasoning_ended
-from vllm.entrypoints.chat.cache_marks import cache_marks
+from vllm.entrypoints.chat.cache_marks import to_keep
 from vllm.entrypoints.chat.events import AnswerEvent
 from vllm.entrypoints.chat.generation import generate
 from vllm.entrypoints.chat.logprobs import LogprobWriter
@@ -76,25 +76,28 @@ class ChatService:
         self._log = log
         self._defaults = engine.vllm_config.model.generation_defaults
 
-    async def answer(self, request: ChatRequest, request_id: str, *, cut: bool = False) -> ChatAnswer:
+    async def answer(
+        self, request: ChatRequest, request_id: str, *, cut: bool = False, separator: str = "\n"
+    ) -> ChatAnswer:
         """Renders the prompt, checks all fields, and hands on the answer, which begins when its events are read.
 
         Args:
             request_id: Under which the log tells of the request; clients may repeat it.
             cut: Leave out the oldest of a conversation that is too long, instead of refusing it.
+            separator: As of `ChatOptions`.
 
         Raises:
             VLLMValidationError, ApiError: A field is wrong.
         """
         model = self._models.resolve(request.model)
         check_chat(request)
-        max_tokens = chat_max_tokens(request, self._defaults)
+        max_tokens = 1 if request.is_prewarming else chat_max_tokens(request, self._defaults)
         top_logprobs = chat_logprobs(request, self._engine.vllm_config.model.vocab_size)
         params = sampling_params(request, self._defaults, max_tokens=max_tokens, logprobs=top_logprobs)
         answer_format = self._answers.format(request)
         if answer_format.needs_special_tokens:
             params.skip_special_tokens = False
-        options = self._options(request, answer_format)
+        options = replace(self._options(request, answer_format), separator=separator)
         rendered = await self._render(request, options, max_tokens, cut)
         last = request.messages[-1]
         continues = request.continue_final_message or request.add_generation_prompt is False
@@ -106,6 +109,7 @@ class ChatService:
             self._prompts.template_kwargs(options),
         )
         constrain(params, answer_format, ended)
+        system, marks = to_keep(rendered, request)
         outputs = generate(
             self._engine,
             request,
@@ -115,8 +119,8 @@ class ChatService:
             f"{request_id}-{random_id()[:12]}",
             log=self._log,
             text=rendered.text,
-            num_system_tokens=rendered.num_system_tokens,
-            marks=cache_marks(rendered, request.prompt_cache_retention),
+            num_system_tokens=system,
+            marks=marks,
             cache_salt=request.cache_salt,
             priority=request.priority or 0,
         )
@@ -126,10 +130,12 @@ class ChatService:
         wants_tokens = top_logprobs is not None or bool(request.return_token_ids)
         reading = AnswerReading(
             format=answer_format,
-            parsers=[answer_format.make_parser(ended) for _ in range(num_choices(request))],
+            parsers=[answer_format.make_parser(ended, not request.stream) for _ in range(num_choices(request))],
             shows_reasoning=shows_reasoning,
             shows_tokens=shows_tokens and wants_tokens,
             echoed=last_text(last) if request.echo and last["role"] == role else "",
+            is_silent=request.is_prewarming,
+            count_tokens=None if answer_format.reasoning is None else self._count_tokens,
         )
         return ChatAnswer(
             model=model,
@@ -139,6 +145,9 @@ class ChatService:
             logprobs=self._logprobs(request, top_logprobs if shows_tokens else None),
             events=answer_events(outputs, reading),
         )
+
+    async def _count_tokens(self, text: str) -> int:
+        return len(await self._engine.lanes.run(self._engine.tokenizer.encode, text, False, size=len(text)))
 
     def _logprobs(self, request: ChatRequest, top: int | None) -> LogprobWriter | None:
         if top is None:
@@ -156,6 +165,7 @@ class ChatService:
             chat_template=request.chat_template,
             chat_template_kwargs=request.chat_template_kwargs,
             reasoning_effort=request.reasoning_effort,
+            cache=request.prompt_cache_options,
         )
 
     async def _render(

@@ -15,10 +15,14 @@ from vllm.entrypoints.http.answering import answer, error_answer, json_response
 from vllm.entrypoints.http.errors import ApiError
 from vllm.entrypoints.http.json_body import snippet
 
+_SLEEPERS = ("weights", "kv_cache")
+
 
 def development_routes(engine: AsyncLLMEngine) -> APIRouter:
     """The routes of `VLLM_SERVER_DEV_MODE=1`."""
     router = APIRouter()
+    # Of what /sleep has put to sleep, what /wake_up has not been asked for yet.
+    asleep: set[str] = set()
 
     @router.get("/server_info")
     async def server_info() -> Response:
@@ -38,11 +42,52 @@ def development_routes(engine: AsyncLLMEngine) -> APIRouter:
         if mode != "keep":
             message = f"mode must be 'keep': open requests go on after /wake_up; got {snippet(mode)}."
             return error_answer(ApiError(400, message, "mode"), request)
+        asleep.update(_SLEEPERS)
         return await answer(_empty(engine.sleep(int(level))), request)
 
     @router.post("/wake_up")
     async def wake_up(request: Request) -> Response:
-        return await answer(_empty(engine.wake_up()), request)
+        """Goes on once all that sleeps has been woken: that which `tags` name, or all of it."""
+        tags = request.query_params.getlist("tags") or _SLEEPERS
+        unknown = sorted(set(tags) - set(_SLEEPERS))
+        if unknown:
+            message = f"tags must be among {', '.join(_SLEEPERS)}, got {snippet(unknown[0])}."
+            return error_answer(ApiError(400, message, "tags"), request)
+        asleep.difference_update(tags)
+        return json_response({}) if asleep else await answer(_empty(engine.wake_up()), request)
+
+    @router.post("/pause")
+    async def pause(request: Request) -> Response:
+        """Starts no step until /resume; open requests wait (`mode=keep`), or are ended first (`abort`, the default)."""
+        mode = request.query_params.get("mode", "abort")
+        if mode not in ("abort", "keep"):
+            message = f"mode must be 'abort' or 'keep', got {snippet(mode)}."
+            return error_answer(ApiError(400, message, "mode"), request)
+        forgets = request.query_params.get("clear_cache", "true").lower() not in ("false", "0")
+
+        async def work() -> dict[str, Any]:
+            if mode == "abort":
+                await engine.abort_all()
+            await engine.sleep(int(forgets))
+            return {"status": "paused"}
+
+        return await answer(work(), request)
+
+    @router.post("/resume")
+    async def resume(request: Request) -> Response:
+        async def work() -> dict[str, Any]:
+            asleep.clear()
+            await engine.wake_up()
+            return {"status": "resumed"}
+
+        return await answer(work(), request)
+
+    @router.get("/is_paused")
+    async def is_paused(request: Request) -> Response:
+        async def ask() -> dict[str, Any]:
+            return {"is_paused": await engine.is_sleeping()}
+
+        return await answer(ask(), request)
 
     @router.get("/is_sleeping")
     async def is_sleeping(request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import gc
 import reprlib
 from collections.abc import Callable
@@ -50,10 +51,11 @@ async def read_json_object(request: Request) -> dict[str, Any]:
         await _read_body(request, body, bodies)
         request_bytes.set(len(body))
         await request.app.state.turns.take()
+        text = body.removeprefix(codecs.BOM_UTF8)
         if not is_long():
-            return parse_json_object(body)
+            return parse_json_object(text)
         lanes: WorkLanes = request.app.state.lanes
-        return await lanes.run(_parse_long, body)
+        return await lanes.run(_parse_long, text)
     finally:
         bodies.give_back(len(body))
 

@@ -25,7 +25,9 @@ def status_routes(engine: AsyncLLMEngine, registry: CollectorRegistry) -> APIRou
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
+    @router.head("/ping", include_in_schema=False)
     @router.get("/ping")
     @router.post("/ping")
     async def health(request: Request) -> Response:

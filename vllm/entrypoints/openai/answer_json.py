@@ -12,7 +12,8 @@ from vllm.outputs import Logprob, TokenLogprobs
 
 def usage_json(usage: Usage) -> dict[str, Any]:
     """The `usage` object."""
-    return {
+    details = {} if usage.reasoning is None else {"completion_tokens_details": {"reasoning_tokens": usage.reasoning}}
+    return details | {
         "prompt_tokens": usage.prompt,
         "total_tokens": usage.prompt + usage.completion,
         "completion_tokens": usage.completion,

@@ -26,6 +26,7 @@ from vllm.entrypoints.openai.completion_request import DEFAULT_COMPLETION_TOKENS
 from vllm.entrypoints.openai.protocol import CompletionRequest, include_usage
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from vllm.transformers_utils.detokenizer import incremental_detokenizer
 
 
 @dataclass
@@ -160,7 +161,12 @@ class ServingCompletion:
         text = call.texts[prompt_index]
         if text is not None and request.truncate_prompt_tokens is None:
             return text
-        return self._engine.tokenizer.decode(item.prompt_token_ids, request.skip_special_tokens is not False)
+        tokenizer, skip = self._engine.tokenizer, request.skip_special_tokens is not False
+        shown = tokenizer.decode(item.prompt_token_ids, skip)
+        if call.prompt_only:
+            return shown
+        # A character that the prompt ends within comes with the output that completes it.
+        return shown.removesuffix(incremental_detokenizer(tokenizer, item.prompt_token_ids, skip).flush())
 
     async def _answer(self, call: _Call) -> dict[str, Any]:
         last: dict[int, RequestOutput] = {}

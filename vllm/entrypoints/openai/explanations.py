@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.engine.async_llm_engine import AsyncLLMEngine
-from vllm.entrypoints.chat.cache_marks import cache_marks
+from vllm.entrypoints.chat.cache_marks import to_keep
 from vllm.entrypoints.chat.prompts import PromptReader
 from vllm.entrypoints.chat.request import ChatRequest
 from vllm.entrypoints.chat.sampling import prompt_logprobs
@@ -62,8 +62,8 @@ class ServingExplanations:
         marks: list[CacheMark] = []
         if chat is not None:
             rendered = await self._chat.render(chat, cut=request.truncation == "auto")
-            token_ids, system = rendered.prompt_token_ids, rendered.num_system_tokens
-            marks = cache_marks(rendered, chat.prompt_cache_retention)
+            token_ids = rendered.prompt_token_ids
+            system, marks = to_keep(rendered, chat)
         elif isinstance(request.prompt, str):
             special = request.add_special_tokens is not False
             token_ids = await self._prompts.text(request.prompt, "prompt", add_special_tokens=special)

@@ -50,11 +50,13 @@ def completion_routes(engine: AsyncLLMEngine, chat: ServingChat, completion: Ser
 def model_routes(models: ServingModels) -> APIRouter:
     router = APIRouter()
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
     async def list_models() -> Response:
         return json_response(models.list())
 
     # Names of models may hold slashes.
+    @router.head("/v1/models/{name:path}", include_in_schema=False)
     @router.get("/v1/models/{name:path}")
     async def get_model(request: Request, name: str) -> Response:
         try:

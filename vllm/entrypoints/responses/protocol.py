@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from vllm.entrypoints.chat.request import PromptCacheOptions
 from vllm.entrypoints.http.api_model import ApiModel
 
 
@@ -41,6 +42,7 @@ class ResponsesRequest(ApiModel):
     max_tool_calls: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: PromptCacheOptions | None = None
     safety_identifier: Any = None
     service_tier: Any = None
     stream_options: Any = None

@@ -23,6 +23,7 @@ _SAME_NAME = (
     "parallel_tool_calls",
     "prompt_cache_key",
     "prompt_cache_retention",
+    "prompt_cache_options",
     "top_k",
     "min_p",
     "presence_penalty",
@@ -119,31 +120,40 @@ def _check_depth(name: str, value: Any) -> None:
 
 
 def _tools(tools: list[Any] | None) -> list[dict[str, Any]] | None:
-    if not tools:
-        return None
+    """The functions among the tools; those of other types are for servers that run them, and are left out."""
     converted = []
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise VLLMValidationError(
-                f"tools[{i}] must have type 'function', got {snippet(tool)}; this server has no tools of its own.",
-                "tools",
-            )
-        names = ("name", "description", "parameters", "strict")
-        function = {name: tool[name] for name in names if tool.get(name) is not None}
-        converted.append({"type": "function", "function": function})
-    return converted
+    for i, tool in enumerate(tools or ()):
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if not isinstance(kind, str):
+            raise VLLMValidationError(f"tools[{i}] must be an object with a type, got {snippet(tool)}.", "tools")
+        if kind == "function":
+            names = ("name", "description", "parameters", "strict")
+            function = {name: tool[name] for name in names if tool.get(name) is not None}
+            converted.append({"type": "function", "function": function})
+    return converted or None
 
 
 def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": string("tool_choice.name", choice.get("name"))}}
-    if isinstance(choice, dict) or choice not in (None, "none", "auto", "required"):
-        raise VLLMValidationError(
-            "tool_choice must be 'none', 'auto', 'required' or {'type': 'function', 'name': ...}, "
-            f"got {snippet(choice)}.",
-            "tool_choice",
-        )
-    return choice
+    if choice is None or choice in ("none", "auto", "required"):
+        return choice
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if isinstance(choice, dict) and kind == "function":
+        return _named(choice)
+    if isinstance(choice, dict) and kind == "allowed_tools" and isinstance(choice.get("tools"), list):
+        # Those of others cannot be called, so they need not be allowed.
+        tools = [tool for tool in choice["tools"] if not isinstance(tool, dict) or tool.get("type") == "function"]
+        allowed = {"mode": choice.get("mode", "auto"), "tools": [_named(tool) for tool in tools]}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+    raise VLLMValidationError(
+        "tool_choice must be 'none', 'auto', 'required', {'type': 'function', 'name': ...} or {'type': "
+        f"'allowed_tools', 'mode': 'auto' or 'required', 'tools': [...]}}, got {snippet(choice)}.",
+        "tool_choice",
+    )
+
+
+def _named(tool: Any) -> dict[str, Any]:
+    name = tool.get("name") if isinstance(tool, dict) else None
+    return {"type": "function", "function": {"name": string("tool_choice.name", name)}}
 
 
 def _response_format(request: ResponsesRequest) -> dict[str, Any] | None:

@@ -19,12 +19,13 @@ from vllm.entrypoints.chat.service import ChatService
 from vllm.entrypoints.http.errors import ApiError, naming_fields
 from vllm.entrypoints.http.json_body import parse_model
 from vllm.entrypoints.http.streaming import EventStream
-from vllm.entrypoints.responses.items import continues, input_items, input_messages
+from vllm.entrypoints.responses.cache_diagnostics import cache_diagnostics
+from vllm.entrypoints.responses.items import continues, input_items, input_messages, references, resolved
 from vllm.entrypoints.responses.lookup import KeptResponses
 from vllm.entrypoints.responses.protocol import InputTokensRequest, ResponsesRequest
 from vllm.entrypoints.responses.request import chat_request
 from vllm.entrypoints.responses.shape import new_response
-from vllm.entrypoints.responses.store import BackgroundRun, ResponseStore, StoredResponse
+from vllm.entrypoints.responses.store import BackgroundRun, ResponseStore, StoredResponse, kept_items
 from vllm.entrypoints.responses.writer import ResponseWriter
 from vllm.exceptions import VLLMValidationError
 
@@ -46,7 +47,7 @@ class ServingResponses:
     """
 
     def __init__(self, engine: AsyncLLMEngine, models: ServedModels, prompts: PromptReader, chat: ChatService) -> None:
-        self._tokenizer = engine.tokenizer
+        self._engine = engine
         self._lanes = engine.lanes
         self._prompts = prompts
         self._models = models
@@ -70,6 +71,7 @@ class ServingResponses:
 
     async def _create(self, request: ResponsesRequest, request_id: str | None) -> dict[str, Any] | EventStream:
         previous = self._previous(request)
+        await self._resolve(request)
         stored = await self._prompts.prepared(self._start, request, previous, current_tenant.get())
         chat = await self._prompts.prepared(chat_request, request, stored.messages)
         answer = await self._chat.answer(chat, request_id or stored.id, cut=request.truncation == "auto")
@@ -80,7 +82,7 @@ class ServingResponses:
             return await EventStream.start(self._stream(writer, answer.events))
         events, size = await collect(answer.events)
         await shaped(lambda: [news for event in events for news in writer.take(event)], self._lanes, size)
-        await self._count_reasoning(writer)
+        self._diagnose(writer)
         list(writer.finish())
         self._keep(writer)
         return stored.response
@@ -110,6 +112,13 @@ class ServingResponses:
             )
         return previous
 
+    async def _resolve(self, request: ResponsesRequest) -> None:
+        """Puts the items that references of the input stand for in their place."""
+        ids = references(request.input)
+        if ids and isinstance(request.input, list):
+            kept = await self._lanes.run(kept_items, self._store.of_tenant(current_tenant.get()), ids)
+            request.input = resolved(request.input, kept)
+
     async def count_tokens(self, request: InputTokensRequest) -> dict[str, Any]:
         """How many input tokens a response with these fields has.
 
@@ -118,6 +127,7 @@ class ServingResponses:
         """
         with naming_fields(_NAMES):
             previous = self._previous(request)
+            await self._resolve(request)
             chat = await self._prompts.prepared(self._chat_request, request, previous)
             count = await self._chat.count_tokens(chat)
         return {"object": "response.input_tokens", "input_tokens": count}
@@ -164,19 +174,22 @@ class ServingResponses:
                 raise
             yield writer.encode(writer.fail(exc))
         else:
-            await self._count_reasoning(writer)
+            self._diagnose(writer)
             for news in writer.finish():
                 # Kept before its end is told, so that a client may come back at once.
                 if "response" in news:
                     self._keep(writer)
                 yield writer.encode(news)
 
-    async def _count_reasoning(self, writer: ResponseWriter) -> None:
-        """Sets `reasoning_tokens`: those of the reasoning's text, since a chat counts all of its output together."""
-        text, usage = writer.reasoning, writer.response["usage"]
-        if text and usage is not None:
-            count = len(await asyncio.to_thread(self._tokenizer.encode, text, False))
-            usage["output_tokens_details"]["reasoning_tokens"] = min(count, usage["output_tokens"])
+    def _diagnose(self, writer: ResponseWriter) -> None:
+        """Says why the prompt was not read from the cache, if the request names a response that should have left it
+        there."""
+        asked = (writer.response["prompt_cache_options"] or {}).get("comparison_response_id")
+        if asked is not None:
+            earlier = self._store.get(asked)
+            if earlier is not None and (earlier.tenant != writer.stored.tenant or earlier.is_running):
+                earlier = None
+            writer.response["prompt_cache_diagnostics"] = cache_diagnostics(writer.stored, earlier)
 
     def _keep(self, writer: ResponseWriter) -> None:
         if writer.response["store"]:
@@ -192,7 +205,7 @@ class ServingResponses:
         writer.response["status"] = "queued"
         self._store.put(writer.stored)
         first = dict(writer.response)
-        run.task = asyncio.create_task(self._run(writer, run, events))
+        run.task = self._engine.in_background(self._run(writer, run, events))
         return await EventStream.start(run.follow()) if request.stream else first
 
     async def _run(self, writer: ResponseWriter, run: BackgroundRun, events: AsyncGenerator[AnswerEvent, None]) -> None:
@@ -206,7 +219,7 @@ class ServingResponses:
                         run.add(writer.encode({"type": "response.in_progress", "response": writer.response}))
                     for news in writer.take(event):
                         run.add(writer.encode(news))
-            await self._count_reasoning(writer)
+            self._diagnose(writer)
             for news in writer.finish():
                 run.add(writer.encode(news))
         except Exception as exc:

@@ -35,6 +35,8 @@ def new_response(request: ResponsesRequest, model: str, defaults: Mapping[str, A
         "previous_response_id": request.previous_response_id,
         "prompt_cache_key": request.prompt_cache_key,
         "prompt_cache_retention": request.prompt_cache_retention,
+        "prompt_cache_options": _cache_options(request),
+        "prompt_cache_diagnostics": None,
         "reasoning": {"effort": None, "summary": None} | (request.reasoning or {}),
         "safety_identifier": request.safety_identifier,
         "service_tier": "default",
@@ -49,3 +51,11 @@ def new_response(request: ResponsesRequest, model: str, defaults: Mapping[str, A
         "usage": None,
         "user": request.user,
     }
+
+
+def _cache_options(request: ResponsesRequest) -> dict[str, Any] | None:
+    options = request.prompt_cache_options
+    if options is None:
+        return None
+    shown = {"mode": options.mode or "implicit", "ttl": options.ttl or "30m"}
+    return shown | {"comparison_response_id": options.comparison_response_id}

@@ -98,6 +98,18 @@ class StoredResponse:
         return sum(len(orjson.dumps(part)) for part in held) + sum(map(len, events))
 
 
+def kept_items(responses: list[StoredResponse], ids: set[str]) -> dict[str, dict[str, Any]]:
+    """The items of these ids among inputs and outputs of responses; of several with one id, the first."""
+    found: dict[str, dict[str, Any]] = {}
+    for entry in responses:
+        for item in (*entry.response["output"], *entry.input_items):
+            if item["id"] in ids:
+                found.setdefault(item["id"], item)
+        if len(found) == len(ids):
+            break
+    return found
+
+
 class ResponseStore:
     """Bounded in number and bytes: those not asked for the longest are forgotten first, running ones never."""
 
@@ -120,6 +132,10 @@ class ResponseStore:
         if entry is not None:
             self._entries.move_to_end(response_id)
         return entry
+
+    def of_tenant(self, tenant: str | None) -> list[StoredResponse]:
+        """A tenant's responses, those asked for last first."""
+        return [entry for entry in reversed(self._entries.values()) if entry.tenant == tenant]
 
     def put(self, entry: StoredResponse) -> None:
         """Adds a response, or takes note that one has grown; may forget others, or a finished one that is too large."""

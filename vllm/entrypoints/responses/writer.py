@@ -49,10 +49,6 @@ class ResponseWriter:
     def response(self) -> dict[str, Any]:
         return self.stored.response
 
-    @property
-    def reasoning(self) -> str:
-        return self._text("reasoning")
-
     def take(self, event: AnswerEvent) -> Iterator[dict[str, Any]]:
         """Takes in an event of the chat's answer; returns what is new as events without numbers."""
         match event:
@@ -100,8 +96,9 @@ class ResponseWriter:
     def _add_message(self) -> None:
         """Adds the answer to the conversation, as the chat message that a next request goes on from."""
         message: dict[str, Any] = {"role": "assistant", "content": self._text("text")}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
+        reasoning = self._text("reasoning")
+        if reasoning:
+            message["reasoning_content"] = reasoning
         calls = [block for block in self._reader.blocks if block.kind == "tool_call"]
         if calls:
             message["tool_calls"] = [
@@ -185,6 +182,6 @@ def _usage_json(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": usage.written},
         "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning or 0},
         "total_tokens": usage.prompt + usage.completion,
     }

@@ -59,7 +59,7 @@ class History:
             await asyncio.sleep(INTERVAL_S)
 
     def sample(self) -> None:
-        """Takes a sample now."""
+        """Takes a sample now, which costs the event loop less than an answer of `/metrics` does."""
         found, usages = dict.fromkeys(NAMES, 0.0), 0
         for family in self._registry.collect():
             for sample in family.samples:

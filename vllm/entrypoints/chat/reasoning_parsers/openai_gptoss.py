@@ -17,9 +17,9 @@ class GptOssReasoningParser(ReasoningParser):
     # What a form asks for begins with the text for the user.
     end = "<|channel|>final<|message|>"
 
-    def __init__(self, ended: bool) -> None:
+    def __init__(self, ended: bool | None) -> None:
         self._messages = OpenAIToolParser([])
-        self._messages.begin(ended)
+        self._messages.begin(bool(ended))
 
     @classmethod
     def ended_in(cls, prompt: str, continued: str | None, kwargs: Mapping[str, Any]) -> bool:

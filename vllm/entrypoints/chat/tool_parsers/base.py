@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from vllm.entrypoints.chat.events import CallArguments, CallBegun, CallEnded, PartEvent, Text
-from vllm.entrypoints.chat.partial_text import held_back
+from vllm.entrypoints.chat.partial_text import find_first, held_back
 
 
 class ToolParser(ABC):
@@ -21,6 +21,7 @@ class ToolParser(ABC):
 
     Args:
         tools: Functions that the request offers.
+        allowed: Names of those that may be called; None for all. A call of another one is text.
 
     Attributes:
         needs_special_tokens: Marks of the format are control tokens, so the text must show those.
@@ -31,14 +32,15 @@ class ToolParser(ABC):
     needs_special_tokens = False
     reads_reasoning = False
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
         self.parameters = {t["function"]["name"]: t["function"].get("parameters") or {} for t in tools}
+        self._allowed = allowed
         self.buffer = ""
         self.num_calls = 0
         self._events: list[PartEvent] = []
         # Of one event that grows: more of the open call's arguments, or else text.
         self._pieces: list[str] = []
-        self._call_is_open = False
+        self._call_is_open = self._has_arguments = False
         self._space = ""
 
     def feed(self, text: str) -> list[PartEvent]:
@@ -67,16 +69,21 @@ class ToolParser(ABC):
     def end(self) -> None:
         """Takes what is left in the buffer."""
 
-    def say_until(self, mark: str) -> bool:
-        """Says what stands before `mark` and drops both; returns whether it is there. Without it, what may be its
-        beginning stays."""
-        before, found, after = self.buffer.partition(mark)
-        if not found:
-            self.say(self.take(len(self.buffer) - held_back(self.buffer, (mark,))))
-            return False
-        self.say(before)
-        self.buffer = after
-        return True
+    def say_until(self, *marks: str) -> str:
+        """Says what stands before the first of `marks` and drops both; returns which one it was. Without one, what may
+        be its beginning stays, and the answer is an empty text."""
+        found = find_first(self.buffer, marks)
+        if found is None:
+            self.say(self.take(len(self.buffer) - held_back(self.buffer, marks)))
+            return ""
+        at, mark = found
+        self.say(self.take(at))
+        self.take(len(mark))
+        return mark
+
+    def may_grow_to(self, *marks: str) -> bool:
+        """Whether the buffer is the beginning of one of these marks."""
+        return any(mark.startswith(self.buffer) and mark != self.buffer for mark in marks)
 
     def make_id(self) -> str:
         """The id of a new call."""
@@ -93,10 +100,14 @@ class ToolParser(ABC):
         self._space = text[len(shown) :]
 
     def open_call(self, name: str) -> None:
+        """A call of a function begins; its arguments follow by `add_arguments`."""
+        if self._allowed is not None and name not in self._allowed:
+            self.say(name)
+            return
         self._close_call()
         self._flush()
         self._space = ""
-        self._call_is_open = True
+        self._call_is_open, self._has_arguments = True, False
         self._events.append(CallBegun(self.num_calls, self.make_id(), name))
         self.num_calls += 1
 
@@ -115,6 +126,8 @@ class ToolParser(ABC):
 
     def _close_call(self) -> None:
         if self._call_is_open:
+            if not self._pieces and not self._has_arguments:
+                self._pieces.append("{}")
             self._flush()
             self._call_is_open = False
             self._events.append(CallEnded(self.num_calls - 1))
@@ -123,6 +136,7 @@ class ToolParser(ABC):
         text = "".join(self._pieces)
         self._pieces.clear()
         if text:
+            self._has_arguments = True
             self._events.append(CallArguments(self.num_calls - 1, text) if self._call_is_open else Text(text))
 
     def _take(self) -> list[PartEvent]:

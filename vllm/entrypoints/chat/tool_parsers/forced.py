@@ -18,6 +18,8 @@ class NamedToolParser(ToolParser):
         self._name = name
 
     def step(self) -> bool:
+        if not self.buffer:  # cut off before it began, such as while the model was thinking
+            return False
         if not self.num_calls:
             self.open_call(self._name)
         self.add_arguments(self.take(len(self.buffer)))

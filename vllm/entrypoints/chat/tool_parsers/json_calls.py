@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from enum import Enum, auto
 
 _ARGUMENTS = ("arguments", "parameters")
@@ -64,23 +64,30 @@ class CallReader:
     """Reads one object that stands for a call.
 
     Args:
-        open_call: Called with the name: once it is known, or with `sure` once it is known that there are arguments too.
+        open_call: Called with the name once the arguments begin, or at the end of an object that has none.
         add_arguments: Called with their text, piece by piece.
         sure: Only an object with a name and arguments is a call.
+        names: Only one with such a name is; None for any.
 
     Attributes:
         done: The object has ended.
-        broken: It is no call: not an object, or one without a name.
+        broken: It is no call: not an object, or one without such a name.
         opened: `open_call` was called.
         text: What was read, until `open_call` was called.
     """
 
     def __init__(
-        self, open_call: Callable[[str], None], add_arguments: Callable[[str], None], *, sure: bool = False
+        self,
+        open_call: Callable[[str], None],
+        add_arguments: Callable[[str], None],
+        *,
+        sure: bool = False,
+        names: Container[str] | None = None,
     ) -> None:
         self._open_call = open_call
         self._add_arguments = add_arguments
         self._sure = sure
+        self._names = names
         self._state = _State.START
         self._scanner = ValueScanner()
         self._value = ""
@@ -154,7 +161,7 @@ class CallReader:
             self._name = _string(self._value)
             if self._name is None:
                 self.broken = True
-            elif not self._sure or self._arguments is not None:
+            elif self._arguments is not None:
                 self._open()
         elif self._key in _ARGUMENTS and self._arguments is None:
             unquoted = _string(self._value)
@@ -165,18 +172,20 @@ class CallReader:
     def _open(self) -> None:
         if self.opened or self._name is None:
             return
+        if self._names is not None and self._name not in self._names:
+            self.broken = True
+            return
         self.opened = True
         self._open_call(self._name)
         if self._arguments is not None:
             self._add_arguments(self._arguments)
 
     def _close(self) -> None:
-        if self.opened:
-            self.done = True
-            if self._arguments is None:
-                self._add_arguments("{}")
-        else:
-            self.broken = True
+        if not self._sure:
+            self._open()
+        self.done, self.broken = self.opened, not self.opened
+        if self.opened and self._arguments is None:
+            self._add_arguments("{}")
 
 
 def _string(text: str) -> str | None:

@@ -11,55 +11,59 @@ _TAG = "<|python_tag|>"
 
 
 class Llama3JsonToolParser(ToolParser):
-    """An object that has no name or no parameters is an answer in JSON: content."""
+    """An object that has no name or no parameters is an answer in JSON: content.
+
+    Text may stand before the object; behind text, only an object with the name of a function that is offered is a call.
+    """
 
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._call: CallReader | None = None
-        self._is_text = False
+        self._follows_text = False
+        # A mark before the object, or what separates it from the one before.
         self._skipped = ""
 
     def step(self) -> bool:
-        if self._is_text:
-            self.say(self.take(len(self.buffer)))
-            return False
         if self._call is None:
-            return self._read_start()
+            return self._read_text()
         self.take(self._call.read(self.buffer))
-        if self._call.broken:
-            self._be_text("" if self._call.opened else self._skipped + self._call.text)
-        elif self._call.done:
-            self._call, self._skipped = None, ""
-        else:
+        if not self._call.broken and not self._call.done:
             return False
+        if not self._call.opened:
+            self._say_skipped(self._call.text)
+        self._call, self._skipped = None, ""
         return True
 
-    def _read_start(self) -> bool:
-        """Takes what may stand before an object; behind a call it is nothing to keep."""
-        self._skipped = "" if self.num_calls else self._skipped
-        self._skipped += self.skip_space()
+    def _read_text(self) -> bool:
+        if self.num_calls and not self._follows_text and self.buffer[:1] in (";", ",", " ", "\n"):
+            self._skipped += self.take(1)
+            return bool(self.buffer)
         if not self.buffer:
             return False
         if self.buffer.startswith("{"):
-            self._call = CallReader(self.open_call, self.add_arguments, sure=True)
-        elif self.num_calls and self.buffer[0] in ";,":
-            self._skipped += self.take(1)
-        elif self.buffer.startswith(_TAG):
+            names = self.parameters if self._follows_text else None
+            self._call = CallReader(self.open_call, self.add_arguments, sure=True, names=names)
+            return True
+        if self.buffer.startswith(_TAG):
             self._skipped += self.take(len(_TAG))
-        elif _TAG.startswith(self.buffer):
+            return True
+        if self.may_grow_to(_TAG):
             return False
-        else:
-            self._be_text("" if self.num_calls else self._skipped)
-        return True
+        ends = [at for mark in ("{", _TAG[0]) if (at := self.buffer.find(mark, 1)) > 0]
+        text = self.take(min(ends, default=len(self.buffer)))
+        if self.num_calls and not self._follows_text:
+            self._skipped = ""
+        self._say_skipped(text)
+        return bool(self.buffer)
 
-    def _be_text(self, text: str) -> None:
-        self._is_text, self._call, self._skipped = True, None, ""
-        self.buffer = text + self.buffer
+    def _say_skipped(self, text: str) -> None:
+        self.say(self._skipped + text)
+        self._skipped = ""
+        self._follows_text |= bool(text.strip())
 
     def end(self) -> None:
-        if self._call is None:
-            self.say(self._skipped + self.take(len(self.buffer)))
-        elif not self._call.opened:
-            self.say(self._skipped + self._call.text + self.take(len(self.buffer)))
+        rest = "" if self._call is None else "" if self._call.opened else self._call.text
+        if self._call is None or not self._call.opened:
+            self.say(("" if self.num_calls and not rest else self._skipped) + rest + self.take(len(self.buffer)))

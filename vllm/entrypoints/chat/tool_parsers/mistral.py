@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import re
 import string
 from typing import Any
 
@@ -12,16 +13,19 @@ from vllm.entrypoints.chat.tool_parsers.base import ToolParser
 from vllm.entrypoints.chat.tool_parsers.json_calls import CallReader, ValueScanner
 
 _START = "[TOOL_CALLS]"
+_NO_NAME = re.compile(r"\s")
 _AFTER_NAME = ("[CALL_ID]", "[ARGS]", "{")
 
 
 class MistralToolParser(ToolParser):
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._inside = False
         self._in_list = False
+        # What was taken since the mark, until there is a call.
+        self._raw = ""
         self._call: CallReader | None = None
         self._value: ValueScanner | None = None
 
@@ -42,57 +46,74 @@ class MistralToolParser(ToolParser):
         return self._read_between() if self._in_list else self._read_name()
 
     def _read_text(self) -> bool:
-        self._inside = self.say_until(_START)
+        self._raw = self.say_until(_START)
+        self._inside = bool(self._raw)
         return self._inside
 
     def _read_name(self) -> bool:
         """What follows the mark: a list, or a name and where its arguments begin."""
-        self.skip_space()
+        self._drop(len(self.buffer) - len(self.buffer.lstrip()))
         if self.buffer.startswith("[") and not any(m.startswith(self.buffer[: len(m)]) for m in _AFTER_NAME[:2]):
-            self.take(1)
+            self._drop(1)
             self._in_list = True
             return True
         found = find_first(self.buffer, _AFTER_NAME)
-        if found is None:
+        at = self.buffer.find("{")
+        if found is None or at < 0:
             return False
         name = self.buffer[: found[0]].strip()
-        at = self.buffer.find("{")
-        if at < 0:
-            return False
-        self.take(at)
-        if name:
+        if not name:
+            self.take(at)
+            self._call = CallReader(self.open_call, self.add_arguments)
+        elif _NO_NAME.search(name):
+            self._be_text()
+        else:
+            self.take(at)
+            self._raw = ""
             self.open_call(name)
             self._value = ValueScanner()
-        else:
-            self._call = CallReader(self.open_call, self.add_arguments)
         return True
 
     def _read_between(self) -> bool:
         """Before, between or after the objects of a list."""
-        self.skip_space()
+        self._drop(len(self.buffer) - len(self.buffer.lstrip()))
         if not self.buffer:
             return False
         if self.buffer[0] == "{":
             self._call = CallReader(self.open_call, self.add_arguments)
         elif self.buffer[0] == "]":
-            self.take(1)
-            self._inside = self._in_list = False
+            self._drop(1)
+            self._be_text()
+        elif self._raw:
+            self._be_text()
         else:
             self.take(1)
         return True
 
     def _read_call(self, call: CallReader) -> bool:
         self.take(call.read(self.buffer))
+        if call.opened:
+            self._raw = ""
         if not call.done and not call.broken:
             return False
-        if call.broken and not call.opened:
-            self.say(call.text)
         self._call = None
         self._inside = self._in_list
+        if not call.opened:
+            self._be_text(call.text)
         return True
+
+    def _drop(self, size: int) -> None:
+        """Takes what is content only if no call comes."""
+        dropped = self.take(size)
+        if self._raw:
+            self._raw += dropped
+
+    def _be_text(self, text: str = "") -> None:
+        self.say(self._raw + text)
+        self._raw, self._inside, self._in_list = "", False, False
 
     def end(self) -> None:
         if self._call is not None and not self._call.opened:
-            self.say(self._call.text)
+            self._be_text(self._call.text)
         elif self._value is None and self._call is None:
-            self.say(self.take(len(self.buffer)))
+            self.say(self._raw * self._inside + self.take(len(self.buffer)))

@@ -33,8 +33,8 @@ class OpenAIToolParser(ToolParser):
     needs_special_tokens = True
     reads_reasoning = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._header: str | None = ""
         self._kind = "text"
         self._seen_mark = False

@@ -1,4 +1,8 @@
-"""Llama 3.2, Llama 4 and ToolACE: the answer is a Python list of calls, `[look_up(city="Rome", days=2), …]`."""
+"""Calls in Python's words.
+
+Llama 3.2, Llama 4 and ToolACE: the answer is a list of calls, `[look_up(city="Rome", days=2), …]`.
+OLMo 3: a call a line, `<function_calls>look_up(city="Rome")⏎…</function_calls>`.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ import json
 import re
 from typing import Any
 
+from vllm.entrypoints.chat.partial_text import find_first
 from vllm.entrypoints.chat.tool_parsers.base import ToolParser
 
 _TAGS = ("<|python_start|>", "<|python_end|>")
 _BEGINS = re.compile(r"\[\s*[A-Za-z_][\w.-]*\s*\(")
 _MAY_BEGIN = re.compile(r"\[\s*([A-Za-z_][\w.-]*\s*)?")
+_LINES_BEGIN = "<function_calls>"
+_LINES_END = "</function_calls>"
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 
 
@@ -20,8 +27,8 @@ class PythonicToolParser(ToolParser):
 
     needs_special_tokens = True
 
-    def __init__(self, tools: list[dict[str, Any]]) -> None:
-        super().__init__(tools)
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
         self._is_text = False
         self._inside = False
         self._ended = False
@@ -108,6 +115,48 @@ class PythonicToolParser(ToolParser):
     def end(self) -> None:
         if not self._inside or not self.num_calls:
             self.say(self._skipped + self.take(len(self.buffer)))
+
+
+class Olmo3ToolParser(ToolParser):
+    """A call is handed on when its line is whole."""
+
+    needs_special_tokens = True
+
+    def __init__(self, tools: list[dict[str, Any]], allowed: frozenset[str] | None = None) -> None:
+        super().__init__(tools, allowed)
+        self._inside = False
+        # The mark before the first call of a section.
+        self._raw = ""
+        self._seen = 0
+
+    def step(self) -> bool:
+        if not self._inside:
+            self._raw = self.say_until(_LINES_BEGIN)
+            self._inside, self._seen = bool(self._raw), 0
+            return self._inside
+        found = find_first(self.buffer[self._seen :], ("\n", _LINES_END))
+        if found is None:
+            self._seen = max(self._seen, len(self.buffer) - len(_LINES_END))
+            return False
+        end = self._seen + found[0]
+        self._seen = end + len(found[1])
+        source, at_end = self.buffer[:end], found[1] == _LINES_END
+        call = _parse(source)
+        if call is not None:
+            self._raw = ""
+            self.open_call(call[0])
+            self.add_arguments(call[1])
+        elif at_end and (source.strip() or self._raw):
+            self.say(self._raw + self.buffer[: self._seen])
+        if call is not None or at_end or not source.strip():
+            dropped = self.take(self._seen)
+            self._raw += dropped if self._raw else ""
+            self._seen = 0
+        self._inside = not at_end
+        return True
+
+    def end(self) -> None:
+        self.say(self._raw * self._inside + self.take(len(self.buffer)))
 
 
 def _parse(source: str) -> tuple[str, str] | None:

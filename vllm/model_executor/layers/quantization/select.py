@@ -17,7 +17,6 @@ from vllm.model_executor.layers.quantization.int8 import Int8
 from vllm.model_executor.layers.quantization.on_gpu import EightBits, FourBits
 from vllm.model_executor.layers.quantization.stored import WHOLE, Stored
 from vllm.transformers_utils.quantization_config import (
-    Fp4Format,
     Fp8Format,
     GGUFFormat,
     Int4Format,
@@ -54,9 +53,9 @@ def scheme_of(format: WeightFormat) -> Scheme:
         return Int4(format)
     if isinstance(format, Int8Format):
         return Int8(format)
-    if isinstance(format, Fp4Format):
-        return Fp4(format)
-    raise TypeError(f"{format} is of no scheme")
+    if isinstance(format, GGUFFormat):
+        raise TypeError("the blocks of a GGUF file are kept, not made a matrix of")
+    return Fp4(format)
 
 
 def stored_of(format: WeightFormat | None) -> Mapping[str, Stored]:
