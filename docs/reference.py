@@ -69,7 +69,7 @@ def _flag_row(action: argparse.Action) -> str:
     names = [name for name in action.option_strings if not name.startswith("--no-")] or [action.dest]
     text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
     if action.choices:
-        text += f" One of {', '.join(map(str, action.choices))}."
+        text = text.rstrip(".") + f". One of {', '.join(map(str, action.choices))}."
     own = " ◆" if any(names[0].startswith(prefix) for prefix in _OWN) else ""
     return f"| {', '.join(f'`{name}`' for name in names)}{own} | {text.replace('|', chr(92) + '|')} |"
 

@@ -114,7 +114,7 @@ struct Projection {
 };
 
 // Neighbouring query tokens that all read one extent, as PrefixGroup in vllm/ops/attention/metadata.py. The groups of one
-// token come in the order of its extents, each of which begins where the one before it ends; the last of these ends where
+// token come in the order of its extents. Each of these begins where the one before it ends, and the last one ends where
 // the token's own blocks begin.
 struct Group {
   int64_t first_token, num_tokens, first_slot, length;
@@ -136,8 +136,8 @@ struct Batch {
   // Tokens whose states are wanted, ascending; null: all. The others only leave K and V.
   int64_t num_wanted;
   const int64_t* wanted;
-  // The batch as layers with a window see it: their slots, block tables and groups (vllm/kv_cache/windows.py). Entries of
-  // block tables that lie behind the windows of all query tokens are not read. Null: they see what the others do.
+  // The batch as layers with a window see it: their slots, block tables and groups (vllm/kv_cache/windows.py). What of
+  // the block tables lies behind the windows of all query tokens is not read. Null: they see what the others do.
   const Batch* within;
 };
 

@@ -17,13 +17,16 @@ from vllm.transformers_utils.config import hf_config_of, weights_digest
 from vllm.transformers_utils.tokenizer import Tokenizer
 
 
-@pytest.mark.parametrize("kind", ["directory", "gguf"])
+@pytest.mark.parametrize("kind", ["directory", "gguf", "quantised"])
 def test_the_configuration_arrives_as_it_was(kind: str, tiny_model_dir: Path, default_model_path: str) -> None:
     rope = {"rope_theta": 1e6, "rope_type": "linear", "factor": 2.0}
+    overrides: dict[str, object] = {"rope_parameters": rope}
+    if kind == "quantised":
+        overrides["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32}
     args = EngineArgs(
         default_model_path if kind == "gguf" else str(tiny_model_dir),
         served_model_name=["a", "b"],
-        hf_overrides={"rope_parameters": rope},
+        hf_overrides=overrides,
         system_prompt_ttl=5.5,
         max_num_queued_reqs=3,
     )
@@ -36,6 +39,7 @@ def test_the_configuration_arrives_as_it_was(kind: str, tiny_model_dir: Path, de
     assert type(theirs) is type(ours)
     assert (theirs.to_dict(), theirs.dtype) == (ours.to_dict(), ours.dtype)
     assert theirs.rope_parameters["factor"] == 2.0
+    assert getattr(theirs, "quantization_config", None) == overrides.get("quantization_config")
     assert replace(got.config, model=replace(got.config.model, hf_config=ours)) == sent
 
 

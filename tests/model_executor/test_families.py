@@ -16,6 +16,7 @@ from tests.model_executor.networks import logits_of, logits_of_compiled_steps, m
 from vllm.attention.backends import get_backend
 from vllm.distributed.parallel_state import join_ranks
 from vllm.exceptions import StartupError
+from vllm.model_executor.layers.moe import StackedExperts
 from vllm.model_executor.models.registry import decoder_spec
 from vllm.model_executor.models.spec import MoE
 from vllm.ops import mxfp4
@@ -325,9 +326,14 @@ def test_experts_in_mxfp4() -> None:
     config = config_of(reference)
     config.quantization_config = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
     model = make_decoder(config)
+    experts = next(module for module in model.modules() if isinstance(module, StackedExperts))
+    more, before = experts.bytes_of_unpacking(torch.device("cpu")), sum(p.nbytes for p in experts.parameters())
     with torch.no_grad():
         model.load_weights(tensors.items())
         model.finish()
+    weights = experts.weights
+    assert weights is not None and weights.gate_up_bias is not None and weights.down_bias is not None
+    assert before + more == sum(part.nbytes for part in weights if isinstance(part, torch.Tensor))
     torch.testing.assert_close(logits_of(model, TOKENS), want, atol=1e-3, rtol=2e-4)
 
 

@@ -16,8 +16,10 @@ logger = init_logger(__name__)
 
 INTERVAL_S = 5.0
 _KEPT = 720
-# Samples as `/metrics` has them. Those of several label values are summed, unless one value is named.
-_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+# Samples as `/metrics` has them. Those of several label values are summed, unless one value is named; of a share, it is
+# the mean that counts.
+_USAGE = "vllm:kv_cache_usage_perc"
+_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", _USAGE)
 _TOTALS = (
     "vllm:generation_tokens_total",
     "vllm:prompt_tokens_total",
@@ -57,12 +59,14 @@ class History:
             await asyncio.sleep(INTERVAL_S)
 
     def sample(self) -> None:
-        """Takes a sample now."""
-        found = dict.fromkeys(NAMES, 0.0)
+        """Takes a sample now, which costs the event loop less than an answer of `/metrics` does."""
+        found, usages = dict.fromkeys(NAMES, 0.0), 0
         for family in self._registry.collect():
             for sample in family.samples:
                 if sample.name in _WANTED and (sample.name != _HITS or sample.labels["outcome"] == "hit"):
                     found[sample.name] += sample.value
+                    usages += sample.name == _USAGE
+        found[_USAGE] /= max(1, usages)
         self._rows.append((round(self._clock(), 3), *found.values()))
 
     def json(self, after: float = 0.0) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from vllm.ops.dispatch import mix_experts
 from vllm.ops.linear import linear
 from vllm.ops.moe import Experts
 from vllm.ops.norm import Norm
-from vllm.platforms.devices import on_gpu
+from vllm.platforms.devices import is_gpu
 
 
 class StreamJoin(Protocol):
@@ -146,6 +146,18 @@ class StackedExperts(nn.Module):
             target = target.unflatten(dim, (self.size, 2)).select(dim + 1, 0 if part == "gate" else 1)
         copy_checked(target, tensor, f"{part} {kind}")
 
+    def unpacks_on(self, device: torch.device) -> bool:
+        """Whether packed weights become whole when they are loaded, where no kernel multiplies by them."""
+        return self.spec.mxfp4 and not (is_gpu(device) and self._dtype == torch.bfloat16)
+
+    def bytes_of_unpacking(self, device: torch.device) -> int:
+        """Bytes that the weights take beyond those of the checkpoint."""
+        if not self.unpacks_on(device):
+            return 0
+        packed = [getattr(self, f"{name}_{kind}") for name in ("gate_up", "down") for kind in ("blocks", "scales")]
+        whole = sum(2 * part.numel() for part in packed[::2]) * self._dtype.itemsize
+        return whole - sum(part.nbytes for part in packed)
+
     def finish(self) -> None:
         """Brings the loaded weights into the form in which the device multiplies by them."""
         gate_up, gate_up_scales = self._finished("gate_up")
@@ -160,11 +172,10 @@ class StackedExperts(nn.Module):
             return getattr(self, f"{name}_weight"), None
         blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
         finished: tuple[torch.Tensor, torch.Tensor | None]
-        if on_gpu(blocks) and self._dtype == torch.bfloat16:
-            finished = mxfp4.arrange(blocks, scales)
-        else:
-            # No kernel multiplies by packed weights here.
+        if self.unpacks_on(blocks.device):
             finished = mxfp4.dequantise(blocks, scales, self._dtype), None
+        else:
+            finished = mxfp4.arrange(blocks, scales)
         blocks.data, scales.data = blocks.new_empty(0), scales.new_empty(0)
         return finished
 

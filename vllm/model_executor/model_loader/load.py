@@ -10,6 +10,7 @@ from vllm.config import ModelConfig
 from vllm.exceptions import StartupError
 from vllm.model_executor.layers.embedding import VocabParallelEmbedding
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.moe import StackedExperts
 from vllm.model_executor.model_loader import iterate_weights
 from vllm.model_executor.models.base import CausalLM
 from vllm.platforms import current_platform
@@ -74,6 +75,8 @@ def _check_memory(sketch: CausalLM, config: ModelConfig, device: torch.device) -
             needed += max(0, module.method.finished_bytes(module) - module.loaded_bytes())
         elif isinstance(module, VocabParallelEmbedding):
             needed += module.bytes_in_blocks()
+        elif isinstance(module, StackedExperts):
+            needed += module.bytes_of_unpacking(device)
     left = current_platform(device.type).available_memory_bytes()
     if needed > left:
         raise StartupError(

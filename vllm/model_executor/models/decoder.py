@@ -467,6 +467,10 @@ class Decoder(CausalLM):
             module.load((weight.twin,), weight.kind, tensor)  # type: ignore[operator]
 
     def finish(self) -> None:
+        device = self.embedding.weight.device
+        if any(isinstance(module, StackedExperts) and module.unpacks_on(device) for module in self.modules()):
+            name = str(self.dtype).removeprefix("torch.")
+            logger.info("The experts' MXFP4 weights become %s: only a GPU multiplies by them packed, bfloat16.", name)
         if self.build.compiled:
             self.program = CpuProgram(self)
         else:

@@ -302,8 +302,12 @@ def tiles(num_rows: int, out_features: int, num_blocks: int, multiprocessors: in
         block_m, block_n, warps, stages = max(16, triton.next_power_of_2(num_rows)), 64, 4, 5
         # Bound by the reading of W: several programs on each multiprocessor keep the memory busy.
         programs = 4 * multiprocessors if num_rows <= 32 else 2 * multiprocessors
-    else:
+    elif num_rows <= 128:
         block_m, block_n, warps, stages = 128, 128, 8, 4
+        programs = multiprocessors
+    else:
+        # Bound by the reading of x from the cache, which the rows of W in a tile share.
+        block_m, block_n, warps, stages = 128, 256, 16, 3
         programs = multiprocessors
     count = triton.cdiv(out_features, block_n) * triton.cdiv(num_rows, block_m)
     # A share of fewer than four blocks is over before its pipeline is full.

@@ -21,17 +21,18 @@ from vllm.ops.packed4 import Packed4
 from vllm.platforms.devices import is_gpu
 
 _ROWS = 4
-_BLOCKS = 32
+_BLOCKS = 16
 
 
 @triton.jit
-def _permuted(ASM: tl.constexpr, codes):
-    return tl.inline_asm_elementwise(ASM, "=r,r", [codes], dtype=tl.float32, is_pure=True, pack=1)
+def _permuted(ASM: tl.constexpr, codes, base):
+    return tl.inline_asm_elementwise(ASM, "=r,r,r", [codes, base], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def _number(codes, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
-    """The code in a byte of an int32 as float32: 128 + q of an integer, the number itself of a float."""
+def _number(codes, base, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
+    """The code in a byte of an int32 as float32: 128 + q of an integer, the number itself of a float. `base` is the
+    integer of 128."""
     if CODE == "e2m1":
         # Its exponent and mantissa as those of a float32 that is 2^126 times smaller.
         if BYTE == 3:
@@ -43,19 +44,19 @@ def _number(codes, BYTE: tl.constexpr, CODE: tl.constexpr, ASM: tl.constexpr):
     elif ASM:
         # Its byte between 0x43 and zeros.
         if BYTE == 0:
-            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7044;", codes)
+            return _permuted("prmt.b32 $0, $1, $2, 0x7044;", codes, base)
         elif BYTE == 1:
-            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7144;", codes)
+            return _permuted("prmt.b32 $0, $1, $2, 0x7144;", codes, base)
         elif BYTE == 2:
-            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7244;", codes)
+            return _permuted("prmt.b32 $0, $1, $2, 0x7244;", codes, base)
         else:
-            return _permuted("prmt.b32 $0, $1, 0x43000000, 0x7344;", codes)
+            return _permuted("prmt.b32 $0, $1, $2, 0x7344;", codes, base)
     else:
         return 128.0 + ((codes >> (8 * BYTE)) & 15).to(tl.float32)
 
 
 @triton.jit
-def _four(bits, BF16: tl.constexpr):
+def four_floats(bits, BF16: tl.constexpr):
     """Four 16-bit floats in an int64 → float32, the first in the lowest bits."""
     low, high = bits.to(tl.int32), (bits >> 32).to(tl.int32)
     if BF16:
@@ -70,12 +71,12 @@ def _four(bits, BF16: tl.constexpr):
 
 
 @triton.jit
-def _half(codes, a, b, c, d, CODE: tl.constexpr, ASM: tl.constexpr):
-    """Products of four codes, each in a byte of an int32."""
-    total = _number(codes, 0, CODE, ASM) * a
-    total += _number(codes, 1, CODE, ASM) * b
-    total += _number(codes, 2, CODE, ASM) * c
-    total += _number(codes, 3, CODE, ASM) * d
+def _add_four(total, codes, base, a, b, c, d, CODE: tl.constexpr, ASM: tl.constexpr):
+    """Adds the products of four codes, each in a byte of an int32."""
+    total += _number(codes, base, 0, CODE, ASM) * a
+    total += _number(codes, base, 1, CODE, ASM) * b
+    total += _number(codes, base, 2, CODE, ASM) * c
+    total += _number(codes, base, 3, CODE, ASM) * d
     return total
 
 
@@ -89,23 +90,25 @@ def _zero(zeros, ROW: tl.constexpr, CODE: tl.constexpr):
 
 
 @triton.jit
-def _word_product(
-    word, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, low_scale, high_scale, low_zeros, high_zeros,
+def _add_word(
+    acc, word, base, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, low_scale, high_scale, low_zeros, high_zeros,
     ROW: tl.constexpr, CODE: tl.constexpr, ONE_SCALE: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """What a word of row `ROW` adds to the row's result."""
-    low = _half(word & 0x0F0F0F0F, x0, x1, x2, x3, CODE, ASM)
-    high = _half((word >> 4) & 0x0F0F0F0F, x4, x5, x6, x7, CODE, ASM)
+    """Adds what a word of row `ROW` makes to the row's result."""
+    low, high = tl.zeros_like(low_sum), tl.zeros_like(high_sum)
     if ONE_SCALE:
-        total = low + high
         if CODE != "e2m1":
-            total -= _zero(low_zeros, ROW, CODE) * (low_sum + high_sum)
-        return total * low_scale
+            low = -_zero(low_zeros, ROW, CODE) * (low_sum + high_sum)
+        low = _add_four(low, word & 0x0F0F0F0F, base, x0, x1, x2, x3, CODE, ASM)
+        low = _add_four(low, (word >> 4) & 0x0F0F0F0F, base, x4, x5, x6, x7, CODE, ASM)
+        return acc + low * low_scale
     else:
         if CODE != "e2m1":
-            low -= _zero(low_zeros, ROW, CODE) * low_sum
-            high -= _zero(high_zeros, ROW, CODE) * high_sum
-        return low * low_scale + high * high_scale
+            low = -_zero(low_zeros, ROW, CODE) * low_sum
+            high = -_zero(high_zeros, ROW, CODE) * high_sum
+        low = _add_four(low, word & 0x0F0F0F0F, base, x0, x1, x2, x3, CODE, ASM)
+        high = _add_four(high, (word >> 4) & 0x0F0F0F0F, base, x4, x5, x6, x7, CODE, ASM)
+        return acc + low * low_scale + high * high_scale
 
 
 @triton.jit
@@ -145,49 +148,129 @@ def _row4_kernel(
     word2, word3 = tl.load(at2, mask=inside, other=0), tl.load(at3, mask=inside, other=0)
     follow(PDL)
     one: tl.constexpr = GROUP >= 128
+    # N is above 0, which the compiler does not know: as a constant it would be moved to a register for every code.
+    base = 0x43000000 + (N >> 31)
     acc0 = tl.zeros((BLOCK_B, 16), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for first in tl.static_range(0, BLOCKS, BLOCK_B):
+    for first in range(0, BLOCKS, BLOCK_B):
         block = first + blocks
         inside = block + words * 0 < BLOCKS
-        next0, next1, next2, next3 = word0, word1, word2, word3
-        if first + BLOCK_B < BLOCKS:
-            # The words that come next are on their way while these are multiplied.
-            there = block + BLOCK_B + words * 0 < BLOCKS
-            next0 = tl.load(at0 + (first + BLOCK_B) * 16, mask=there, other=0)
-            next1 = tl.load(at1 + (first + BLOCK_B) * 16, mask=there, other=0)
-            next2 = tl.load(at2 + (first + BLOCK_B) * 16, mask=there, other=0)
-            next3 = tl.load(at3 + (first + BLOCK_B) * 16, mask=there, other=0)
+        # The words that come next are on their way while these are multiplied.
+        there = block + BLOCK_B + words * 0 < BLOCKS
+        next0 = tl.load(at0 + (first + BLOCK_B) * 16, mask=there, other=0)
+        next1 = tl.load(at1 + (first + BLOCK_B) * 16, mask=there, other=0)
+        next2 = tl.load(at2 + (first + BLOCK_B) * 16, mask=there, other=0)
+        next3 = tl.load(at3 + (first + BLOCK_B) * 16, mask=there, other=0)
         feature = block * 128 + words * 4
         # Whole blocks need one mask only.
         fits = inside if K % 128 == 0 else feature < K
         fits2 = inside if K % 128 == 0 else feature + 64 < K
         x_at = x_ptr + block * 32 + words
-        x0, x1, x2, x3 = _four(tl.load(x_at, mask=fits, other=0), BF16)
-        x4, x5, x6, x7 = _four(tl.load(x_at + 16, mask=fits2, other=0), BF16)
+        x0, x1, x2, x3 = four_floats(tl.load(x_at, mask=fits, other=0), BF16)
+        x4, x5, x6, x7 = four_floats(tl.load(x_at + 16, mask=fits2, other=0), BF16)
         low_sum, high_sum = x0 + x1 + x2 + x3, x4 + x5 + x6 + x7
         group = (feature // GROUP * STRIDE + first_row) // 4
-        s0, s1, s2, s3 = _four(tl.load(scales_ptr + group, mask=fits, other=0), BF16_SCALES)
+        s0, s1, s2, s3 = four_floats(tl.load(scales_ptr + group, mask=fits, other=0), BF16_SCALES)
         zeros = block
         if CODE == "int4_zeros":
             zeros = tl.load(zeros_ptr + group, mask=fits, other=0)
         t0, t1, t2, t3, zeros2 = s0, s1, s2, s3, zeros
         if GROUP < 128:
             group = ((feature + 64) // GROUP * STRIDE + first_row) // 4
-            t0, t1, t2, t3 = _four(tl.load(scales_ptr + group, mask=fits2, other=0), BF16_SCALES)
+            t0, t1, t2, t3 = four_floats(tl.load(scales_ptr + group, mask=fits2, other=0), BF16_SCALES)
             if CODE == "int4_zeros":
                 zeros2 = tl.load(zeros_ptr + group, mask=fits2, other=0)
-        acc0 += _word_product(
-            word0, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s0, t0, zeros, zeros2, 0, CODE, one, ASM
+        acc0 = _add_word(
+            acc0,
+            word0,
+            base,
+            x0,
+            x1,
+            x2,
+            x3,
+            x4,
+            x5,
+            x6,
+            x7,
+            low_sum,
+            high_sum,
+            s0,
+            t0,
+            zeros,
+            zeros2,
+            0,
+            CODE,
+            one,
+            ASM,
         )
-        acc1 += _word_product(
-            word1, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s1, t1, zeros, zeros2, 1, CODE, one, ASM
+        acc1 = _add_word(
+            acc1,
+            word1,
+            base,
+            x0,
+            x1,
+            x2,
+            x3,
+            x4,
+            x5,
+            x6,
+            x7,
+            low_sum,
+            high_sum,
+            s1,
+            t1,
+            zeros,
+            zeros2,
+            1,
+            CODE,
+            one,
+            ASM,
         )
-        acc2 += _word_product(
-            word2, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s2, t2, zeros, zeros2, 2, CODE, one, ASM
+        acc2 = _add_word(
+            acc2,
+            word2,
+            base,
+            x0,
+            x1,
+            x2,
+            x3,
+            x4,
+            x5,
+            x6,
+            x7,
+            low_sum,
+            high_sum,
+            s2,
+            t2,
+            zeros,
+            zeros2,
+            2,
+            CODE,
+            one,
+            ASM,
         )
-        acc3 += _word_product(
-            word3, x0, x1, x2, x3, x4, x5, x6, x7, low_sum, high_sum, s3, t3, zeros, zeros2, 3, CODE, one, ASM
+        acc3 = _add_word(
+            acc3,
+            word3,
+            base,
+            x0,
+            x1,
+            x2,
+            x3,
+            x4,
+            x5,
+            x6,
+            x7,
+            low_sum,
+            high_sum,
+            s3,
+            t3,
+            zeros,
+            zeros2,
+            3,
+            CODE,
+            one,
+            ASM,
         )
         word0, word1, word2, word3 = next0, next1, next2, next3
     every = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))
@@ -220,7 +303,8 @@ def packed4_row(x: torch.Tensor, weight: Packed4, out: torch.Tensor, add: bool) 
         BLOCK_B=min(_BLOCKS, triton.next_power_of_2(weight.num_blocks)),
         ADD=add,
         ASM=is_gpu(x.device),
-        num_warps=4,
+        # The fewer threads sum up, the less is left to do when all is read.
+        num_warps=2,
         **constants(weight),
     )
 

@@ -16,11 +16,81 @@ import triton.language as tl
 
 from vllm.ops.launch import follow, launch
 from vllm.ops.packed8 import BLOCK, Packed8, Rows8
+from vllm.ops.triton.packed4_row import four_floats
 from vllm.ops.triton.rows8 import quantise_rows
 from vllm.ops.triton.sum_parts import sum_parts
 from vllm.platforms.devices import gpu_generation, is_gpu, num_multiprocessors
 
 _ROWS = 4
+
+
+# Four codes in the bytes of a register → four float32.
+_FLOATS = tl.constexpr(
+    """{
+    .reg .b16 low, high, a, b, c, d;
+    .reg .b32 pair, pair2;
+    mov.b32 {low, high}, $4;
+    cvt.rn.f16x2.e4m3x2 pair, low;
+    cvt.rn.f16x2.e4m3x2 pair2, high;
+    mov.b32 {a, b}, pair;
+    mov.b32 {c, d}, pair2;
+    cvt.f32.f16 $0, a;
+    cvt.f32.f16 $1, b;
+    cvt.f32.f16 $2, c;
+    cvt.f32.f16 $3, d;
+}"""
+)
+# An integer plus 128 becomes the last bits of 2^23.
+_INTS = tl.constexpr(
+    """{
+    .reg .b32 word, a, b, c, d;
+    xor.b32 word, $4, 0x80808080;
+    prmt.b32 a, word, 0x4B000000, 0x7440;
+    prmt.b32 b, word, 0x4B000000, 0x7441;
+    prmt.b32 c, word, 0x4B000000, 0x7442;
+    prmt.b32 d, word, 0x4B000000, 0x7443;
+    sub.f32 $0, a, 0f4B000080;
+    sub.f32 $1, b, 0f4B000080;
+    sub.f32 $2, c, 0f4B000080;
+    sub.f32 $3, d, 0f4B000080;
+}"""
+)
+
+
+@triton.jit
+def _plain_number(word, BYTE: tl.constexpr, IS_INT: tl.constexpr):
+    if IS_INT:
+        return ((word << (24 - 8 * BYTE)) >> 24).to(tl.float32)
+    else:
+        # Its exponent and mantissa as those of a float32 that is 2^120 times smaller.
+        code = word >> (8 * BYTE)
+        bits = ((code & 0x7F) << 20) | ((code & 0x80) << 24)
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def _numbers(word, IS_INT: tl.constexpr, ASM: tl.constexpr):
+    """The four codes of an int32 as float32."""
+    if ASM:
+        types: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+        if IS_INT:
+            a, b, c, d = tl.inline_asm_elementwise(_INTS, "=f,=f,=f,=f,r", [word], dtype=types, is_pure=True, pack=1)
+        else:
+            a, b, c, d = tl.inline_asm_elementwise(_FLOATS, "=f,=f,=f,=f,r", [word], dtype=types, is_pure=True, pack=1)
+    else:
+        a, b = _plain_number(word, 0, IS_INT), _plain_number(word, 1, IS_INT)
+        c, d = _plain_number(word, 2, IS_INT), _plain_number(word, 3, IS_INT)
+    return a, b, c, d
+
+
+@triton.jit
+def _add_products(acc, word, x0, x1, x2, x3, IS_INT: tl.constexpr, ASM: tl.constexpr):
+    a, b, c, d = _numbers(word, IS_INT, ASM)
+    acc += a * x0
+    acc += b * x1
+    acc += c * x2
+    acc += d * x3
+    return acc
 
 
 @triton.jit
@@ -32,39 +102,45 @@ def _row8_kernel(
     N,
     K: tl.constexpr,
     BY_BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BF16: tl.constexpr,
+    IS_INT: tl.constexpr,
+    WORDS: tl.constexpr,
     ADD: tl.constexpr,
+    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Four rows of W times one row of x."""
+    """Four rows of W times one row of x; data as int32s and x as int64s of four features, so that all loads have one
+    layout."""
     first_row = tl.program_id(0) * 4
+    row_words: tl.constexpr = K // 4
     blocks: tl.constexpr = (K + 127) // 128
-    columns = tl.arange(0, BLOCK_K)
-    at = data_ptr + first_row.to(tl.int64) * K + columns
-    inside = columns < K
-    w0, w1 = tl.load(at, mask=inside, other=0.0), tl.load(at + K, mask=inside, other=0.0)
-    w2, w3 = tl.load(at + 2 * K, mask=inside, other=0.0), tl.load(at + 3 * K, mask=inside, other=0.0)
+    words = tl.arange(0, WORDS)
+    at = data_ptr + first_row.to(tl.int64) * row_words + words
+    inside = words < row_words
+    w0, w1 = tl.load(at, mask=inside, other=0), tl.load(at + row_words, mask=inside, other=0)
+    w2, w3 = tl.load(at + 2 * row_words, mask=inside, other=0), tl.load(at + 3 * row_words, mask=inside, other=0)
     follow(PDL)
-    acc0 = tl.zeros((BLOCK_K,), tl.float32)
+    acc0 = tl.zeros((WORDS,), tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for k in range(0, K, BLOCK_K):
-        inside = k + columns < K
+    for first in range(0, row_words, WORDS):
         # The weights that come next are on their way while these are multiplied.
-        following = at + k + BLOCK_K
-        there = k + BLOCK_K + columns < K
-        next0, next1 = tl.load(following, mask=there, other=0.0), tl.load(following + K, mask=there, other=0.0)
-        next2 = tl.load(following + 2 * K, mask=there, other=0.0)
-        next3 = tl.load(following + 3 * K, mask=there, other=0.0)
-        x = tl.load(x_ptr + k + columns, mask=inside, other=0.0).to(tl.float32)
+        following = at + first + WORDS
+        there = first + WORDS + words < row_words
+        next0, next1 = tl.load(following, mask=there, other=0), tl.load(following + row_words, mask=there, other=0)
+        next2 = tl.load(following + 2 * row_words, mask=there, other=0)
+        next3 = tl.load(following + 3 * row_words, mask=there, other=0)
+        inside = first + words < row_words
+        x0, x1, x2, x3 = four_floats(tl.load(x_ptr + first + words, mask=inside, other=0), BF16)
         if BY_BLOCK:
-            x *= tl.load(scales_ptr + first_row * blocks + (k + columns) // 128, mask=inside, other=0.0)
-        acc0 += w0.to(tl.float32) * x
-        acc1 += w1.to(tl.float32) * x
-        acc2 += w2.to(tl.float32) * x
-        acc3 += w3.to(tl.float32) * x
+            scale = tl.load(scales_ptr + first_row * blocks + (first + words) // 32, mask=inside, other=0.0)
+            x0, x1, x2, x3 = x0 * scale, x1 * scale, x2 * scale, x3 * scale
+        acc0 = _add_products(acc0, w0, x0, x1, x2, x3, IS_INT, ASM)
+        acc1 = _add_products(acc1, w1, x0, x1, x2, x3, IS_INT, ASM)
+        acc2 = _add_products(acc2, w2, x0, x1, x2, x3, IS_INT, ASM)
+        acc3 = _add_products(acc3, w3, x0, x1, x2, x3, IS_INT, ASM)
         w0, w1, w2, w3 = next0, next1, next2, next3
     every = tl.join(tl.join(acc0, acc2), tl.join(acc1, acc3))
-    out = tl.sum(tl.reshape(every, (BLOCK_K, 4)), 0)
+    out = tl.sum(tl.reshape(every, (WORDS, 4)), 0)
     rows = first_row + tl.arange(0, 4)
     if not BY_BLOCK:
         out *= tl.load(scales_ptr + rows)
@@ -166,7 +242,10 @@ def packed8_linear(
         out = torch._scaled_mm(
             x.data, weight.data.t(), x.scales, weight.scales.t(), bias=bias, out_dtype=dtype, use_fast_accum=True
         )
-        return out if residual is None else residual.add_(out)
+        if residual is not None:
+            sum_parts(out.unsqueeze(0), residual, add=True)
+            return residual
+        return out
     out = _start(x.data, weight, bias, residual, dtype)
     _tile(x, weight, out, bias is not None or residual is not None)
     return out
@@ -191,17 +270,20 @@ def _row(x: torch.Tensor, weight: Packed8, out: torch.Tensor, add: bool) -> None
     launch(
         _row8_kernel,
         (out_features // _ROWS,),
-        x.contiguous(),
-        weight.data,
+        x.contiguous().view(torch.int64),
+        weight.data.view(torch.int32),
         weight.scales,
         out,
         out_features,
         K=size,
         BY_BLOCK=weight.by_block,
-        # Eight weights a thread and row: with more, registers leave room for too few programs.
-        BLOCK_K=min(1024, triton.next_power_of_2(size)),
+        BF16=x.dtype == torch.bfloat16,
+        IS_INT=weight.data.dtype == torch.int8,
+        WORDS=min(256, triton.next_power_of_2(size // 4)),
         ADD=add,
-        num_warps=4,
+        ASM=is_gpu(x.device),
+        # The fewer threads sum up, the less is left to do when all is read.
+        num_warps=2,
     )
 
 

@@ -21,7 +21,7 @@ def _sum_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < size
     follow(PDL)
-    total = tl.load(parts_ptr + at, mask=mask, other=0.0)
+    total = tl.load(parts_ptr + at, mask=mask, other=0.0).to(tl.float32)
     for i in tl.static_range(1, SPLIT):
         total += tl.load(parts_ptr + i * size + at, mask=mask, other=0.0)
     if ADD:
@@ -30,6 +30,6 @@ def _sum_kernel(
 
 
 def sum_parts(parts: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """float32 [parts, …] → out […], contiguous; added to what is there if `add`."""
+    """[parts, …] → out […], contiguous; added to what is there if `add`."""
     grid = (triton.cdiv(out.numel(), _BLOCK),)
     launch(_sum_kernel, grid, parts, out, out.numel(), SPLIT=len(parts), ADD=add, BLOCK=_BLOCK, num_warps=4)

@@ -53,6 +53,8 @@ def scheme_of(format: WeightFormat) -> Scheme:
         return Int4(format)
     if isinstance(format, Int8Format):
         return Int8(format)
+    if isinstance(format, GGUFFormat):
+        raise TypeError("the blocks of a GGUF file are kept, not made a matrix of")
     return Fp4(format)
 
 
