@@ -24,7 +24,7 @@ from vllm.engine.routing import Router, current_engine, prefixes
 from vllm.engine.search_state import Search
 from vllm.engine.tenant import current_tenant
 from vllm.engine.work_lanes import WorkLanes
-from vllm.exceptions import EngineDeadError, VLLMValidationError
+from vllm.exceptions import EngineDeadError, ServerBusyError, VLLMValidationError
 from vllm.inputs import CacheMark, PromptType, TokensPrompt
 from vllm.outputs import RequestOutput, SystemPromptInfo, SystemPromptPoolInfo
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams, check_int
@@ -282,10 +282,10 @@ class AsyncLLMEngine:
                 await replica.abort(request_id)
 
     async def abort_all(self) -> None:
-        """Ends all requests that wait or run, with the finish reason `abort`."""
+        """Ends all requests that wait or run; they end with `ServerBusyError`."""
+        error = ServerBusyError("The operator has paused the server, which ended its open requests; try again later.")
         for replica in self.replicas:
-            for request_id in list(replica.processor.requests):
-                await replica.abort(request_id)
+            await replica.abort_all(error)
 
     async def check_params(self, params: SamplingParams, num_prompts: int = 1) -> CheckedParams:
         """`InputProcessor.params`, off the event loop where it takes a while.

@@ -142,6 +142,13 @@ class Replica:
         if not self.link.is_dead:
             await self.link.send(AbortRequests([(request_id, None)]))
 
+    async def abort_all(self, error: Exception) -> None:
+        """Ends all requests; whoever waits for them gets the error."""
+        ids = list(self.processor.requests)
+        self.processor.fail_all(error)
+        if ids and not self.link.is_dead:
+            await self.link.send(AbortRequests([(request_id, None) for request_id in ids]))
+
     async def call(self, method: str, *args: Any) -> Any:
         """Calls a method of the engine core; see `CoreLink.call`."""
         self.ensure_reading()
