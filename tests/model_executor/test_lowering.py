@@ -168,7 +168,7 @@ def test_a_program_knows_every_part_of_a_network() -> None:
         LayerNorms: "norm pre_mixer post_mixer pre_ffn post_ffn has_bias",
         LayerSpec: "mixer ffn norms parallel residual_multiplier has_scalar",
         DecoderSpec: "vocab_size hidden_size layers final_norm tied final_norm_bias embedding_multiplier "
-        "logits_multiplier logits_softcap names",
+        "logits_multiplier logits_softcap head_bias names",
         Norm: "eps kind offset rounds_first",
     }
     for part, names in known.items():

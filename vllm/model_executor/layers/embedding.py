@@ -135,6 +135,6 @@ class OutputProjection(nn.Module):
 
     def most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
         """[R, hidden_size] → token id of the highest score, the first of equals; int64 [R]."""
-        if self.packed is not None:
+        if self.packed is not None and self.bias is None:
             return cpu_kernels.most_likely(hidden.float().contiguous(), self.packed, cpu_kernels.arithmetic())
         return self.logits(hidden).float().argmax(dim=-1)
