@@ -151,6 +151,7 @@ def search(longest: int) -> int:
     return len(seen)
 
 
+@pytest.mark.nightly
 def test_no_history_of_six_actions_breaks_or_wedges_anything() -> None:
     assert search(6) > 1000
 

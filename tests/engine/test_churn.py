@@ -14,6 +14,7 @@ NUM_REQUESTS, NUM_PROMPTS = 1000, 40
 
 
 @pytest.mark.usefixtures("pipeline_depth")
+@pytest.mark.nightly
 def test_a_thousand_requests_with_random_aborts(make_tiny: Callable[..., LLMEngine]) -> None:
     rng = random.Random(0)
 

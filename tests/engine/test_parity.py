@@ -103,6 +103,7 @@ def test_one_by_one(engine: LLMEngine, requests: list[Request], expected: list[l
     assert_nothing_held(engine)
 
 
+@pytest.mark.nightly
 def test_safetensors_hold_the_same_weights(default_model_path: str, hf_model_dir: Path) -> None:
     # The CPU kernels would take the weights over.
     engine, other = (
@@ -118,6 +119,7 @@ def test_safetensors_hold_the_same_weights(default_model_path: str, hf_model_dir
     other.shutdown()
 
 
+@pytest.mark.nightly
 def test_without_pinned_prompts(default_model_path: str, requests: list[Request], expected: list[list[int]]) -> None:
     engine = make_engine(default_model_path, max_model_len=1024, system_prompt_cache="off")
     assert tokens(run(engine, requests, greedy(NUM_TOKENS))) == expected
@@ -125,12 +127,14 @@ def test_without_pinned_prompts(default_model_path: str, requests: list[Request]
     engine.shutdown()
 
 
+@pytest.mark.nightly
 def test_prompts_cut_at_odd_places(default_model_path: str, requests: list[Request], expected: list[list[int]]) -> None:
     engine = make_engine(default_model_path, max_model_len=512, max_num_batched_tokens=37, max_num_seqs=13)
     assert tokens(run(engine, requests, greedy(SHORT))) == cut(expected, SHORT)
     engine.shutdown()
 
 
+@pytest.mark.nightly
 def test_preempted_requests(default_model_path: str, requests: list[Request], expected: list[list[int]]) -> None:
     # 1,056 tokens in all, of which the pinned prompts take 480; the requests need almost twice what is left.
     engine = make_engine(default_model_path, max_model_len=512, num_gpu_blocks_override=66)

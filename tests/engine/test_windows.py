@@ -215,6 +215,7 @@ def test_tokens_are_those_of_transformers(
     assert engine.core.scheduler.blocks.windows.num_used_blocks == 0
 
 
+@pytest.mark.nightly
 def test_nested_prompts_read_windows_across_their_edges(
     make_windowed: Callable[..., LLMEngine], expected: Callable[..., list[int]]
 ) -> None:
@@ -229,6 +230,7 @@ def test_nested_prompts_read_windows_across_their_edges(
     assert {p.num_tokens: p.num_own_tokens for p in engine.core.pool.prompts()} == {70: 70, 83: 13, 120: 37}
 
 
+@pytest.mark.nightly
 def test_preempted_requests_go_on_with_the_same_tokens(
     make_windowed: Callable[..., LLMEngine], expected: Callable[..., list[int]]
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_herd_of_cold_requests_computes_the_prompt_once(tiny_server):
     run(go)
 
 
+@pytest.mark.nightly
 def test_a_thousand_requests_with_clients_that_leave_leak_nothing(server_factory, tiny_model_dir):
     server = server_factory("--model", str(tiny_model_dir), *ARGS, "--max-num-seqs", "24")
 

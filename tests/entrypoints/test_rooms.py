@@ -14,6 +14,7 @@ MAY_USE: dict[str, set[str]] = {
     "openai": {"chat", "http"},
     "responses": {"chat", "http"},
     "anthropic": {"chat", "http"},
+    "web": {"http"},
     "args": {"chat"},
     "cli": {"args", "llm"},
 }

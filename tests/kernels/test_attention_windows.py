@@ -80,6 +80,7 @@ def make(members: list[Member], shape: tuple[int, int, int], dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("merged_groups", [True, pytest.param(False, marks=heavy)])
+@pytest.mark.nightly
 def test_windows_cut_at_their_edges(merged_groups: bool) -> None:
     batch = make(around(WINDOW), (2, 1, 32), torch.float32)
     check(batch, [batch.spec(window=WINDOW), batch.spec()], merged_groups)
@@ -216,6 +217,7 @@ def on_device(part: WindowPart) -> AttentionMetadata:
 
 
 @pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.nightly
 def test_steps_with_a_window_group_are_replayed(decode: bool) -> None:
     """Layers of either group, each with its block tables and extents, by the same buffers."""
     rng, size, shape = random.Random(1), 8 if decode else 96, (4, 2, 32)

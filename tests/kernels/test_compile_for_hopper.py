@@ -43,6 +43,7 @@ def test_kernels_compile(case: str, kernels: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(not ASSEMBLER.exists(), reason="this Triton comes without NVIDIA's assembler")
+@pytest.mark.nightly
 def test_kernels_of_experts_compile() -> None:
     printed = compile_cases("--once", "qwen3", script=EXPERTS)
     for kernel in ("_route_kernel", "_sort_kernel", "_gate_up_kernel", "_down_kernel", "_sum_kernel"):

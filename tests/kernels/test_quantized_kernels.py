@@ -17,6 +17,9 @@ from vllm.ops.triton import packed8 as kernels8
 from vllm.ops.triton import rows8
 from vllm.ops.triton.norm import row_norm_reference
 
+# Every size and code. `test_quantized_layers.py` runs the same kernels each time.
+pytestmark = pytest.mark.nightly
+
 
 def make_packed(
     rows: int, features: int, group: int, code: packed4.Code, dtype: torch.dtype, factors: bool = False

@@ -21,7 +21,10 @@ from vllm.ops.triton.sampling import DrawKernels
 from vllm.worker.graph_runner import CapturedDecode, CapturedMixed, GraphRunner
 from vllm.worker.model_runner import ModelRunner
 
-pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/engine/test_gpu.py does it with real graphs")
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(DEVICE.type == "cuda", reason="tests/engine/test_gpu.py does it with real graphs"),
+]
 
 WINDOW, VOCABULARY, NUM_TOKENS = 20, 120, 5
 
@@ -125,7 +128,7 @@ def make(folder: Path) -> LLMEngine:
     )
 
 
-@pytest.mark.parametrize("graphs", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("graphs", [True, False])
 def test_greedy_tokens_are_those_of_torch(gemma_dir: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool) -> None:
     want = generated(make(gemma_dir))
     assert len({tuple(output) for output in want}) == len(want)

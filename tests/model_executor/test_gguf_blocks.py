@@ -164,6 +164,7 @@ def test_the_default_model_answers_as_from_dequantised_weights(engines: Callable
     assert answers[0] == answers[1]
 
 
+@pytest.mark.nightly
 def test_snapshots_are_kept_apart_from_those_of_dequantised_weights(
     engines: Callable[..., LLMEngine], tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_unsplit_layers_are_plain_ones() -> None:
     torch.testing.assert_close(found["logits"], hidden @ embedded.T)
 
 
+@pytest.mark.nightly
 def test_two_ranks_compute_what_one_does() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -127,6 +127,7 @@ def test_the_order_of_properties_is_kept(compiler: ConstraintCompiler) -> None:
     assert compiler.compile(params(json=one)).result(60).key != compiler.compile(params(json=other)).result(60).key
 
 
+@pytest.mark.nightly
 def test_a_compiler_that_is_killed_fails_what_it_had_and_starts_again(compiler: ConstraintCompiler) -> None:
     compiler.compile(params(regex="before")).result(60)
     assert compiler._process is not None
@@ -172,6 +173,7 @@ def test_what_had_no_time_to_compile_is_not_held_against_it() -> None:
     assert answers[1].error is None and answers[1].engine == "guidance"
 
 
+@pytest.mark.nightly
 def test_too_many_at_once_are_turned_away(compiler: ConstraintCompiler) -> None:
     compiler.compile(params(regex="warm")).result(60)
     assert compiler._process is not None

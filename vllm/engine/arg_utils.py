@@ -78,7 +78,7 @@ _BATCHED_TOKENS = {"cpu": 512, "cuda": 8448}
 # What one request may add to a step in which others get their next tokens, so that neither its prompt nor its many
 # outputs hold up their streams: some 50 ms, of the default model on 2 cores and of Llama-3.1-8B on an H100.
 _PREFILL_BESIDE_STREAMS = {"cpu": 64, "cuda": 2048}
-_OUTPUTS_BESIDE_OTHERS = {"cpu": 16, "cuda": None}
+_OUTPUTS_BESIDE_OTHERS = {"cpu": 8, "cuda": None}
 
 # What a decode step copies between device and host for prompts that change tiers, so that no token comes much later for
 # it: some 2 ms of a CPU's time beside decode steps of 10 ms and more, and as much of a GPU's link, at 32 GB/s.

@@ -236,6 +236,7 @@ def test_an_aborted_request_is_counted_and_in_no_latency(url):
     assert after.value("kv_cache_usage_perc") == before.value("kv_cache_usage_perc")
 
 
+@pytest.mark.nightly
 def test_timing_is_right_under_preemption(server_factory, tiny_model_dir):
     # 16 blocks of 16 tokens: three requests of 204 tokens cannot all stay.
     small = ("--num-gpu-blocks-override", "16", "--max-model-len", "250", "--dtype", "float32")

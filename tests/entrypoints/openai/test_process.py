@@ -113,6 +113,7 @@ def test_nothing_answers_while_the_model_loads(tiny_model_dir, tmp_path: Path):
         assert words in text
 
 
+@pytest.mark.nightly
 def test_a_signal_ends_the_loading(tiny_model_dir):
     command = [
         sys.executable,
@@ -277,6 +278,7 @@ def test_sigterm_lets_open_requests_end(cold_server):
     assert server.process.wait(30) == 0
 
 
+@pytest.mark.nightly
 def test_a_second_signal_stops_at_once(start):
     server = start("--shutdown-timeout", "600", cold=True)
     engine = engine_process(server)
@@ -293,6 +295,7 @@ def test_a_second_signal_stops_at_once(start):
     assert not engine.is_running()
 
 
+@pytest.mark.nightly
 def test_when_the_engine_dies_requests_fail_and_it_is_started_again_as_often_as_allowed(start):
     server = start("--engine-restarts", "1", cold=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -352,6 +355,7 @@ def wait_until_running(server, count: int = 1) -> None:
     wait_until(lambda: httpx.get(f"{server.url}/load", timeout=60).json()["server_load"] >= count)
 
 
+@pytest.mark.nightly
 def test_an_engine_that_breaks_while_it_loads_ends_the_start_in_one_line(monkeypatch, tiny_model_dir, capfd):
     code = "from vllm.engine import core_process; core_process.EngineCore = None; core_process.main()"
     monkeypatch.setattr(AsyncLLMEngine, "process_command", [sys.executable, "-c", code])

@@ -89,6 +89,7 @@ def test_errors_are_the_sdks_own(sdk, server):
         sdk.chat.completions.create(model="nobody", messages=MESSAGES)
 
 
+@pytest.mark.nightly
 def test_the_sdk_from_before_1_0(server, old_sdk_dir):
     done = subprocess.run(
         [sys.executable, "-c", OLD_SDK_SCRIPT, server.url, server.model, json.dumps(MESSAGES)],
