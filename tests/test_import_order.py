@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent / "vllm"
 
 # Values that every room may use, and that use each other only.
 VALUES = {
+    "child_process",
     "config",
     "envs",
     "exceptions",

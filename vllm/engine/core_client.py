@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import zmq
 import zmq.asyncio
 
 from vllm import envs
+from vllm.child_process import child_environment
 from vllm.engine.messages import CoreProcessArgs, EngineInput, EngineReady, StepOutputs
 from vllm.exceptions import StartupError
 from vllm.wire import to_wire
@@ -48,7 +47,7 @@ class CoreClient:
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **(environment or {})},
+            env=child_environment(environment),
         )
         if self.process.stdin is None:
             raise RuntimeError("the engine process has no standard input")

@@ -10,7 +10,6 @@ import gc
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 import msgspec
 import zmq
 
+from vllm.child_process import end_with_parent
 from vllm.config import ModelConfig
 from vllm.core.system_prompt_pool import PinnedPrompt, PromptState, SystemPromptRefusedError
 from vllm.engine.calls import PinOptions, PromptChanges
@@ -226,14 +226,6 @@ class CoreProcess:
         return self._core.is_sleeping
 
 
-def _end_with_parent() -> None:
-    """Ends this process when standard input ends: the parent is gone, however it went."""
-    # Not by sys.stdin, whose lock the interpreter wants when it ends with an error.
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(0)
-
-
 def check_weights(model: ModelConfig) -> None:
     """Raises `StartupError` for weights that are not the ones of the configuration: what was computed with others, and
     is kept under their digest, must not be taken for theirs."""
@@ -243,7 +235,7 @@ def check_weights(model: ModelConfig) -> None:
 
 def main() -> None:
     args = CoreProcessArgs.read(sys.stdin.buffer.readline(), hf_config_of)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    end_with_parent()
     # The parent decides when to stop, so that it can let running requests finish. Ctrl-C reaches the whole group, and
     # so does what a supervisor or `timeout` sends.
     for sig in (signal.SIGINT, signal.SIGTERM):

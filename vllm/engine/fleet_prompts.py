@@ -71,18 +71,19 @@ class FleetPrompts:
         shares = await self._each(lambda engine: engine.set_budget(-(-num_tokens // count)))
         return sum(shares.values())
 
-    async def _each(self, call: Callable[[PromptCalls], Awaitable[_T]]) -> dict[int, _T]:
-        """What a call returns, by engine; those that have ended are left out.
+    async def _each(
+        self, call: Callable[[PromptCalls], Awaitable[_T]], forgiven: tuple[type[Exception], ...] = (EngineDeadError,)
+    ) -> dict[int, _T]:
+        """What a call returns, by engine; those in which it fails by a `forgiven` error are left out.
 
-        Raises:
-            EngineDeadError: all have.
+        Raises the first error if that is another one, or if it fails in all of them.
         """
         results = await asyncio.gather(*map(call, self._engines), return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        for error in errors:
-            if not isinstance(error, EngineDeadError) or len(errors) == len(results):
-                raise error
-        return {i: result for i, result in enumerate(results) if not isinstance(result, BaseException)}
+        found = {i: result for i, result in enumerate(results) if not isinstance(result, BaseException)}
+        for result in results:
+            if isinstance(result, BaseException) and not (found and isinstance(result, forgiven)):
+                raise result
+        return found
 
     async def _where_it_is(self, call: Callable[[PromptCalls], Awaitable[_T]]) -> dict[int, _T]:
         """What a call about one prompt returns, by the engines that have it.
@@ -90,15 +91,7 @@ class FleetPrompts:
         Raises:
             VLLMValidationError: none has.
         """
-        if len(self._engines) == 1:
-            return {0: await call(self._engines[0])}
-        results = await asyncio.gather(*map(call, self._engines), return_exceptions=True)
-        found = {i: result for i, result in enumerate(results) if not isinstance(result, BaseException)}
-        errors = [result for result in results if isinstance(result, BaseException)]
-        for error in errors:
-            if not found or not isinstance(error, EngineDeadError | VLLMValidationError):
-                raise error
-        return found
+        return await self._each(call, (EngineDeadError, VLLMValidationError))
 
 
 def joined_infos(infos: dict[int, SystemPromptInfo]) -> SystemPromptInfo:

@@ -20,6 +20,7 @@ import numpy as np
 import zmq
 
 from vllm import envs
+from vllm.child_process import child_environment
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import join_ranks, leave_ranks
 from vllm.exceptions import StartupError
@@ -74,7 +75,7 @@ class Rank:
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=child_environment(),
         )
         if self.process.stdin is None:
             raise RuntimeError("the process of a rank has no standard input")

@@ -10,13 +10,13 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections import deque
 from pathlib import Path
 
 import msgspec
 import zmq
 
+from vllm.child_process import end_with_parent
 from vllm.distributed.parallel_state import join_ranks
 from vllm.exceptions import StartupError
 from vllm.executor.rank_messages import (
@@ -81,17 +81,9 @@ class RankProcess:
         self._outputs.send(self._encoder.encode(message))
 
 
-def _end_with_parent() -> None:
-    """Ends this process when standard input ends: the parent is gone, however it went."""
-    # Not by sys.stdin, whose lock the interpreter wants when it ends with an error.
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(0)
-
-
 def main() -> None:
     args = RankArgs.read(sys.stdin.buffer.readline(), hf_config_of)
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    end_with_parent()
     # The parent decides when to stop; Ctrl-C reaches the whole group.
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, signal.SIG_IGN)

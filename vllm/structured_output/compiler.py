@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import BinaryIO, ClassVar, cast
 
 import msgspec
 
+from vllm.child_process import child_environment
 from vllm.config import ModelConfig
 from vllm.exceptions import ServerBusyError, VLLMValidationError
 from vllm.logger import init_logger
@@ -128,7 +128,7 @@ class ConstraintCompiler:
             self.process_command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **one, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=child_environment(one),
         )
         config = self._config
         args = CompileServerArgs(
